@@ -1,0 +1,118 @@
+package custodian
+
+import (
+	"context"
+	"crypto"
+	"time"
+)
+
+// A KeyUse says what a wrapped key may do once it is loaded. The zero use is
+// nothing.
+type KeyUse uint8
+
+// UseSeal is AES-256-GCM, UseMAC AES-256-CMAC.
+const (
+	UseSeal KeyUse = 1
+	UseMAC  KeyUse = 2
+)
+
+// An HSM is what the domain needs of a token. All its errors are, wrapped:
+// ErrHSMUnavailable (try again later), ErrAuth, ErrStaleKey, ErrWrongMEK,
+// ErrNoObject, or an error about the object that no retry will mend.
+type HSM interface {
+	// Random fills dst from the token's random source.
+	Random(ctx context.Context, dst []byte) error
+	// GenerateMEK makes the key that m names (Label, ID, Profile, CreateTime,
+	// EndTime), or adopts the object that an earlier, interrupted call made.
+	GenerateMEK(ctx context.Context, m MEK) error
+	// NewMEKCanary makes what CheckMEK proves a MEK by.
+	NewMEKCanary(ctx context.Context, m MEK) ([]byte, error)
+	// CheckMEK verifies the attributes of the token object and its canary.
+	CheckMEK(ctx context.Context, m MEK) error
+	// GenerateKey makes an AES-256 key in the token and returns it wrapped
+	// under m, with a canary bound to identity. The key is in no variable.
+	GenerateKey(ctx context.Context, m MEK, u KeyUse, identity []byte) (inner, canary []byte, err error)
+	// LoadKey unwraps inner under m to a non-extractable session object and
+	// checks the canary.
+	LoadKey(ctx context.Context, m MEK, u KeyUse, identity, inner, canary []byte) (Key, error)
+	// GenerateSigner makes, or adopts, an ECDSA P-256 key pair.
+	GenerateSigner(ctx context.Context, label string, id [16]byte) error
+	// Signer returns a key pair of the token.
+	Signer(ctx context.Context, label string, id [16]byte) (crypto.Signer, error)
+	// Objects lists what lies in the token.
+	Objects(ctx context.Context) ([]TokenObject, error)
+	// Health makes one real operation.
+	Health(ctx context.Context) error
+	// Status describes the token.
+	Status() HSMStatus
+}
+
+// A Key is loaded in the token. It is safe for concurrent use.
+type Key interface {
+	// Seal encrypts and opens again before it returns. The ciphertext carries
+	// its 128-bit tag; the IV is 96 random bits of the token.
+	Seal(ctx context.Context, aad, plaintext []byte) (iv [12]byte, sealed []byte, err error)
+	// Open decrypts into dst, which must have room for len(sealed) bytes, and
+	// returns the length of the plaintext: one token operation.
+	Open(ctx context.Context, iv [12]byte, aad, sealed, dst []byte) (int, error)
+	// CMAC is AES-CMAC (SP 800-38B).
+	CMAC(ctx context.Context, msg []byte) ([16]byte, error)
+	// Release gives the handle back, after the calls under way have ended.
+	Release()
+}
+
+// A TokenObject is an object that the token shows us.
+type TokenObject struct {
+	Class string `json:"class"`
+	Label string `json:"label"`
+	ID    []byte `json:"id"`
+}
+
+// HSMStatus describes a token.
+type HSMStatus struct {
+	Label           string     `json:"label"`
+	Serial          string     `json:"serial"`
+	Model           string     `json:"model"`
+	Manufacturer    string     `json:"manufacturer"`
+	Profile         string     `json:"profile"`
+	Epoch           uint64     `json:"epoch"`
+	DefaultMEK      MEKProfile `json:"default_mek_profile"`
+	EnforcesTrusted bool       `json:"enforces_wrap_with_trusted"`
+	SessionsInUse   int        `json:"sessions_in_use"`
+	SessionsMax     int        `json:"sessions_max"`
+	Abandoned       int        `json:"abandoned_calls"`
+}
+
+// A Provider is one configured KMS: the outer wrap. Its errors are, wrapped,
+// the ErrProvider… sentinels and nothing else. It binds context, so that a
+// blob moved to another record does not open.
+type Provider interface {
+	// Name is the instance's name in the configuration.
+	Name() string
+	// Wrap puts the provider's layer around blob.
+	Wrap(ctx context.Context, blob, context []byte) (OuterWrap, error)
+	// Unwrap takes the layer off. w must be of this provider.
+	Unwrap(ctx context.Context, w OuterWrap, context []byte) ([]byte, error)
+	// Status describes the provider for custodianctl status, from what past
+	// calls have shown; it makes no call.
+	Status() ProviderStatus
+	Close() error
+}
+
+// A Rewrapper can move its layer to its newest key version by itself.
+type Rewrapper interface {
+	Rewrap(ctx context.Context, w OuterWrap, context []byte) (OuterWrap, error)
+}
+
+// ProviderStatus describes a provider.
+type ProviderStatus struct {
+	Name        string    `json:"name"`
+	Kind        string    `json:"kind"` // local, vault, aws, gcp
+	KeyRef      string    `json:"key_ref,omitempty"`
+	OuterLayer  bool      `json:"outer_layer"` // false: no second party; local only
+	Reachable   bool      `json:"reachable"`
+	LastContact time.Time `json:"last_contact,omitzero"`
+	LastError   string    `json:"last_error,omitempty"`
+	Calls       uint64    `json:"calls"`
+	Failures    uint64    `json:"failures"`
+}
