@@ -15,18 +15,16 @@ const (
 // A MEK is one version of the root key. The key itself is a token object that
 // never leaves the token.
 type MEK struct {
-	Version      uint32 // from 1
-	Label        string // CKA_LABEL, PREFIX-vN
-	ID           [16]byte
-	Profile      MEKProfile
-	State        State
-	CreateTime   time.Time
-	EndTime      time.Time // of the originator-usage period: one year
-	Canary       []byte    // proves that the token holds this very key
-	Revision     uint64
-	TokenSerial  string
-	KEKsWrapped  uint64 // how many keys were ever wrapped under it
-	ModifiedTime time.Time
+	Version     uint32 // from 1
+	Label       string // CKA_LABEL, PREFIX-vN
+	ID          [16]byte
+	Profile     MEKProfile
+	State       State
+	CreateTime  time.Time
+	EndTime     time.Time // of the originator-usage period: one year
+	Canary      []byte    // proves that the token holds this very key
+	TokenSerial string
+	Revision    uint64
 }
 
 // An OuterWrap is one KMS layer around a blob that the HSM has wrapped.
