@@ -79,6 +79,9 @@ func Vault(t TB, options ...Option) *VaultServer {
 	if err := v.makeCertificates(); err != nil {
 		t.Fatalf("start vault: %v", err)
 	}
+	if err := os.Mkdir(v.raftDir(), 0o700); err != nil {
+		t.Fatalf("start vault: %v", err)
+	}
 	t.Cleanup(v.Stop)
 
 	if err := v.launchOnFreePort(); err != nil {
@@ -172,7 +175,7 @@ func (v *VaultServer) config() string {
 	if v.raft {
 		// Without the multiplier, initialising takes nine seconds.
 		fmt.Fprintf(&b, "storage \"raft\" {\n  path = %q\n  node_id = \"one\"\n  performance_multiplier = \"1\"\n}\n",
-			filepath.Join(v.dir, "raft"))
+			v.raftDir())
 		fmt.Fprintf(&b, "cluster_addr = \"https://127.0.0.1:%d\"\n", v.port+1)
 	} else {
 		b.WriteString("storage \"inmem\" {}\n")
@@ -184,6 +187,8 @@ func (v *VaultServer) config() string {
 	fmt.Fprintf(&b, "disable_mlock = true\napi_addr = %q\nlog_level = \"warn\"\n", v.Address)
 	return b.String()
 }
+
+func (v *VaultServer) raftDir() string { return filepath.Join(v.dir, "raft") }
 
 // newClient makes a client with the client certificate and the root token.
 func (v *VaultServer) newClient() (*api.Client, error) {
