@@ -1,0 +1,782 @@
+package audit
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/mod/sumdb/tlog"
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// ErrBlocked means that nothing was written and nothing may be released.
+	// Where the reason is a full disk, the log goes on by itself when there
+	// is room again. After a write or sync that failed, or when the file was
+	// taken away, it stays blocked until it is opened again.
+	ErrBlocked = errors.New("audit log is blocked")
+
+	// ErrInUse means that another process, or another Log, has the log open.
+	ErrInUse = errors.New("another writer has it open")
+)
+
+const (
+	growth          = 4 << 20 // allocated at a time
+	defaultReserve  = 8 << 20
+	defaultDenials  = 100
+	maxAppend       = 8 << 20  // bytes of one Append
+	maxGather       = 4 << 20  // bytes of a batch, unless one Append is longer
+	maxWaiting      = 16 << 20 // bytes of all Appends that wait
+	maxWaitingCalls = 1 << 14
+	leastRoom       = 4 << 10 // below it, the reserve counts as exhausted
+	flushEntries    = 256     // counted denials in one batch
+)
+
+// Options says how a log is kept. The zero value is good.
+type Options struct {
+	Now func() time.Time // time.Now where nil
+
+	// Reserve is the room, in bytes, that only entries with the outcome
+	// Allowed or with Priority may use; 8 MiB where 0.
+	Reserve int64
+
+	// DenialsPerSecond is how many denials are written for each caller before
+	// they are only counted; 100 where 0.
+	DenialsPerSecond int
+
+	// Visit is called by Open with every entry, in order.
+	Visit func(*Entry) error
+
+	Log *slog.Logger // nothing is logged where nil
+
+	// WrapFile, where it is set, is put between the log and its file. Tests
+	// use it to make the file fail.
+	WrapFile func(File) File
+}
+
+func (o *Options) defaults() {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Reserve <= 0 {
+		o.Reserve = defaultReserve
+	}
+	if o.DenialsPerSecond <= 0 {
+		o.DenialsPerSecond = defaultDenials
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+}
+
+func (o *Options) wrap(f *os.File) File {
+	if o.WrapFile == nil {
+		return diskFile{f}
+	}
+	return o.WrapFile(diskFile{f})
+}
+
+func newLogID() (id logID) {
+	rand.Read(id[:]) // never fails
+	return id
+}
+
+// A Receipt says where an entry is.
+type Receipt struct {
+	Index    uint64
+	LeafHash [32]byte // RFC 6962 hash of the canonical encoding
+
+	// Checkpoint is a signed root that covers the entry. Nothing makes one
+	// yet, so it is empty.
+	Checkpoint []byte
+
+	// Coalesced means that the entry, a denial, was counted and not written;
+	// there is no Index and no LeafHash.
+	Coalesced bool
+}
+
+// Stats is how a log is doing.
+type Stats struct {
+	Entries uint64 // in the log
+	Bytes   int64  // written to the file, with headers
+	Free    int64  // bytes that are allocated and not written
+
+	Batches   uint64 // since it was opened, each of which cost one sync
+	Coalesced uint64 // denials that were counted and not written, since it was opened
+	Cut       int64  // bytes of a torn batch that were cut when it was opened
+
+	Blocked   string // why nothing can be written; empty while something can
+	OnReserve bool   // no room is left but the reserve, for what has priority
+}
+
+// A Log is the one writer of a log. Its methods may be called from any
+// goroutine.
+type Log struct {
+	path    string
+	id      logID
+	now     func() time.Time
+	reserve int64
+	log     *slog.Logger
+	denials *denials
+	pool    sync.Pool // of *request
+	cut     int64
+
+	wake    chan struct{} // something waits
+	closing chan struct{}
+	done    chan struct{} // run has returned
+
+	// Owned by the goroutine of run, once it runs.
+	os    *os.File
+	lock  *os.File
+	file  File
+	tree  tree
+	end   int64 // of the last whole batch
+	alloc int64 // where the allocated room ends
+	full  error // why the last allocation failed, or nil
+	frame []byte
+
+	mu      sync.Mutex // guards the fields below
+	queue   []*request
+	spare   []*request // an empty queue, to take turns
+	waiting int        // bytes in queue
+	closed  bool
+	latched error // stays, and wraps ErrBlocked
+	stats   Stats
+	root    tlog.Hash // of what is acknowledged
+}
+
+// A request is one Append on its way.
+type request struct {
+	entries  []byte // as in a payload
+	n        int
+	priority bool
+	state    atomic.Int32
+
+	salts, scratch []byte
+
+	// Set by the committer before it sends on done.
+	first  uint64
+	leaves []tlog.Hash
+	err    error
+	done   chan struct{} // holds one
+}
+
+// The states of a request. Whoever moves it out of waiting has it.
+const (
+	waiting = iota
+	taken
+	withdrawn
+)
+
+// Create makes an empty log in dir, which it makes if it is not there, and
+// opens it. If there is a log already, the error is an os.ErrExist.
+func Create(dir string, o Options) (*Log, error) {
+	o.defaults()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("create audit log: %w", err)
+	}
+	if err := syncDir(filepath.Dir(filepath.Clean(dir))); err != nil {
+		return nil, fmt.Errorf("create audit log: %w", err)
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := createFile(dir, &o); err != nil {
+		lock.Close()
+		return nil, err
+	}
+	return open(dir, o, lock)
+}
+
+// Open opens the log in dir for writing, after it has checked all of it. What
+// a crash left of a batch that was never acknowledged is cut off. Entries that
+// were never acknowledged, because the machine stopped or an error came in
+// between, may be there; acknowledged ones always are. If the log is not what
+// was written, the error is a *DamageError.
+func Open(dir string, o Options) (*Log, error) {
+	o.defaults()
+	lock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	return open(dir, o, lock)
+}
+
+func open(dir string, o Options, lock *os.File) (_ *Log, err error) {
+	s, err := openLog(dir, os.O_RDWR)
+	if err != nil {
+		lock.Close()
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.file.Close()
+			lock.Close()
+		}
+	}()
+	if err := checkMode(s.file); err != nil {
+		return nil, fmt.Errorf("open audit log: %w", err)
+	}
+	v := &verifier{scanner: s}
+	for err == nil {
+		err = v.next(o.Visit)
+	}
+	if err != io.EOF {
+		return nil, err
+	}
+	l := &Log{
+		path:    s.file.Name(),
+		id:      s.id,
+		now:     o.Now,
+		reserve: o.Reserve,
+		log:     o.Log,
+		denials: newDenials(o.DenialsPerSecond),
+		pool:    sync.Pool{New: func() any { return &request{done: make(chan struct{}, 1)} }},
+		cut:     s.torn,
+		wake:    make(chan struct{}, 1),
+		closing: make(chan struct{}),
+		done:    make(chan struct{}),
+		os:      s.file,
+		lock:    lock,
+		file:    o.wrap(s.file),
+		tree:    v.tree,
+		end:     s.off,
+		alloc:   s.off,
+	}
+	if err := l.repair(v); err != nil {
+		return nil, fmt.Errorf("open audit log %s: %w", l.path, err)
+	}
+	l.publish(l.tree.root())
+	l.stats.Batches = 0
+	go l.run()
+	return l, nil
+}
+
+// repair makes the file what the next batch expects: whole batches that are
+// surely on disk, and then zeros in allocated room.
+func (l *Log) repair(v *verifier) error {
+	if v.torn > 0 {
+		l.log.Warn("audit log: cutting off a batch that was not acknowledged", "offset", l.end, "bytes", v.torn)
+		if err := l.writeZeros(l.end, v.torn); err != nil {
+			return err
+		}
+	}
+	// After a sync that failed, the kernel can go on showing what never
+	// reached the disk. That can be so of the last batch, so it is written
+	// again.
+	if v.lastBatch > 0 {
+		b := make([]byte, l.end-v.lastBatch)
+		if _, err := l.os.ReadAt(b, v.lastBatch); err != nil {
+			return err
+		}
+		if _, err := l.file.WriteAt(b, v.lastBatch); err != nil {
+			return err
+		}
+	}
+	if err := l.file.Sync(); err != nil {
+		return err
+	}
+	info, err := l.os.Stat()
+	if err != nil {
+		return err
+	}
+	// A copied file can have holes where there was room.
+	if size := info.Size(); size > l.end {
+		if err := l.file.Allocate(l.end, size-l.end); err == nil {
+			l.alloc = size
+		}
+	}
+	l.grow(0)
+	l.tellRoom()
+	return nil
+}
+
+// writeZeros does not cut the file, because the room behind it must not get
+// lost to others.
+func (l *Log) writeZeros(off, n int64) error {
+	for end := off + n; off < end; {
+		m, err := l.file.WriteAt(zeros[:min(end-off, int64(len(zeros)))], off)
+		if err != nil {
+			return err
+		}
+		off += int64(m)
+	}
+	return nil
+}
+
+// ID returns the random number that tells this log from others.
+func (l *Log) ID() [16]byte { return l.id }
+
+// Append writes the entries, one after the other and all or none, and returns
+// when they are on disk. It gives them their index and salt, and its time to
+// those without one. If ctx ends before, Append returns, and the entries may or
+// may not be in the log; nothing may be released for them.
+//
+// Denials beyond Options.DenialsPerSecond of one caller are not written but
+// counted, and an entry with their number follows within a second.
+func (l *Log) Append(ctx context.Context, entries []Entry) ([]Receipt, error) {
+	if len(entries) == 0 {
+		return nil, nil
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("append to audit log: %w", err)
+	}
+	r, receipts, err := l.prepare(entries)
+	if err != nil {
+		return nil, fmt.Errorf("append to audit log: %w", err)
+	}
+	if r.n == 0 {
+		l.release(r)
+		return receipts, nil
+	}
+	if err := l.submit(r); err != nil {
+		return nil, fmt.Errorf("append to audit log: %w", err)
+	}
+	select {
+	case <-r.done:
+	case <-ctx.Done():
+		// If the committer has the request, it has its done too, so in no
+		// case may it go back to the pool.
+		r.state.CompareAndSwap(waiting, withdrawn)
+		return nil, fmt.Errorf("append to audit log: %w", ctx.Err())
+	}
+	defer l.release(r)
+	if r.err != nil {
+		return nil, fmt.Errorf("append to audit log: %w", r.err)
+	}
+	next := 0
+	for i := range receipts {
+		if receipts[i].Coalesced {
+			continue
+		}
+		receipts[i].Index = r.first + uint64(next)
+		receipts[i].LeafHash = r.leaves[next]
+		next++
+	}
+	return receipts, nil
+}
+
+// prepare encodes the entries that are to be written, and marks the receipts of
+// the others.
+func (l *Log) prepare(entries []Entry) (*request, []Receipt, error) {
+	l.mu.Lock()
+	err := l.usable()
+	l.mu.Unlock()
+	if err != nil {
+		return nil, nil, err
+	}
+	for i := range entries {
+		if err := entries[i].check(); err != nil {
+			return nil, nil, fmt.Errorf("entry %d of %d: %w", i+1, len(entries), err)
+		}
+	}
+	now := l.now()
+	r := l.request(len(entries))
+	receipts := make([]Receipt, len(entries))
+	for i := range entries {
+		if e := &entries[i]; e.Outcome == Denied && !e.Priority && !l.denials.write(e, now) {
+			receipts[i].Coalesced = true
+			continue
+		}
+		r.add(&entries[i], now)
+	}
+	if len(r.entries) > maxAppend {
+		return nil, nil, fmt.Errorf("%d entries have %d bytes, the limit is %d: %w", r.n, len(r.entries), maxAppend, ErrInvalidEntry)
+	}
+	return r, receipts, nil
+}
+
+// request returns an empty request with salts for n entries.
+func (l *Log) request(n int) *request {
+	r := l.pool.Get().(*request)
+	r.entries, r.leaves = r.entries[:0], r.leaves[:0]
+	r.n, r.priority, r.err = 0, false, nil
+	r.state.Store(waiting)
+	if cap(r.salts) < 16*n {
+		r.salts = make([]byte, 16*n)
+	}
+	r.salts = r.salts[:16*n]
+	rand.Read(r.salts) // never fails
+	return r
+}
+
+// release gives a request back that nobody else has.
+func (l *Log) release(r *request) {
+	if cap(r.entries) <= maxEntry {
+		l.pool.Put(r)
+	}
+}
+
+// add encodes one entry, which check has accepted, with index 0.
+func (r *request) add(entry *Entry, now time.Time) {
+	e := *entry
+	e.Index = 0
+	e.Salt = [16]byte(r.salts[16*r.n:])
+	if e.Time.IsZero() {
+		e.Time = now
+	}
+	r.scratch = e.encode(r.scratch[:0])
+	r.entries = binary.AppendUvarint(r.entries, uint64(len(r.scratch)))
+	r.entries = append(r.entries, r.scratch...)
+	r.n++
+	r.priority = r.priority || e.Priority || e.Outcome == Allowed
+}
+
+// usable says why nothing may be appended. The caller holds mu.
+func (l *Log) usable() error {
+	if l.latched != nil {
+		return l.latched
+	}
+	if l.closed {
+		return fmt.Errorf("%w: it is closed", ErrBlocked)
+	}
+	return nil
+}
+
+func (l *Log) submit(r *request) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.usable(); err != nil {
+		return err
+	}
+	if l.waiting+len(r.entries) > maxWaiting || len(l.queue) >= maxWaitingCalls {
+		return fmt.Errorf("%w: %d calls wait for the disk already", ErrBlocked, len(l.queue))
+	}
+	l.queue = append(l.queue, r)
+	l.waiting += len(r.entries)
+	l.signal()
+	return nil
+}
+
+// Size returns the number of entries that are on disk.
+func (l *Log) Size() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.stats.Entries
+}
+
+// Root returns the root of the tree of the entries that are on disk.
+func (l *Log) Root() [32]byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.root
+}
+
+// Stats returns how the log is doing.
+func (l *Log) Stats() Stats {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.stats
+	s.Coalesced = l.denials.all()
+	s.Cut = l.cut
+	if l.latched != nil {
+		s.Blocked = l.latched.Error()
+	}
+	return s
+}
+
+// Close writes what waits and what is counted, and ends the log. Its error says
+// what could not be written.
+func (l *Log) Close() error {
+	l.mu.Lock()
+	first := !l.closed
+	l.closed = true
+	l.mu.Unlock()
+	if !first {
+		<-l.done
+		return nil
+	}
+	close(l.closing)
+	<-l.done
+	var err error
+	if left := l.denials.take(l.now()); len(left) > 0 {
+		err = fmt.Errorf("close audit log: counted denials of %d kinds are not written", len(left))
+		if l.latched != nil {
+			err = fmt.Errorf("%w: %w", err, l.latched)
+		}
+	}
+	return errors.Join(err, l.os.Close(), l.lock.Close())
+}
+
+// run is the committer: the only goroutine that writes. While it syncs one
+// batch, the next one gathers.
+func (l *Log) run() {
+	defer close(l.done)
+	second := time.NewTicker(time.Second)
+	defer second.Stop()
+	for {
+		select {
+		case <-l.wake:
+			// Let those whom the last batch woke up come along.
+			runtime.Gosched()
+			l.commit(l.take())
+		case <-second.C:
+			l.flush()
+			l.lookForRoom()
+		case <-l.closing:
+			for batch := l.take(); len(batch) > 0; batch = l.take() {
+				l.commit(batch)
+			}
+			l.flush()
+			return
+		}
+	}
+}
+
+// take returns the next batch of waiting requests.
+func (l *Log) take() []*request {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	size, n := 0, 0
+	for n < len(l.queue) && (n == 0 || size+len(l.queue[n].entries) <= maxGather) {
+		size += len(l.queue[n].entries)
+		n++
+	}
+	batch := l.queue[:n:n]
+	l.queue = append(l.spare[:0], l.queue[n:]...)
+	l.spare = nil
+	l.waiting -= size
+	if len(l.queue) > 0 {
+		l.signal()
+	}
+	return batch
+}
+
+// signal makes run look at the queue.
+func (l *Log) signal() {
+	select {
+	case l.wake <- struct{}{}:
+	default: // it is about to
+	}
+}
+
+// flush writes the counted denials.
+func (l *Log) flush() {
+	now := l.now()
+	for entries := l.denials.take(now); len(entries) > 0; {
+		part := entries[:min(len(entries), flushEntries)]
+		entries = entries[len(part):]
+		r := l.request(len(part))
+		for i := range part {
+			r.add(&part[i], now)
+		}
+		l.commit([]*request{r})
+		if r.err != nil {
+			l.denials.putBack(part)
+		}
+	}
+}
+
+// commit writes one batch with what there is room for, and answers everybody.
+func (l *Log) commit(batch []*request) {
+	admitted := l.admit(batch)
+	if len(admitted) > 0 {
+		root := l.build(admitted)
+		err := l.write()
+		if err != nil {
+			err = l.latch(err)
+		} else {
+			l.end += int64(len(l.frame))
+			l.publish(root)
+		}
+		for _, r := range admitted {
+			r.answer(err)
+		}
+		if cap(l.frame) > maxGather {
+			l.frame = nil
+		}
+	}
+	clear(batch)
+	l.mu.Lock()
+	l.spare = batch
+	l.mu.Unlock()
+}
+
+// answer tells Append how it went. The request is not the committer's any more.
+func (r *request) answer(err error) {
+	r.err = err
+	r.done <- struct{}{}
+}
+
+// admit takes those requests that are still wanted and that there is room for,
+// and answers the others. What it returns is in the place of batch.
+func (l *Log) admit(batch []*request) []*request {
+	total := 0
+	for _, r := range batch {
+		total += len(r.entries)
+	}
+	l.grow(frameSize(total))
+	admitted, size := batch[:0], 0
+	for _, r := range batch {
+		if !r.state.CompareAndSwap(waiting, taken) {
+			continue
+		}
+		if err := l.refusal(size+len(r.entries), r.priority); err != nil {
+			r.answer(err)
+			continue
+		}
+		size += len(r.entries)
+		admitted = append(admitted, r)
+	}
+	l.tellRoom()
+	return admitted
+}
+
+// refusal says why a batch with a payload of size bytes may not be written now.
+func (l *Log) refusal(size int, priority bool) error {
+	if l.latched != nil { // only this goroutine sets it
+		return l.latched
+	}
+	room := l.alloc - l.end - frameSize(size)
+	if !priority {
+		room -= l.reserve
+	}
+	if room >= 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: no room on the disk: %w", ErrBlocked, l.full)
+}
+
+// grow allocates room for a batch of need bytes with the reserve behind it, and
+// more ahead if the disk has it. l.full says how that went.
+func (l *Log) grow(need int64) {
+	l.full = nil
+	want := l.end + need + l.reserve
+	if want <= l.alloc || l.latched != nil {
+		return
+	}
+	for _, end := range [...]int64{want + growth, want} {
+		if l.full = l.file.Allocate(l.alloc, end-l.alloc); l.full == nil {
+			l.alloc = end
+			return
+		}
+	}
+}
+
+// lookForRoom tries again to get room, where there was none.
+func (l *Log) lookForRoom() {
+	if l.full == nil {
+		return
+	}
+	l.grow(0)
+	l.tellRoom()
+}
+
+// tellRoom makes the state of the disk known: whether there is room, and where
+// there is none, whether the reserve is exhausted too.
+func (l *Log) tellRoom() {
+	l.mu.Lock()
+	was := l.stats
+	l.stats.Free = l.alloc - l.end
+	l.stats.OnReserve = l.full != nil
+	l.stats.Blocked = ""
+	if l.full != nil && l.alloc-l.end < leastRoom {
+		l.stats.Blocked = l.full.Error()
+	}
+	is := l.stats
+	l.mu.Unlock()
+
+	switch {
+	case is.Blocked != "" && was.Blocked == "":
+		l.log.Error("audit log: no room, nothing can be written", "error", is.Blocked)
+	case is.OnReserve && !was.OnReserve:
+		l.log.Error("audit log: no room but the reserve", "error", l.full, "bytes", is.Free)
+	case was.OnReserve && !is.OnReserve:
+		l.log.Info("audit log: there is room again")
+	}
+}
+
+// publish makes a batch known that is on disk.
+func (l *Log) publish(root tlog.Hash) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.root = root
+	l.stats.Entries = l.tree.size
+	l.stats.Bytes = l.end
+	l.stats.Free = l.alloc - l.end
+	l.stats.Batches++
+}
+
+// latch blocks the log until it is opened again.
+func (l *Log) latch(cause error) error {
+	err := fmt.Errorf("%w until it is opened again: %w", ErrBlocked, cause)
+	l.log.Error("audit log: blocked until it is opened again", "error", cause)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.latched = err
+	return err
+}
+
+// build makes the frame of a batch, adds its entries to the tree and returns
+// the root after it.
+func (l *Log) build(batch []*request) tlog.Hash {
+	h := batchHeader{first: l.tree.size}
+	frame := append(l.frame[:0], make([]byte, headerSize)...)
+	for _, r := range batch {
+		r.first = l.tree.size
+		payload := len(frame)
+		frame = append(frame, r.entries...)
+		for rest := frame[payload:]; len(rest) > 0; {
+			var entry []byte
+			entry, rest, _ = nextEntry(rest) // add made it
+			binary.BigEndian.PutUint64(entry[1:], l.tree.size)
+			leaf := tlog.RecordHash(entry)
+			l.tree.add(leaf)
+			r.leaves = append(r.leaves, leaf)
+		}
+		h.count += r.n
+	}
+	h.payload = len(frame) - headerSize
+	h.root = l.tree.root()
+	frame = append(frame, zeros[:h.padded()-h.payload]...)
+	h.sum = crc32.Checksum(frame[headerSize:], crcTable)
+	frame = append(frame, batchTrailer...)
+	h.encode(frame, l.id)
+	l.frame = frame
+	return h.root
+}
+
+// write returns nil when the frame is on disk, in the file that is the log.
+func (l *Log) write() error {
+	n, err := l.file.WriteAt(l.frame, l.end)
+	if err == nil && n < len(l.frame) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return fmt.Errorf("write at offset %d: %w", l.end, err)
+	}
+	if err := l.file.Sync(); err != nil {
+		return fmt.Errorf("sync: %w", err)
+	}
+	return l.checkFile()
+}
+
+// checkFile reports a file that was taken away behind our back.
+func (l *Log) checkFile() error {
+	var open, named unix.Stat_t
+	if err := unix.Fstat(int(l.os.Fd()), &open); err != nil {
+		return fmt.Errorf("stat: %w", err)
+	}
+	if open.Size < l.alloc {
+		return fmt.Errorf("the file was cut to %d bytes", open.Size)
+	}
+	if err := unix.Lstat(l.path, &named); err != nil {
+		return fmt.Errorf("the file is gone: %w", err)
+	}
+	if open.Dev != named.Dev || open.Ino != named.Ino {
+		return errors.New("another file is in its place")
+	}
+	return nil
+}
