@@ -1,0 +1,404 @@
+package kms
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"regexp"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/keycustody/custodian/custodian"
+)
+
+// A VaultConfig says how to reach a key of Vault's transit engine. The key
+// must be made with derived=true: only then does Vault bind a ciphertext to
+// its context. The policy needs update on encrypt, decrypt and, to re-wrap,
+// rewrap of this key, and nothing else.
+type VaultConfig struct {
+	Address   string `yaml:"address"`             // https://HOST:PORT
+	Namespace string `yaml:"namespace,omitempty"` // Vault Enterprise
+	Mount     string `yaml:"mount,omitempty"`     // of the transit engine; "transit"
+	Key       string `yaml:"key"`                 // the transit key's name
+
+	CAFile string `yaml:"ca_file,omitempty"` // PEM; without it the system's CAs
+	// CertFile and KeyFile are our client certificate. They are read again at
+	// each new connection.
+	CertFile string `yaml:"cert_file,omitempty"`
+	KeyFile  string `yaml:"key_file,omitempty"` // mode 0600
+
+	// One of the two logins. A token file is read again whenever Vault refuses
+	// its token, and a token that can be renewed is.
+	TokenFile string  `yaml:"token_file,omitempty"` // mode 0600
+	AppRole   AppRole `yaml:"approle,omitempty"`
+
+	// Timeout bounds each request, with the login that it may need; 5 s.
+	Timeout time.Duration `yaml:"timeout,omitempty"`
+}
+
+// An AppRole is a login by role ID and secret ID. Both files are read at each
+// login.
+type AppRole struct {
+	RoleIDFile   string `yaml:"role_id_file"`    // mode 0600
+	SecretIDFile string `yaml:"secret_id_file"`  // mode 0600
+	Mount        string `yaml:"mount,omitempty"` // of the auth method; "approle"
+}
+
+const (
+	defaultTimeout = 5 * time.Second
+	maxTimeout     = time.Minute
+	maxAnswer      = 1 << 20 // bytes of one answer of Vault's
+)
+
+// Key names and mount paths become part of a URL: no dots alone, no escapes.
+var (
+	keyForm   = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$`)
+	mountForm = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?(/[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?)*$`)
+)
+
+func (c VaultConfig) withDefaults() VaultConfig {
+	if c.Mount == "" {
+		c.Mount = "transit"
+	}
+	if c.AppRole.Mount == "" {
+		c.AppRole.Mount = "approle"
+	}
+	if c.Timeout == 0 {
+		c.Timeout = defaultTimeout
+	}
+	return c
+}
+
+func (c VaultConfig) check() []error {
+	var faults []error
+	fault := func(field string, err error) {
+		if err != nil {
+			faults = append(faults, fmt.Errorf("vault.%s: %w", field, err))
+		}
+	}
+	named := c.withDefaults()
+	fault("address", checkAddress(c.Address))
+	if c.Namespace != "" {
+		fault("namespace", checkPath(c.Namespace))
+	}
+	fault("mount", checkPath(named.Mount))
+	if !keyForm.MatchString(c.Key) {
+		fault("key", fmt.Errorf("%.80q: must be the name of a transit key", c.Key))
+	}
+	if c.Timeout < 0 || c.Timeout > maxTimeout {
+		fault("timeout", fmt.Errorf("%s: must be above 0 and at most %s", c.Timeout, maxTimeout))
+	}
+	if c.CAFile != "" {
+		_, err := readRoots(c.CAFile)
+		fault("ca_file", err)
+	}
+	switch {
+	case c.CertFile != "" && c.KeyFile != "":
+		_, err := readPair(c.CertFile, c.KeyFile)
+		fault("key_file", err)
+	case c.CertFile != "":
+		fault("key_file", errors.New("missing: cert_file is set"))
+	case c.KeyFile != "":
+		fault("cert_file", errors.New("missing: key_file is set"))
+	}
+	return append(faults, c.checkLogin()...)
+}
+
+func (c VaultConfig) checkLogin() []error {
+	var faults []error
+	secret := func(field, path string) {
+		err := errors.New("missing")
+		if path != "" {
+			_, err = readSecretLine(path)
+		}
+		if err != nil {
+			faults = append(faults, fmt.Errorf("vault.%s: %w", field, err))
+		}
+	}
+	switch {
+	case c.TokenFile != "" && c.AppRole != (AppRole{}):
+		faults = append(faults, errors.New("vault.token_file: set beside approle: only one login can be"))
+	case c.TokenFile != "":
+		secret("token_file", c.TokenFile)
+	case c.AppRole != (AppRole{}):
+		secret("approle.role_id_file", c.AppRole.RoleIDFile)
+		secret("approle.secret_id_file", c.AppRole.SecretIDFile)
+		if err := checkPath(c.withDefaults().AppRole.Mount); err != nil {
+			faults = append(faults, fmt.Errorf("vault.approle.mount: %w", err))
+		}
+	default:
+		faults = append(faults, errors.New("vault.token_file: missing: either it or approle must be set"))
+	}
+	return faults
+}
+
+// checkAddress refuses plain HTTP: the token would cross the network in clear.
+func checkAddress(address string) error {
+	u, err := url.Parse(address)
+	if err != nil {
+		return errors.New("must be https://HOST:PORT")
+	}
+	if u.Scheme != "https" || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || (u.Path != "" && u.Path != "/") {
+		return fmt.Errorf("%.80q: must be https://HOST:PORT", u.Redacted())
+	}
+	return nil
+}
+
+func checkPath(path string) error {
+	if !mountForm.MatchString(path) {
+		return fmt.Errorf("%.80q: must be a path of Vault's, without slashes around it", path)
+	}
+	return nil
+}
+
+// vault wraps by encrypt and decrypt of one key of Vault's transit engine. It
+// never looks into a ciphertext.
+type vault struct {
+	name    string
+	c       VaultConfig
+	conn    *http.Transport
+	logins  *logins
+	contact contact
+}
+
+func openVault(c Config) (*vault, error) {
+	v := &vault{name: c.Name, c: c.Vault.withDefaults(), contact: contact{now: c.Now}}
+	conn, err := v.c.transport()
+	if err != nil {
+		return nil, fmt.Errorf("kms %s: %w", v.name, err)
+	}
+	v.conn = conn
+	// A client that cannot be made at all is a fault of the set-up; better
+	// now than at the first key.
+	if _, err := v.client(""); err != nil {
+		return nil, fmt.Errorf("kms %s: %w", v.name, err)
+	}
+	v.logins = newLogins(v, c.Now)
+	return v, nil
+}
+
+// transport makes connections of HTTP/1.1: few calls are made, and one that
+// is given up takes its connection with it, where a dead HTTP/2 connection
+// would be used for the next call too. No proxy of the environment is used.
+func (c VaultConfig) transport() (*http.Transport, error) {
+	conf := &tls.Config{MinVersion: tls.VersionTLS12}
+	if c.CAFile != "" {
+		roots, err := readRoots(c.CAFile)
+		if err != nil {
+			return nil, err
+		}
+		conf.RootCAs = roots
+	}
+	if c.CertFile != "" {
+		conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			return readPair(c.CertFile, c.KeyFile)
+		}
+	}
+	var http1 http.Protocols
+	http1.SetHTTP1(true)
+	return &http.Transport{
+		DialContext:         (&net.Dialer{Timeout: c.Timeout}).DialContext,
+		TLSClientConfig:     conf,
+		TLSHandshakeTimeout: c.Timeout,
+		Protocols:           &http1,
+		MaxIdleConnsPerHost: 4,
+		IdleConnTimeout:     30 * time.Second,
+	}, nil
+}
+
+// bounded cuts an answer off that is longer than any of Vault's.
+type bounded struct{ *http.Transport }
+
+func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer, err := b.Transport.RoundTrip(r)
+	if err == nil {
+		answer.Body = http.MaxBytesReader(nil, answer.Body, maxAnswer)
+	}
+	return answer, err
+}
+
+// client makes a client of Vault's that sends token. It retries nothing, and
+// the VAULT_ variables of the environment have no say in it.
+func (v *vault) client(token string) (*api.Client, error) {
+	client, err := api.NewClient(&api.Config{
+		Address: v.c.Address,
+		HttpClient: &http.Client{
+			Transport: bounded{v.conn},
+			// The client follows a standby's redirect by itself.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+		MaxRetries: 0,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make a vault client: %w", err)
+	}
+	client.SetHeaders(http.Header{api.RequestHeaderName: {"true"}})
+	if v.c.Namespace != "" {
+		client.SetNamespace(v.c.Namespace)
+	}
+	client.SetToken(token)
+	return client, nil
+}
+
+func (v *vault) Name() string { return v.name }
+
+func (v *vault) keyRef() string { return v.c.Mount + "/" + v.c.Key }
+
+func (v *vault) Wrap(ctx context.Context, blob, context []byte) (w custodian.OuterWrap, err error) {
+	if err := refuse(v.name, blob, context); err != nil {
+		return w, err
+	}
+	defer func() { v.contact.done(err) }()
+	made, err := v.call(ctx, "encrypt", map[string]any{
+		"plaintext": base64.StdEncoding.EncodeToString(blob),
+		"context":   base64.StdEncoding.EncodeToString(context),
+		// Where the key is gone and the policy has create, Vault would make a
+		// new one with this type in passing. There is no such type, so it
+		// answers that instead. For a key that is there it is not looked at.
+		"type": "must-exist",
+	}, "ciphertext")
+	if err != nil {
+		return w, err
+	}
+	w = custodian.OuterWrap{Provider: v.name, KeyRef: v.keyRef(), Blob: []byte(made)}
+	if err := v.prove(ctx, w, context, blob); err != nil {
+		return custodian.OuterWrap{}, err
+	}
+	return w, nil
+}
+
+// Unwrap opens w under the configured key, whatever key reference it carries:
+// a transit engine that was restored under another path still opens its
+// blobs, and a blob of another key does not open anyway.
+func (v *vault) Unwrap(ctx context.Context, w custodian.OuterWrap, context []byte) (blob []byte, err error) {
+	if err := refuseWrap(v.name, w, context); err != nil {
+		return nil, err
+	}
+	defer func() { v.contact.done(err) }()
+	blob, err = v.open(ctx, w, context)
+	if errors.Is(err, custodian.ErrProviderBlob) && w.KeyRef != v.keyRef() {
+		return nil, fmt.Errorf("the blob was made under %s: %w", w.KeyRef, err)
+	}
+	return blob, err
+}
+
+// Rewrap moves w to the newest version of the transit key, inside Vault.
+func (v *vault) Rewrap(ctx context.Context, w custodian.OuterWrap, context []byte) (moved custodian.OuterWrap, err error) {
+	if err := refuseWrap(v.name, w, context); err != nil {
+		return moved, err
+	}
+	defer func() { v.contact.done(err) }()
+	blob, err := v.open(ctx, w, context)
+	if err != nil {
+		return moved, err
+	}
+	defer clear(blob)
+	made, err := v.call(ctx, "rewrap", map[string]any{
+		"ciphertext": string(w.Blob),
+		"context":    base64.StdEncoding.EncodeToString(context),
+	}, "ciphertext")
+	if err != nil {
+		return moved, err
+	}
+	moved = custodian.OuterWrap{Provider: v.name, KeyRef: v.keyRef(), Blob: []byte(made)}
+	if err := v.prove(ctx, moved, context, blob); err != nil {
+		return custodian.OuterWrap{}, err
+	}
+	return moved, nil
+}
+
+// open decrypts w.
+func (v *vault) open(ctx context.Context, w custodian.OuterWrap, context []byte) ([]byte, error) {
+	text, err := v.call(ctx, "decrypt", map[string]any{
+		"ciphertext": string(w.Blob),
+		"context":    base64.StdEncoding.EncodeToString(context),
+	}, "plaintext")
+	if err != nil {
+		return nil, err
+	}
+	blob, err := base64.StdEncoding.DecodeString(text)
+	if err != nil || len(blob) == 0 {
+		return nil, v.fault("decrypt", "its answer holds no base64", custodian.ErrProviderUnavailable)
+	}
+	return blob, nil
+}
+
+// prove opens a new wrap before anybody relies on it: it must open to want
+// under its own context, and under no other. Vault ignores the context of a
+// key that is not derived, and whether it is can be read only with a right
+// that is not needed otherwise.
+func (v *vault) prove(ctx context.Context, w custodian.OuterWrap, context, want []byte) error {
+	got, err := v.open(ctx, w, context)
+	if err != nil {
+		return fmt.Errorf("verify a new wrap: %w", err)
+	}
+	defer clear(got)
+	if !same(got, want) {
+		return v.fault("verify a new wrap", "it opens to other bytes", custodian.ErrProviderUnavailable)
+	}
+	other, err := v.open(ctx, w, append(slices.Clone(context), 0))
+	clear(other)
+	if err == nil {
+		return v.fault("verify a new wrap", "it opens under another context: the key must be made with derived=true", custodian.ErrProviderDisabled)
+	}
+	if !errors.Is(err, custodian.ErrProviderBlob) {
+		return fmt.Errorf("verify a new wrap: %w", err)
+	}
+	return nil
+}
+
+// call makes one request to the transit key and returns one string of its
+// answer. All three operations may be repeated without harm, so a request
+// that Vault forbids is made once more after a fresh login.
+func (v *vault) call(ctx context.Context, op string, body map[string]any, field string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, v.c.Timeout)
+	defer cancel()
+	s, err := v.logins.session(ctx)
+	if err != nil {
+		return "", err
+	}
+	answer, err := v.send(ctx, s, op, body)
+	if forbidden(err) {
+		if s, err = v.logins.replace(ctx, s); err != nil {
+			return "", err
+		}
+		answer, err = v.send(ctx, s, op, body)
+	}
+	switch {
+	case forbidden(err):
+		return "", v.logins.denied(s, v.classify(op, err))
+	case err != nil:
+		return "", v.classify(op, err)
+	}
+	v.logins.welcome(s)
+	if answer == nil {
+		return "", v.fault(op, "its answer is empty", custodian.ErrProviderUnavailable)
+	}
+	text, _ := answer.Data[field].(string)
+	if text == "" {
+		return "", v.fault(op, "its answer has no "+field, custodian.ErrProviderUnavailable)
+	}
+	return text, nil
+}
+
+func (v *vault) send(ctx context.Context, s *session, op string, body map[string]any) (*api.Secret, error) {
+	return s.client.Logical().WriteWithContext(ctx, v.c.Mount+"/"+op+"/"+v.c.Key, body)
+}
+
+func (v *vault) Status() custodian.ProviderStatus {
+	return v.contact.describe(custodian.ProviderStatus{Name: v.name, Kind: KindVault, KeyRef: v.keyRef(), OuterLayer: true})
+}
+
+// Close forgets the login. The token ends with its lease.
+func (v *vault) Close() error {
+	v.logins.forget()
+	v.conn.CloseIdleConnections()
+	return nil
+}
