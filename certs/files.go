@@ -54,11 +54,11 @@ func readFile(path string, secret bool) ([]byte, error) {
 	return io.ReadAll(f)
 }
 
-// withoutPath takes the path off a file error: every fault is reported with its
-// path in front.
+// withoutPath leaves only the reason of a file error: every fault is reported
+// with its path in front.
 func withoutPath(err error) error {
 	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
-		return fmt.Errorf("%s: %w", pathErr.Op, pathErr.Err)
+		return pathErr.Err
 	}
 	return err
 }

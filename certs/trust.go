@@ -242,25 +242,27 @@ func (t *trust) checkChain(chain []*x509.Certificate, now time.Time, grace time.
 	if t.CRLFile == "" {
 		return w, nil
 	}
+	var stale error // a revocation further up says more
 	path := t.upwards(chain)
 	for i, cert := range path[:len(path)-1] {
-		l := t.lists[issuerOf(path[i+1])]
-		if l == nil && i >= len(chain)-1 {
-			continue
-		}
+		by := path[i+1]
+		l := t.lists[issuerOf(by)]
 		if l == nil {
-			return window{}, fmt.Errorf("ca %s: no revocation list of %q in %s: %w", t.Name, path[i+1].Subject, t.CRLFile, ErrCRLExpired)
+			if presented := i < len(chain)-1; presented {
+				stale = fmt.Errorf("ca %s: %s has no list of %q: %w", t.Name, t.CRLFile, by.Subject, ErrCRLExpired)
+			}
+			continue
 		}
 		if when, ok := l.revoked[serialKey(cert.SerialNumber)]; ok {
 			return window{}, fmt.Errorf("ca %s: serial %x, on %s: %w", t.Name, cert.SerialNumber, when.UTC().Format(time.RFC3339), ErrRevoked)
 		}
 		end := l.nextUpdate.Add(grace)
 		if now.After(end) {
-			return window{}, fmt.Errorf("ca %s: list of %q was due %s: %w", t.Name, path[i+1].Subject, l.nextUpdate.UTC().Format(time.RFC3339), ErrCRLExpired)
+			stale = fmt.Errorf("ca %s: the list of %q was due %s: %w", t.Name, by.Subject, l.nextUpdate.UTC().Format(time.RFC3339), ErrCRLExpired)
 		}
 		w.until = earliest(w.until, end)
 	}
-	return w, nil
+	return w, stale
 }
 
 // upwards continues a chain above the certificate where verification stopped,
