@@ -1,0 +1,119 @@
+package custodian
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"filippo.io/age"
+
+	"github.com/keycustody/custodian/internal/audit"
+)
+
+const actionRestored = "restore"
+
+// Backup writes the store to w, encrypted to an age X25519 recipient, while
+// service goes on. The copy holds no key in clear, but it is encrypted all
+// the same: content IDs and KIDs are nobody else's business.
+func (c *Custodian) Backup(ctx context.Context, who Caller, recipient string, w io.Writer) error {
+	d := c.decide(who, ActionBackup, Resource{})
+	if !d.Allow {
+		return c.refuse(ctx, who, d, ActionBackup, ref{})
+	}
+	to, err := age.ParseX25519Recipient(recipient)
+	if err != nil {
+		return invalid("recipient", fmt.Errorf("it must be an age X25519 recipient, age1…: %w", err))
+	}
+	e := c.entry(who, d, ActionBackup, "", ref{}, nil)
+	e.Detail = "to " + recipient
+	if _, err := c.record(ctx, e); err != nil {
+		return err
+	}
+	sealed, err := age.Encrypt(w, to)
+	if err != nil {
+		return fmt.Errorf("backup: %w", err)
+	}
+	if err := c.store.Backup(ctx, sealed); err != nil {
+		return fmt.Errorf("backup: %w", err)
+	}
+	return sealed.Close()
+}
+
+// A RestoreReport says what a restored store lacks.
+type RestoreReport struct {
+	Revision uint64 `json:"control_revision"` // after the restore
+	// MissingKIDs were handed out after the backup was made; their CEKs are
+	// lost to this store.
+	MissingKIDs []MissingKey `json:"missing_kids"`
+	// LostChanges of the control set were made after the backup: freezes and
+	// exceptions among them must be made again.
+	LostChanges []ControlChange `json:"lost_control_changes"`
+	Rotated     []KEKID         `json:"rotated_keks"`
+}
+
+// A MissingKey is a KID that the audit log knows and the store does not.
+type MissingKey struct {
+	KID KID   `json:"kid"`
+	KEK KEKID `json:"kek"`
+}
+
+// Restore finishes a restore in a store that was just put back from a backup
+// and that nothing serves from yet: every category gets a new KEK version, so
+// that no GCM invocation that the backup does not know is ever repeated under
+// its key; the log is told where the store stands now; and what was lost is
+// listed. cfg.Logged must have tracked KIDs.
+func Restore(ctx context.Context, cfg Config) (RestoreReport, error) {
+	cfg.Restored = true
+	c, err := Open(ctx, cfg)
+	if err != nil {
+		return RestoreReport{}, err
+	}
+	defer c.Close()
+	var rep RestoreReport
+	backup := c.set.Load().head.Revision
+	if err := c.adoptRevision(ctx, cfg.Logged.Revision); err != nil {
+		return rep, err
+	}
+	for name, cat := range c.set.Load().categories {
+		if err := c.rotateKEK(ctx, name, cat.ActiveKEK, "restore"); err != nil {
+			return rep, fmt.Errorf("category %s: %w", name, err)
+		}
+		rep.Rotated = append(rep.Rotated, KEKID{name, cat.ActiveKEK + 1})
+	}
+	err = c.store.View(ctx, func(tx Tx) error {
+		for kid, kek := range cfg.Logged.KIDs {
+			if _, err := tx.ContentKey(kid); errors.Is(err, ErrNotFound) {
+				rep.MissingKIDs = append(rep.MissingKIDs, MissingKey{kid, kek})
+			} else if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	for _, ch := range cfg.Logged.Changes {
+		if ch.Revision > backup {
+			rep.LostChanges = append(rep.LostChanges, ch)
+		}
+	}
+	rep.Revision = c.set.Load().head.Revision
+	slices.SortFunc(rep.MissingKIDs, func(a, b MissingKey) int { return strings.Compare(a.KID.String(), b.KID.String()) })
+	slices.SortFunc(rep.Rotated, func(a, b KEKID) int { return strings.Compare(a.String(), b.String()) })
+	return rep, err
+}
+
+// adoptRevision lifts the store's control revision beyond the log's and tells
+// the log, so that from here on the two agree again.
+func (c *Custodian) adoptRevision(ctx context.Context, logged uint64) error {
+	var sequence uint64
+	if err := c.store.View(ctx, func(tx Tx) error { sequence = tx.Sequence(); return nil }); err != nil {
+		return err
+	}
+	return c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+		return change{lift: logged, entry: audit.Entry{Action: actionRestored, StoreSequence: sequence,
+			Detail: fmt.Sprintf("from a backup at control revision %d", old.head.Revision)}}, nil
+	})
+}

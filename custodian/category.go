@@ -1,0 +1,232 @@
+package custodian
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
+)
+
+// A CreateCategoryRequest makes a category with its first KEK.
+type CreateCategoryRequest struct {
+	RequestID     string
+	Name          CategoryName
+	Providers     []string      // empty: the configured default
+	ReissueWindow time.Duration // zero: 72 hours
+	Live          bool          // no end of the re-issue window
+}
+
+// Check says what is wrong with the request, or nil.
+func (r CreateCategoryRequest) Check() error {
+	if err := r.Name.Check(); err != nil {
+		return invalid("category", err)
+	}
+	if r.ReissueWindow < 0 || r.ReissueWindow > 100*365*24*time.Hour {
+		return invalid("reissue_window", fmt.Errorf("%s: must be positive, a hundred years at most", r.ReissueWindow))
+	}
+	for i, p := range r.Providers {
+		if slices.Contains(r.Providers[:i], p) {
+			return invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%q is named twice", p))
+		}
+	}
+	return nil
+}
+
+// CreateCategory makes a category and version 1 of its KEK.
+func (c *Custodian) CreateCategory(ctx context.Context, who Caller, req CreateCategoryRequest) (Category, error) {
+	if err := req.Check(); err != nil {
+		return Category{}, err
+	}
+	d := c.decide(who, ActionCreateCategory, Resource{Category: req.Name})
+	about := ref{category: req.Name}
+	cat, err := c.createCategory(ctx, d, req, c.entry(who, d, ActionCreateCategory, req.RequestID, about, nil))
+	if err != nil {
+		err = deadline(ctx, err)
+		if _, aerr := c.record(ctx, c.entry(who, d, ActionCreateCategory, req.RequestID, about, err)); aerr != nil {
+			return Category{}, errors.Join(aerr, err)
+		}
+		return Category{}, err
+	}
+	return cat, nil
+}
+
+func (c *Custodian) createCategory(ctx context.Context, d Decision, req CreateCategoryRequest, e audit.Entry) (Category, error) {
+	if !d.Allow {
+		return Category{}, fmt.Errorf("category %s: %w", req.Name, d.Err)
+	}
+	if err := c.believesClock(); err != nil {
+		return Category{}, err
+	}
+	set := c.set.Load()
+	if _, exists := set.categories[req.Name]; exists {
+		return Category{}, fmt.Errorf("category %s: %w", req.Name, ErrCategoryExists)
+	}
+	providers := req.Providers
+	if len(providers) == 0 {
+		providers = c.defaultWraps
+	}
+	for i, p := range providers {
+		if c.keys.providers[p] == nil {
+			return Category{}, invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%q is not configured", p))
+		}
+	}
+	kek, err := c.newKEK(ctx, set, KEKID{req.Name, 1}, providers)
+	if err != nil {
+		return Category{}, err
+	}
+	cat := Category{Name: req.Name, Mode: CategoryOpen, ActiveKEK: 1, Providers: providers, CreateTime: kek.CreateTime,
+		ReissueWindow: req.ReissueWindow, Live: req.Live, Revision: 1}
+	err = c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+		if _, exists := old.categories[req.Name]; exists {
+			return change{}, fmt.Errorf("category %s: %w", req.Name, ErrCategoryExists)
+		}
+		e.KeyVersion = kek.ID.String()
+		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(kek)}, entry: e}, nil
+	})
+	return cat, err
+}
+
+// newKEK makes one KEK version under the active MEK. Nothing is stored yet.
+func (c *Custodian) newKEK(ctx context.Context, set *controlSet, id KEKID, providers []string) (KEK, error) {
+	now := c.now()
+	m, err := set.activeMEK(now)
+	if err != nil {
+		return KEK{}, err
+	}
+	w, err := c.keys.make(ctx, m, UseSeal, kekIdentity(set.head.StoreID, id), providers)
+	if err != nil {
+		return KEK{}, fmt.Errorf("kek %s: %w", id, err)
+	}
+	return KEK{ID: id, State: StateActive, CreateTime: now, Wrapped: w, Reserved: 1 /* the canary */, Revision: 1}, nil
+}
+
+// rotateKEK gives a category a new KEK version in one change: successor
+// ACTIVE, predecessor DEACTIVATED. Keys under the predecessor go on opening.
+func (c *Custodian) rotateKEK(ctx context.Context, name CategoryName, from uint32, cause string) error {
+	set := c.set.Load()
+	cat, ok := set.categories[name]
+	if !ok {
+		return fmt.Errorf("category %s: %w", name, ErrCategoryNotFound)
+	}
+	kek, err := c.newKEK(ctx, set, KEKID{name, from + 1}, cat.Providers)
+	if err != nil {
+		return err
+	}
+	return c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+		cat, pred := old.categories[name], old.keks[KEKID{name, from}]
+		if cat.ActiveKEK != from {
+			return change{}, errNoChange // another was quicker
+		}
+		cat.ActiveKEK, cat.Revision = kek.ID.Version, cat.Revision+1
+		pred.State, pred.DeactivateTime, pred.Revision = StateDeactivated, now, pred.Revision+1
+		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek)},
+			entry: audit.Entry{Action: "kek.rotate", Category: string(name), KeyVersion: kek.ID.String(), Detail: cause}}, nil
+	})
+}
+
+// A SetModeRequest freezes a category, or opens it again.
+type SetModeRequest struct {
+	RequestID string
+	Name      CategoryName
+	Mode      CategoryMode
+	Cause     string
+}
+
+// SetCategoryMode freezes a category at once, or lifts a freeze.
+func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetModeRequest) (Category, error) {
+	if err := req.Name.Check(); err != nil {
+		return Category{}, invalid("category", err)
+	}
+	if req.Mode != CategoryOpen && req.Mode != CategoryFrozen {
+		return Category{}, invalid("mode", fmt.Errorf("%s: must be OPEN or FROZEN", req.Mode))
+	}
+	if len(req.Cause) > 1000 {
+		return Category{}, invalid("cause", errors.New("longer than 1000 bytes"))
+	}
+	d := c.decide(who, ActionSetMode, Resource{Category: req.Name})
+	var cat Category
+	err := d.Err
+	if d.Allow {
+		// A freeze is a break-glass: a clock that is not believed does not stop it.
+		err = c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+			var ok bool
+			if cat, ok = old.categories[req.Name]; !ok {
+				return change{}, fmt.Errorf("category %s: %w", req.Name, ErrCategoryNotFound)
+			}
+			cat.Mode, cat.Revision = req.Mode, cat.Revision+1
+			e := c.entry(who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, nil)
+			e.Detail = req.Mode.String() + " " + req.Cause
+			return change{put: []ControlRecord{categoryRecord(cat)}, entry: e}, nil
+		})
+	}
+	if err != nil {
+		err = deadline(ctx, fmt.Errorf("category %s: %w", req.Name, err))
+		if _, aerr := c.record(ctx, c.entry(who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, err)); aerr != nil {
+			return Category{}, errors.Join(aerr, err)
+		}
+		return Category{}, err
+	}
+	c.log.Warn("category mode set", "category", req.Name, "mode", req.Mode.String(), "by", who.ID)
+	return cat, nil
+}
+
+// A budget is what is left of the invocations that were reserved for a KEK.
+type budget struct{ left uint64 }
+
+// reserve returns the KEK version that protects in a category, with n GCM
+// invocations that no one else will use. They are reserved in the store in
+// blocks, before use. At the soft limit the category gets a new version.
+func (c *Custodian) reserve(ctx context.Context, name CategoryName, n uint64) (KEKID, *controlSet, error) {
+	c.reserveMu.Lock()
+	defer c.reserveMu.Unlock()
+	for range 3 { // a rotation, then a block, then the answer
+		set := c.set.Load()
+		cat, ok := set.categories[name]
+		if !ok {
+			return KEKID{}, nil, fmt.Errorf("category %s: %w", name, ErrCategoryNotFound)
+		}
+		id := KEKID{name, cat.ActiveKEK}
+		kek := set.keks[id]
+		if err := Usable(kek.State, Protect, false); err != nil {
+			return id, nil, fmt.Errorf("kek %s: state %s: %w", id, kek.State, err)
+		}
+		b := c.budgets[id]
+		if b == nil {
+			b = &budget{}
+			c.budgets[id] = b
+		}
+		if b.left >= n {
+			b.left -= n
+			return id, set, nil
+		}
+		if kek.Reserved >= c.limits.Soft {
+			err := c.rotateKEK(ctx, name, id.Version, "soft limit of GCM invocations")
+			if err == nil {
+				continue
+			}
+			c.log.Error("a KEK is past its soft limit and cannot be rotated", "kek", id.String(), "err", err)
+		}
+		block := max(c.limits.Block, n)
+		if kek.Reserved > math.MaxUint64-block || kek.Reserved+block > c.limits.Hard {
+			return id, nil, fmt.Errorf("kek %s: %d of %d GCM invocations reserved: %w", id, kek.Reserved, c.limits.Hard, ErrKEKExhausted)
+		}
+		if err := c.reserveBlock(ctx, id, block); err != nil {
+			return id, nil, err
+		}
+		b.left += block
+	}
+	return KEKID{}, nil, fmt.Errorf("category %s: its KEK changes too fast: %w", name, ErrStoreUnavailable)
+}
+
+func (c *Custodian) reserveBlock(ctx context.Context, id KEKID, block uint64) error {
+	return c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+		k := old.keks[id]
+		k.Reserved, k.Revision = k.Reserved+block, k.Revision+1
+		return change{put: []ControlRecord{kekRecord(k)}, entry: audit.Entry{Action: "kek.reserve", Category: string(id.Category),
+			KeyVersion: id.String(), Detail: fmt.Sprintf("%d invocations reserved", k.Reserved)}}, nil
+	})
+}

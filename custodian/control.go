@@ -1,0 +1,401 @@
+package custodian
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
+)
+
+// What a start finds when records were tampered with. Each of them matches
+// ErrRecordCorrupt as well.
+var (
+	// ErrRecordMAC: a control record, or the head, is not as we wrote it.
+	ErrRecordMAC = errors.New("the record's MAC does not verify")
+	// ErrControlDigest: every record is genuine, but together they are not the
+	// control set that the head closes: one was dropped, added or replaced by
+	// its older self.
+	ErrControlDigest = errors.New("the control records are not the set that the head closes")
+	// ErrStoreRollback: the audit log knows a later store than this one.
+	ErrStoreRollback = errors.New("the store is older than the audit log")
+	// ErrLogRollback: the store knows more control changes than the audit log.
+	ErrLogRollback = errors.New("the audit log is older than the store")
+)
+
+func corrupt(which string, err error) error {
+	return fmt.Errorf("%s: %w: %w", which, err, ErrRecordCorrupt)
+}
+
+type controlKey struct {
+	kind ControlKind
+	name string
+}
+
+// A controlSet is the control records, decoded, at one revision of the head.
+// It never changes once it is published: a change makes a new one.
+type controlSet struct {
+	head       Head
+	meks       map[uint32]MEK
+	keks       map[KEKID]KEK
+	helpers    map[helperID]Helper
+	signers    map[string]Signer
+	categories map[CategoryName]Category
+	exceptions map[KID]Exception
+	// buckets hold the hash of every record, by the first byte of the hash of
+	// its key. The head's digest is the hash of the buckets' hashes, so a
+	// change costs one bucket, not the whole set.
+	buckets [256]map[controlKey][32]byte
+	sums    [256][32]byte
+}
+
+type helperID struct {
+	purpose HelperPurpose
+	version uint32
+}
+
+func newControlSet() *controlSet {
+	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
+		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}}
+}
+
+func (s *controlSet) clone() *controlSet {
+	n := *s
+	n.meks, n.keks, n.helpers = maps.Clone(s.meks), maps.Clone(s.keks), maps.Clone(s.helpers)
+	n.signers, n.categories, n.exceptions = maps.Clone(s.signers), maps.Clone(s.categories), maps.Clone(s.exceptions)
+	return &n
+}
+
+func (k controlKey) hash() [32]byte {
+	b := append([]byte("custodian control key 1\x00"), byte(k.kind))
+	return sha256.Sum256(append(b, k.name...))
+}
+
+func recordHash(r ControlRecord) [32]byte {
+	b := append([]byte("custodian control record 1\x00"), byte(r.Kind))
+	b = binary.AppendUvarint(b, uint64(len(r.Name)))
+	b = append(b, r.Name...)
+	b = binary.AppendUvarint(b, uint64(r.MACVersion))
+	b = append(b, r.MAC[:]...)
+	return sha256.Sum256(append(b, r.Body...))
+}
+
+// put takes a record into the set: its decoded form and its hash.
+func (s *controlSet) put(r ControlRecord) error {
+	if err := s.decode(r); err != nil {
+		return err
+	}
+	k := controlKey{r.Kind, r.Name}
+	i := k.hash()[0]
+	s.buckets[i] = maps.Clone(s.buckets[i])
+	if s.buckets[i] == nil {
+		s.buckets[i] = map[controlKey][32]byte{}
+	}
+	s.buckets[i][k] = recordHash(r)
+	s.sums[i] = sumBucket(s.buckets[i])
+	return nil
+}
+
+func (s *controlSet) remove(k controlKey) {
+	i := k.hash()[0]
+	s.buckets[i] = maps.Clone(s.buckets[i])
+	delete(s.buckets[i], k)
+	s.sums[i] = sumBucket(s.buckets[i])
+	if k.kind == ControlException {
+		if kid, err := ParseKID(k.name); err == nil {
+			delete(s.exceptions, kid)
+		}
+	}
+}
+
+func sumBucket(m map[controlKey][32]byte) [32]byte {
+	if len(m) == 0 {
+		return [32]byte{}
+	}
+	leaves := make([][64]byte, 0, len(m))
+	for k, h := range m {
+		var leaf [64]byte
+		kh := k.hash()
+		copy(leaf[:32], kh[:])
+		copy(leaf[32:], h[:])
+		leaves = append(leaves, leaf)
+	}
+	slices.SortFunc(leaves, func(a, b [64]byte) int { return bytes.Compare(a[:], b[:]) })
+	h := sha256.New()
+	for _, l := range leaves {
+		h.Write(l[:])
+	}
+	return [32]byte(h.Sum(nil))
+}
+
+func (s *controlSet) digest() [32]byte {
+	h := sha256.New()
+	h.Write([]byte("custodian control set 1\x00"))
+	for i := range s.sums {
+		h.Write(s.sums[i][:])
+	}
+	return [32]byte(h.Sum(nil))
+}
+
+func (s *controlSet) decode(r ControlRecord) error {
+	want := ""
+	var err error
+	switch r.Kind {
+	case ControlMEK:
+		var m MEK
+		m, err = decodeMEK(r.Body)
+		s.meks[m.Version], want = m, mekName(m.Version)
+	case ControlKEK:
+		var k KEK
+		k, err = decodeKEK(r.Body)
+		s.keks[k.ID], want = k, k.ID.String()
+	case ControlHelper:
+		var h Helper
+		h, err = decodeHelper(r.Body)
+		s.helpers[helperID{h.Purpose, h.Version}], want = h, helperName(h.Purpose, h.Version)
+	case ControlSigner:
+		var g Signer
+		g, err = decodeSigner(r.Body)
+		s.signers[r.Name], want = g, signerName(g.Purpose, g.Version)
+	case ControlCategory:
+		var c Category
+		c, err = decodeCategory(r.Body)
+		s.categories[c.Name], want = c, string(c.Name)
+	case ControlException:
+		var x Exception
+		x, err = decodeException(r.Body)
+		s.exceptions[x.KID], want = x, x.KID.String()
+	default:
+		return fmt.Errorf("control record %q: unknown kind %d: %w", r.Name, r.Kind, ErrRecordCorrupt)
+	}
+	if err == nil && want != r.Name {
+		err = fmt.Errorf("control record %q is of %q: %w", r.Name, want, ErrRecordCorrupt)
+	}
+	return err
+}
+
+func mekName(v uint32) string                     { return fmt.Sprintf("mek/%d", v) }
+func helperName(p HelperPurpose, v uint32) string { return fmt.Sprintf("%s/%d", p, v) }
+func signerName(purpose string, v uint32) string  { return fmt.Sprintf("%s/%d", purpose, v) }
+func mekRecord(m MEK) ControlRecord {
+	return ControlRecord{Kind: ControlMEK, Name: mekName(m.Version), Body: encodeMEK(m)}
+}
+func kekRecord(k KEK) ControlRecord {
+	return ControlRecord{Kind: ControlKEK, Name: k.ID.String(), Body: encodeKEK(k)}
+}
+func categoryRecord(c Category) ControlRecord {
+	return ControlRecord{Kind: ControlCategory, Name: string(c.Name), Body: encodeCategory(c)}
+}
+func exceptionRecord(x Exception) ControlRecord {
+	return ControlRecord{Kind: ControlException, Name: x.KID.String(), Body: encodeException(x)}
+}
+func helperRecord(h Helper) ControlRecord {
+	return ControlRecord{Kind: ControlHelper, Name: helperName(h.Purpose, h.Version), Body: encodeHelper(h)}
+}
+func signerRecord(g Signer) ControlRecord {
+	return ControlRecord{Kind: ControlSigner, Name: signerName(g.Purpose, g.Version), Body: encodeSigner(g)}
+}
+
+// latestHelper is the version of a helper that protects.
+func (s *controlSet) latestHelper(p HelperPurpose) (Helper, error) {
+	var latest Helper
+	for id, h := range s.helpers {
+		if id.purpose == p && h.State == StateActive && h.Version > latest.Version {
+			latest = h
+		}
+	}
+	if latest.Version == 0 {
+		return Helper{}, corrupt("helper key "+string(p), errors.New("no active version"))
+	}
+	return latest, nil
+}
+
+// activeMEK is the version that new keys are wrapped under.
+func (s *controlSet) activeMEK(now time.Time) (MEK, error) {
+	var latest MEK
+	for v, m := range s.meks {
+		if v > latest.Version && m.State == StateActive {
+			latest = m
+		}
+	}
+	if latest.Version == 0 {
+		return MEK{}, corrupt("mek", errors.New("no active version"))
+	}
+	return latest, usableMEK(latest, Protect, now)
+}
+
+// errNoChange ends a change that has become needless.
+var errNoChange = errors.New("nothing to change")
+
+// A change is one change of the control set.
+type change struct {
+	put    []ControlRecord // without MACs
+	remove []controlKey
+	entry  audit.Entry // what the audit log says of it
+	lift   uint64      // the new revision is above this one, too
+}
+
+// change makes one change: MACs and head are made first, the store takes them
+// in one transaction, the new set is published, and the audit log is told.
+// The caller answers nobody before it has returned.
+//
+// A store update that failed after doing it is told apart from one that did
+// nothing by reading the head again.
+func (c *Custodian) change(ctx context.Context, build func(old *controlSet, now time.Time) (change, error)) error {
+	c.controlMu.Lock()
+	defer c.controlMu.Unlock()
+	if err := c.settle(ctx); err != nil {
+		return err
+	}
+	old := c.set.Load()
+	now := c.now()
+	ch, err := build(old, now)
+	if errors.Is(err, errNoChange) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	next := old.clone()
+	for i := range ch.put {
+		if err := c.sign(ctx, old, &ch.put[i]); err != nil {
+			return err
+		}
+		if err := next.put(ch.put[i]); err != nil {
+			return err
+		}
+	}
+	for _, k := range ch.remove {
+		next.remove(k)
+	}
+	next.head.Revision = max(old.head.Revision, ch.lift) + 1
+	next.head.Previous = old.head.Digest
+	next.head.Digest = next.digest()
+	if now.After(next.head.HighestNow) {
+		next.head.HighestNow = now
+	}
+	head := ControlRecord{Name: "head", Body: encodeHead(next.head)}
+	if err := c.sign(ctx, old, &head); err != nil {
+		return err
+	}
+	err = c.store.Update(ctx, func(tx UpdateTx) error {
+		if cur, err := tx.Head(); err != nil {
+			return err
+		} else if h, err := decodeHead(cur.Body); err != nil {
+			return err
+		} else if h.Revision != old.head.Revision {
+			return fmt.Errorf("head is at revision %d, not %d: %w", h.Revision, old.head.Revision, ErrChanged)
+		}
+		for _, r := range ch.put {
+			if err := tx.PutControl(r); err != nil {
+				return err
+			}
+		}
+		for _, k := range ch.remove {
+			if err := tx.DeleteControl(k.kind, k.name); err != nil {
+				return err
+			}
+		}
+		return tx.PutHead(head)
+	})
+	c.unsettled = &unsettled{next: next, entry: ch.entry, failed: err}
+	if serr := c.settle(ctx); serr != nil {
+		return errors.Join(err, serr)
+	}
+	return err
+}
+
+// unsettled is a change whose end is not known or not yet written down.
+type unsettled struct {
+	next   *controlSet
+	entry  audit.Entry
+	failed error // what the store answered
+	stored bool
+}
+
+// settle brings a change to its end: it finds out whether the store took it,
+// publishes it, and writes it to the audit log. No other change may begin
+// before, or the log would fall behind the store by more than the one entry
+// that a start can mend. controlMu is held.
+func (c *Custodian) settle(ctx context.Context) error {
+	u := c.unsettled
+	if u == nil {
+		return nil
+	}
+	if u.failed != nil && !u.stored {
+		h, err := c.readHead(ctx)
+		if err != nil {
+			return fmt.Errorf("control revision %d: the outcome of its update is unknown: %w", u.next.head.Revision, err)
+		}
+		if h != u.next.head {
+			c.unsettled = nil // the store did nothing
+			return nil
+		}
+	}
+	u.stored = true
+	c.set.Store(u.next)
+	if _, err := c.record(ctx, c.headEntry(u.next, u.entry)); err != nil {
+		return err
+	}
+	c.unsettled = nil
+	return nil
+}
+
+func (c *Custodian) headEntry(s *controlSet, e audit.Entry) audit.Entry {
+	e.ControlRevision = s.head.Revision
+	e.ControlDigest = slices.Clone(s.head.Digest[:])
+	if e.Outcome == 0 {
+		e.Outcome = audit.Allowed
+	}
+	return e
+}
+
+func (c *Custodian) readHead(ctx context.Context) (Head, error) {
+	var h Head
+	err := c.store.View(ctx, func(tx Tx) error {
+		r, err := tx.Head()
+		if err != nil {
+			return err
+		}
+		h, err = decodeHead(r.Body)
+		return err
+	})
+	return h, err
+}
+
+// sign sets the MAC of r under the newest record helper.
+func (c *Custodian) sign(ctx context.Context, s *controlSet, r *ControlRecord) error {
+	h, err := s.latestHelper(HelperRecord)
+	if err != nil {
+		return err
+	}
+	r.MACVersion = h.Version
+	return c.keys.withHelper(ctx, s, HelperRecord, h.Version, func(k Key) error {
+		r.MAC, err = k.CMAC(ctx, macInput(s.head.StoreID, *r))
+		return err
+	})
+}
+
+// verify checks the MAC of r.
+func (c *Custodian) verify(ctx context.Context, s *controlSet, r ControlRecord) error {
+	var mac [16]byte
+	err := c.keys.withHelper(ctx, s, HelperRecord, r.MACVersion, func(k Key) error {
+		var err error
+		mac, err = k.CMAC(ctx, macInput(s.head.StoreID, r))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if subtle.ConstantTimeCompare(mac[:], r.MAC[:]) != 1 {
+		return corrupt(fmt.Sprintf("control record %q (kind %d)", r.Name, r.Kind), ErrRecordMAC)
+	}
+	return nil
+}

@@ -1,0 +1,242 @@
+package custodian
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/secret"
+)
+
+// Limits of the GCM invocations of one KEK (SP 800-38D, section 8.3: 2^32
+// with random 96-bit IVs) and the block in which they are reserved.
+const (
+	reserveBlock = 1 << 16
+	softLimit    = 1 << 31
+	hardLimit    = 1 << 32
+)
+
+// MEKPeriod is the originator-usage period of a MEK; MEKWarning how long
+// before its end status begins to warn.
+const (
+	MEKPeriod  = 365 * 24 * time.Hour
+	MEKWarning = 90 * 24 * time.Hour
+)
+
+// DefaultReissueWindow is how long a packager may have the same key again.
+const DefaultReissueWindow = 72 * time.Hour
+
+// Config is what a Custodian stands on. It owns none of it: whoever opened a
+// part closes it, after Close.
+type Config struct {
+	Store     Store
+	HSM       HSM
+	Providers []Provider
+	Audit     *audit.Log
+	// Logged is what the audit log showed when it was opened.
+	Logged Logged
+	Policy *Policy
+	Now    func() time.Time
+	Log    *slog.Logger
+
+	// LabelPrefix of our objects in the token: PREFIX-v1, PREFIX-audit-v1.
+	LabelPrefix string
+	// DefaultProviders wrap the KEKs of a category that names none, and the
+	// helper keys.
+	DefaultProviders []string
+	// KEKLifetime is how long a loaded KEK serves without asking the KMS
+	// again. Zero: 15 minutes.
+	KEKLifetime time.Duration
+	// MaxReleases is how many CEKs may be in clear at once. Zero: 8192.
+	MaxReleases int
+	// ConfirmTime accepts a clock that is far beyond the highest time seen.
+	ConfirmTime bool
+	// ConfigDigest names the configuration in the audit log.
+	ConfigDigest [32]byte
+	// Restored marks the first start after a restore: the store is expected
+	// to be behind the audit log, and every category gets a new KEK version.
+	Restored bool
+	// GCMLimits replaces the limits of invocations, for tests. Zero: the
+	// constants above.
+	GCMLimits GCMLimits
+}
+
+// GCMLimits are the limits of one KEK's GCM invocations.
+type GCMLimits struct{ Block, Soft, Hard uint64 }
+
+// A Custodian is the domain at work. It is safe for concurrent use.
+type Custodian struct {
+	store  Store
+	hsm    HSM
+	audit  *audit.Log
+	keys   *keyring
+	arena  *secret.Arena
+	log    *slog.Logger
+	prefix string
+	limits GCMLimits
+
+	clock          func() time.Time
+	defaultWraps   []string
+	providers      []Provider
+	started        time.Time
+	unknownObjects []TokenObject
+
+	policy atomic.Pointer[Policy]
+	set    atomic.Pointer[controlSet]
+	// clockFault is why the clock is not believed; nil: it is.
+	clockFault atomic.Pointer[error]
+	incidents  atomic.Uint64 // KEY_NOT_FOUND answers to callers who may know
+
+	// controlMu serialises changes of the control set and guards unsettled.
+	controlMu sync.Mutex
+	unsettled *unsettled
+
+	// reserveMu guards the map below.
+	reserveMu sync.Mutex
+	budgets   map[KEKID]*budget
+}
+
+// Open verifies store, token and audit log against each other and begins
+// service. It changes nothing but to write its start to the audit log.
+//
+// Errors: ErrUninitialised; ErrHSMUnavailable and ErrKMSUnavailable (try
+// again); ErrRecordMAC, ErrControlDigest, ErrStoreRollback, ErrLogRollback,
+// ErrWrongMEK (never served; see docs/OPERATIONS.md).
+func Open(ctx context.Context, cfg Config) (*Custodian, error) {
+	c, err := newCustodian(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.open(ctx, cfg); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+func newCustodian(cfg Config) (*Custodian, error) {
+	if cfg.MaxReleases == 0 {
+		cfg.MaxReleases = 8192
+	}
+	if cfg.KEKLifetime == 0 {
+		cfg.KEKLifetime = 15 * time.Minute
+	}
+	if cfg.GCMLimits == (GCMLimits{}) {
+		cfg.GCMLimits = GCMLimits{reserveBlock, softLimit, hardLimit}
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	// A slot holds a CEK and its tag: modules want room for both.
+	arena, err := secret.NewArena(2*CEKSize, cfg.MaxReleases)
+	if err != nil {
+		return nil, err
+	}
+	providers := map[string]Provider{}
+	for _, p := range cfg.Providers {
+		if providers[p.Name()] != nil {
+			return nil, fmt.Errorf("provider %q is configured twice", p.Name())
+		}
+		providers[p.Name()] = p
+	}
+	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, providers: cfg.Providers, budgets: map[KEKID]*budget{}}
+	c.keys = newKeyring(cfg.HSM, providers, cfg.KEKLifetime, 30*time.Second, cfg.Now)
+	c.policy.Store(cfg.Policy)
+	c.started = cfg.Now()
+	return c, nil
+}
+
+// Close releases the loaded keys and wipes what is left in clear.
+func (c *Custodian) Close() error {
+	c.keys.close()
+	return c.arena.Close()
+}
+
+// Arena is where the Secrets of results lie.
+func (c *Custodian) Arena() *secret.Arena { return c.arena }
+
+// SetPolicy replaces the policy. The digest of what was loaded goes to the
+// audit log first.
+func (c *Custodian) SetPolicy(ctx context.Context, p *Policy) error {
+	d := p.Digest()
+	if _, err := c.record(ctx, audit.Entry{Action: "policy.load", Outcome: audit.Allowed, Detail: "policy " + hex.EncodeToString(d[:])}); err != nil {
+		return err
+	}
+	c.policy.Store(p)
+	return nil
+}
+
+// now is the injected clock, in UTC.
+func (c *Custodian) now() time.Time { return c.clock().UTC() }
+
+// A ref says what an event was about, for the audit log.
+type ref struct {
+	category  CategoryName
+	contentID ContentID
+	key       *ContentKey
+	kid       KID
+}
+
+// entry makes the audit entry of one decision. The outcome follows from err:
+// a refusal by authority, mode or state is a denial, anything else failed.
+func (c *Custodian) entry(who Caller, d Decision, a Action, requestID string, r ref, err error) audit.Entry {
+	e := audit.Entry{Time: c.now(), Action: string(a), Caller: who.ID, Role: string(d.Role), RequestID: requestID,
+		Category: string(r.category), ContentID: r.contentID, ControlRevision: c.set.Load().head.Revision}
+	if r.key != nil {
+		e.Category, e.ContentID = string(r.key.Category), r.key.ContentID
+		e.TrackType, e.Scheme = string(r.key.TrackType), string(r.key.Scheme)
+		e.HasPeriod, e.Period, e.Generation = r.key.HasPeriod, r.key.Period, r.key.Generation
+		e.KeyVersion = r.key.KEK.String()
+		r.kid = r.key.KID
+	}
+	if !r.kid.IsZero() {
+		e.KID = r.kid[:]
+	}
+	switch {
+	case err == nil:
+		e.Outcome = audit.Allowed
+	case !d.Allow || errors.Is(err, ErrDenied):
+		e.Outcome, e.Reason = audit.Denied, string(ReasonOf(err))
+	default:
+		e.Outcome, e.Reason = audit.Failed, string(ReasonOf(err))
+	}
+	return e
+}
+
+// record is the one place that writes to the audit log. What it refuses to
+// write did not happen: the caller hands nothing over.
+func (c *Custodian) record(ctx context.Context, entries ...audit.Entry) ([]audit.Receipt, error) {
+	for i := range entries {
+		if entries[i].Time.IsZero() {
+			entries[i].Time = c.now()
+		}
+	}
+	receipts, err := c.audit.Append(ctx, entries)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("audit: %w: %w", err, ErrDeadline)
+		}
+		return nil, fmt.Errorf("audit: %w: %w", err, ErrAuditBlocked)
+	}
+	return receipts, nil
+}
+
+// decide asks the policy, and the clock for what changes state.
+func (c *Custodian) decide(who Caller, a Action, r Resource) Decision {
+	return c.policy.Load().Decide(Request{Caller: who, Action: a, Resource: r, Now: c.now()})
+}
+
+// believesClock says whether anything may be issued or changed at this time.
+func (c *Custodian) believesClock() error {
+	if f := c.clockFault.Load(); f != nil {
+		return *f
+	}
+	return nil
+}

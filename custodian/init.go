@@ -1,0 +1,177 @@
+package custodian
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
+)
+
+// An InitSpec is what a first start decides for good.
+type InitSpec struct {
+	Profile MEKProfile // "": the token's default
+}
+
+// Init makes MEK v1, the helper and signing keys, and the first head, in a
+// store that Create has just made, and writes the first entries of the audit
+// log. It is safe to run again after a crash: the journal names the token
+// objects before they exist, and a second run adopts them.
+//
+// It refuses a store that has a head, and a token that holds objects under
+// our prefix that the journal does not name.
+func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
+	c, err := newCustodian(cfg)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	j, err := c.journal(ctx, spec)
+	if err != nil {
+		return err
+	}
+	if _, err := c.record(ctx, audit.Entry{Action: "init.begin", Outcome: audit.Allowed,
+		Detail: fmt.Sprintf("mek %s id %x profile %s; audit signer %s id %x", j.MEKLabel, j.MEKID, j.Profile, j.SignLbl, j.SignID)}); err != nil {
+		return err
+	}
+	m := MEK{Version: 1, Label: j.MEKLabel, ID: j.MEKID, Profile: j.Profile, State: StateActive, CreateTime: j.Start, EndTime: j.End,
+		TokenSerial: c.hsm.Status().Serial, Revision: 1}
+	if err := c.hsm.GenerateMEK(ctx, m); err != nil {
+		return fmt.Errorf("mek %s: generate: %w", m.Label, err)
+	}
+	if m.Canary, err = c.hsm.NewMEKCanary(ctx, m); err != nil {
+		return fmt.Errorf("mek %s: canary: %w", m.Label, err)
+	}
+	if err := c.hsm.CheckMEK(ctx, m); err != nil {
+		return mekError(m, err)
+	}
+	signer, err := c.initSigner(ctx, j)
+	if err != nil {
+		return err
+	}
+	return c.firstHead(ctx, j, m, signer)
+}
+
+// journal returns the journal of an interrupted init, or writes a new one.
+func (c *Custodian) journal(ctx context.Context, spec InitSpec) (InitJournal, error) {
+	var j InitJournal
+	found := false
+	err := c.store.View(ctx, func(tx Tx) error {
+		if _, err := tx.Head(); !errors.Is(err, ErrNotFound) {
+			if err == nil {
+				err = errors.New("the store is initialised already; init makes a new custody and never touches an old one")
+			}
+			return err
+		}
+		var err error
+		j, err = tx.InitJournal()
+		found = err == nil
+		if errors.Is(err, ErrNotFound) {
+			return nil
+		}
+		return err
+	})
+	if err != nil {
+		return j, err
+	}
+	if err := c.refuseForeign(ctx, j, found); err != nil || found {
+		return j, err
+	}
+	if len(c.defaultWraps) == 0 {
+		return j, errors.New("no default provider is configured; name one (local has no outer layer)")
+	}
+	now := c.now()
+	j = InitJournal{MEKLabel: c.prefix + "-v1", SignLbl: c.prefix + "-audit-v1", Profile: spec.Profile, Start: now, End: now.Add(MEKPeriod)}
+	if j.Profile == "" {
+		j.Profile = c.hsm.Status().DefaultMEK
+	}
+	for _, id := range []*[16]byte{&j.StoreID, &j.MEKID, &j.SignID} {
+		if err := c.hsm.Random(ctx, id[:]); err != nil {
+			return j, err
+		}
+	}
+	return j, c.store.Update(ctx, func(tx UpdateTx) error { return tx.PutInitJournal(j) })
+}
+
+// refuseForeign refuses a token in which another custody of our prefix lives.
+func (c *Custodian) refuseForeign(ctx context.Context, j InitJournal, found bool) error {
+	objects, err := c.hsm.Objects(ctx)
+	if err != nil {
+		return err
+	}
+	for _, o := range objects {
+		ours := strings.HasPrefix(o.Label, c.prefix+"-")
+		named := found && (string(o.ID) == string(j.MEKID[:]) && o.Label == j.MEKLabel || string(o.ID) == string(j.SignID[:]) && o.Label == j.SignLbl)
+		if ours && !named {
+			return fmt.Errorf("the token holds %s %q (CKA_ID %x), but this store does not know it: a MEK without its store. Restore the store (custodiand restore), or choose another hsm.label_prefix", o.Class, o.Label, o.ID)
+		}
+	}
+	return nil
+}
+
+func (c *Custodian) initSigner(ctx context.Context, j InitJournal) (Signer, error) {
+	g := Signer{Purpose: "audit", Version: 1, Label: j.SignLbl, ID: j.SignID, State: StateActive, CreateTime: j.Start, Revision: 1}
+	if err := c.hsm.GenerateSigner(ctx, g.Label, g.ID); err != nil {
+		return g, fmt.Errorf("signing key %s: generate: %w", g.Label, err)
+	}
+	s, err := c.hsm.Signer(ctx, g.Label, g.ID)
+	if err != nil {
+		return g, fmt.Errorf("signing key %s: %w", g.Label, err)
+	}
+	g.PublicKey, err = x509.MarshalPKIXPublicKey(s.Public())
+	return g, err
+}
+
+// firstHead makes the helper keys and writes every first record, the head and
+// the end of the journal in one transaction.
+func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer Signer) error {
+	set := newControlSet()
+	set.head = Head{StoreID: j.StoreID, HighestNow: c.now()}
+	records := []ControlRecord{mekRecord(m), signerRecord(signer)}
+	for _, p := range HelperPurposes {
+		w, err := c.keys.make(ctx, m, UseMAC, helperIdentity(j.StoreID, p, 1), c.defaultWraps)
+		if err != nil {
+			return fmt.Errorf("helper key %s: %w", p, err)
+		}
+		records = append(records, helperRecord(Helper{Purpose: p, Version: 1, State: StateActive, CreateTime: j.Start, Wrapped: w, Revision: 1}))
+	}
+	for _, r := range records { // decoded first: signing needs the record helper
+		if err := set.decode(r); err != nil {
+			return err
+		}
+	}
+	for i := range records {
+		if err := c.sign(ctx, set, &records[i]); err != nil {
+			return err
+		}
+		if err := set.put(records[i]); err != nil {
+			return err
+		}
+	}
+	set.head.Revision, set.head.Digest = 1, set.digest()
+	head := ControlRecord{Name: "head", Body: encodeHead(set.head)}
+	if err := c.sign(ctx, set, &head); err != nil {
+		return err
+	}
+	err := c.store.Update(ctx, func(tx UpdateTx) error {
+		for _, r := range records {
+			if err := tx.PutControl(r); err != nil {
+				return err
+			}
+		}
+		if err := tx.PutHead(head); err != nil {
+			return err
+		}
+		return tx.DeleteInitJournal()
+	})
+	if err != nil {
+		return err
+	}
+	c.set.Store(set)
+	_, err = c.record(ctx, c.headEntry(set, audit.Entry{Action: "init", Time: time.Time{},
+		Detail: fmt.Sprintf("store %x mek %s id %x profile %s", j.StoreID, m.Label, m.ID, m.Profile)}))
+	return err
+}

@@ -1,0 +1,358 @@
+package custodian
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/secret"
+)
+
+// A KeySpec names one key of an issue request.
+type KeySpec struct {
+	TrackType TrackType
+	Scheme    Scheme
+	Period    Period
+	KID       KID // zero: drawn from the token's random source
+}
+
+// An IssueRequest asks for the keys of one content item, 1 to 600 of them.
+type IssueRequest struct {
+	RequestID string
+	Category  CategoryName
+	ContentID ContentID
+	Keys      []KeySpec
+}
+
+// An IssuedKey is the answer for one KeySpec. Whoever gets it destroys Key.
+type IssuedKey struct {
+	ContentKey
+	Key     secret.Secret
+	Created bool // false: the natural key had it already
+	Receipt audit.Receipt
+}
+
+// Check says what is wrong with the request, or nil.
+func (r IssueRequest) Check() error {
+	if err := r.Category.Check(); err != nil {
+		return invalid("category", err)
+	}
+	if err := r.ContentID.Check(); err != nil {
+		return invalid("content_id", err)
+	}
+	if len(r.Keys) == 0 || len(r.Keys) > MaxKeysPerIssue {
+		return invalid("keys", fmt.Errorf("%d keys: must be 1 to %d", len(r.Keys), MaxKeysPerIssue))
+	}
+	type slot struct {
+		track  TrackType
+		scheme Scheme
+		has    bool
+		period uint32
+	}
+	slots, kids := map[slot]int{}, map[KID]int{}
+	for i, k := range r.Keys {
+		at := func(f string) string { return fmt.Sprintf("keys[%d].%s", i, f) }
+		if err := k.TrackType.Check(); err != nil {
+			return invalid(at("track_type"), err)
+		}
+		if err := k.Scheme.Check(); err != nil {
+			return invalid(at("scheme"), err)
+		}
+		if !k.Period.Start.IsZero() && !k.Period.End.IsZero() && !k.Period.Start.Before(k.Period.End) {
+			return invalid(at("period"), errors.New("it ends before it starts"))
+		}
+		s := slot{k.TrackType, k.Scheme, k.Period.Set, k.Period.Index}
+		if j, twice := slots[s]; twice {
+			return invalid(at("track_type"), fmt.Errorf("the same key is asked for in keys[%d]", j))
+		}
+		slots[s] = i
+		if j, twice := kids[k.KID]; twice && !k.KID.IsZero() {
+			return invalid(at("kid"), fmt.Errorf("the same KID is given in keys[%d]", j))
+		}
+		kids[k.KID] = i
+	}
+	return nil
+}
+
+func (r IssueRequest) natural(k KeySpec) NaturalKey {
+	return NaturalKey{Category: r.Category, ContentID: r.ContentID, TrackType: k.TrackType, Scheme: k.Scheme,
+		HasPeriod: k.Period.Set, Period: k.Period.Index, Generation: 1}
+}
+
+// Issue returns the keys of a content item, making those that do not exist.
+// The natural key decides, never the caller: the same request gives the same
+// keys. It answers all keys or none.
+func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]IssuedKey, error) {
+	if err := req.Check(); err != nil {
+		return nil, err
+	}
+	d, keys, err := c.issue(ctx, who, req)
+	if err != nil {
+		destroy(keys)
+		err = deadline(ctx, err)
+		if _, aerr := c.record(ctx, c.entry(who, d, ActionIssue, req.RequestID, ref{category: req.Category, contentID: req.ContentID}, err)); aerr != nil {
+			return nil, aerr
+		}
+		return nil, err
+	}
+	entries := make([]audit.Entry, len(keys))
+	for i := range keys {
+		a := ActionReissue
+		if keys[i].Created {
+			a = ActionIssue
+		}
+		entries[i] = c.entry(who, d, a, req.RequestID, ref{key: &keys[i].ContentKey}, nil)
+		entries[i].StoreSequence = keys[i].sequence
+	}
+	receipts, err := c.record(ctx, entries...)
+	if err != nil {
+		destroy(keys)
+		return nil, err
+	}
+	out := make([]IssuedKey, len(keys))
+	for i := range keys {
+		keys[i].Receipt = receipts[i]
+		out[i] = keys[i].IssuedKey
+	}
+	return out, nil
+}
+
+// An issued key also knows the store's sequence after it was stored.
+type issued struct {
+	IssuedKey
+	sequence uint64
+}
+
+func destroy(keys []issued) {
+	for i := range keys {
+		keys[i].Key.Destroy()
+	}
+}
+
+func (c *Custodian) issue(ctx context.Context, who Caller, req IssueRequest) (Decision, []issued, error) {
+	set := c.set.Load()
+	d := c.decide(who, ActionIssue, Resource{Category: req.Category})
+	if !d.Allow {
+		return d, nil, fmt.Errorf("issue for category %s: %w", req.Category, d.Err)
+	}
+	cat, ok := set.categories[req.Category]
+	if !ok {
+		return d, nil, fmt.Errorf("category %s: %w", req.Category, ErrCategoryNotFound)
+	}
+	if d = c.decide(who, ActionIssue, Resource{Category: cat.Name, Mode: cat.Mode}); !d.Allow {
+		return d, nil, fmt.Errorf("category %s: %w", cat.Name, d.Err)
+	}
+	if err := c.believesClock(); err != nil {
+		return d, nil, err
+	}
+	found, err := c.existing(ctx, req)
+	if err != nil {
+		return d, nil, err
+	}
+	var missing []int
+	for i := range found {
+		if found[i].Sealed == nil {
+			missing = append(missing, i)
+		}
+	}
+	keys := make([]issued, len(req.Keys))
+	if len(missing) > 0 {
+		if err := c.createKeys(ctx, cat.Name, req, missing, found, keys); err != nil {
+			return d, keys, err
+		}
+	}
+	for i := range keys {
+		if keys[i].Created {
+			continue
+		}
+		if d, err := c.handOutAgain(ctx, c.set.Load(), who, req, found[i], &keys[i]); err != nil {
+			return d, keys, err
+		}
+	}
+	return d, keys, nil
+}
+
+// existing reads what the natural keys of the request have already.
+func (c *Custodian) existing(ctx context.Context, req IssueRequest) ([]SealedKey, error) {
+	found := make([]SealedKey, len(req.Keys))
+	err := c.store.View(ctx, func(tx Tx) error {
+		if owner, err := tx.ContentCategory(req.ContentID); err == nil && owner != req.Category {
+			return fmt.Errorf("content %q: %w", []byte(req.ContentID), ErrContentCategory)
+		} else if err != nil && !errors.Is(err, ErrNotFound) {
+			return err
+		}
+		for i, spec := range req.Keys {
+			k, err := findExisting(tx, req.natural(spec))
+			if err != nil {
+				return err
+			}
+			found[i] = k
+			if k.Sealed != nil || spec.KID.IsZero() {
+				continue
+			}
+			if _, err := tx.ContentKey(spec.KID); !errors.Is(err, ErrNotFound) {
+				return fmt.Errorf("keys[%d].kid %s: %w", i, spec.KID, orConflict(err))
+			}
+		}
+		return nil
+	})
+	return found, err
+}
+
+// findExisting returns the newest key of a natural key; a zero SealedKey
+// where there is none.
+func findExisting(tx Tx, n NaturalKey) (SealedKey, error) {
+	k, err := tx.HighestGeneration(n)
+	if errors.Is(err, ErrNotFound) {
+		return SealedKey{}, nil
+	}
+	if err == nil && !k.Key.SameItem(n) {
+		err = corrupt(fmt.Sprintf("natural key %s", n), fmt.Errorf("its index names the key of %s", k.Key.NaturalKey))
+	}
+	return k, err
+}
+
+func orConflict(err error) error {
+	if err == nil {
+		return ErrKIDConflict
+	}
+	return err
+}
+
+// createKeys makes the missing keys outside any transaction and stores them
+// in one. Where another request was quicker, its key wins: found[i] is set,
+// and ours is wiped.
+func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req IssueRequest, missing []int, found []SealedKey, keys []issued) error {
+	kek, set, err := c.reserve(ctx, category, uint64(len(missing)))
+	if err != nil {
+		return err
+	}
+	fresh := make([]SealedKey, len(req.Keys))
+	for _, i := range missing {
+		if fresh[i], keys[i].Key, err = c.newKey(ctx, set, kek, req, req.Keys[i]); err != nil {
+			return err
+		}
+	}
+	var sequence uint64
+	var created []bool
+	err = c.store.Update(ctx, func(tx UpdateTx) error {
+		created = make([]bool, len(req.Keys))
+		for _, i := range missing {
+			won, err := findExisting(tx, fresh[i].Key.NaturalKey)
+			if err != nil {
+				return err
+			}
+			if found[i] = won; won.Sealed != nil {
+				continue
+			}
+			if err := tx.InsertContentKey(fresh[i]); err != nil {
+				return fmt.Errorf("keys[%d]: %w", i, err)
+			}
+			created[i] = true
+		}
+		sequence = tx.Sequence()
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, i := range missing {
+		if !created[i] {
+			keys[i].Key.Destroy()
+			continue
+		}
+		keys[i].ContentKey, keys[i].Created, keys[i].sequence = fresh[i].Key, true, sequence
+	}
+	return nil
+}
+
+// newKey draws a CEK in the token and seals it.
+func (c *Custodian) newKey(ctx context.Context, set *controlSet, kek KEKID, req IssueRequest, spec KeySpec) (SealedKey, secret.Secret, error) {
+	k := SealedKey{Key: ContentKey{NaturalKey: req.natural(spec), KID: spec.KID, PeriodStart: spec.Period.Start.UTC(), PeriodEnd: spec.Period.End.UTC(),
+		Origin: OriginGenerated, KEK: kek, BirthKEK: kek.Version, CreateTime: c.now(), Revision: 1}}
+	k.Key.ContentID = slices.Clone(k.Key.ContentID)
+	var public [2 * KIDSize]byte // KID and explicit IV in one call
+	if err := c.hsm.Random(ctx, public[:]); err != nil {
+		return k, secret.Secret{}, err
+	}
+	if k.Key.KID.IsZero() {
+		k.Key.KID = KID(public[:KIDSize])
+		k.Key.KID[6] = k.Key.KID[6]&0x0f | 0x40 // RFC 4122, version 4
+		k.Key.KID[8] = k.Key.KID[8]&0x3f | 0x80 // RFC 4122, variant
+	}
+	if spec.Scheme.ExplicitIV() {
+		k.Key.IV = public[KIDSize:]
+	}
+	slot, err := c.arena.Get()
+	if err != nil {
+		return k, secret.Secret{}, fmt.Errorf("%w: %w", err, ErrRate)
+	}
+	cek := secret.New(c.arena, slot, CEKSize)
+	if err := c.sealCEK(ctx, set, &k, slot[:CEKSize], true); err != nil {
+		cek.Destroy()
+		return k, secret.Secret{}, fmt.Errorf("content key %s: %w", k.Key.KID, err)
+	}
+	return k, cek, nil
+}
+
+// sealCEK fingerprints cek and seals it under k.Key.KEK; with draw, it fills
+// cek from the token's random source first.
+func (c *Custodian) sealCEK(ctx context.Context, set *controlSet, k *SealedKey, cek []byte, draw bool) error {
+	if draw {
+		if err := c.hsm.Random(ctx, cek); err != nil {
+			return err
+		}
+	}
+	h, err := set.latestHelper(HelperFingerprint)
+	if err != nil {
+		return err
+	}
+	k.Key.Fingerprint.Version = h.Version
+	if err := c.keys.withHelper(ctx, set, HelperFingerprint, h.Version, func(f Key) error {
+		var err error
+		k.Key.Fingerprint.MAC, err = f.CMAC(ctx, cek)
+		return err
+	}); err != nil {
+		return fmt.Errorf("fingerprint: %w", err)
+	}
+	k.Body = EncodeContentKey(k.Key)
+	return c.keys.withKEK(ctx, set, k.Key.KEK, func(kek Key) error {
+		var err error
+		k.IV, k.Sealed, err = kek.Seal(ctx, associatedData(set.head.StoreID, k.Body), cek)
+		return err
+	})
+}
+
+// handOutAgain gives a packager a key that exists: through the same decision,
+// and only within the re-issue window unless it is granted more.
+func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Caller, req IssueRequest, k SealedKey, out *issued) (Decision, error) {
+	res := resourceOf(set, k.Key)
+	d := c.decide(who, ActionIssue, res)
+	if d.Allow && !c.withinWindow(set.categories[k.Key.Category], k.Key.CreateTime) {
+		d = c.decide(who, ActionReissue, res)
+		if !d.Allow {
+			return d, fmt.Errorf("content key %s: it was issued more than %s ago, and a reissue grant is needed to have it again: %w", k.Key.KID, reissueWindow(set.categories[k.Key.Category]), d.Err)
+		}
+	}
+	if !d.Allow {
+		return d, fmt.Errorf("content key %s: %w", k.Key.KID, d.Err)
+	}
+	var err error
+	out.ContentKey = k.Key
+	out.Key, err = c.openCEK(ctx, set, k)
+	return d, err
+}
+
+func reissueWindow(cat Category) time.Duration {
+	if cat.ReissueWindow == 0 {
+		return DefaultReissueWindow
+	}
+	return cat.ReissueWindow
+}
+
+func (c *Custodian) withinWindow(cat Category, created time.Time) bool {
+	return cat.Live || c.now().Before(created.Add(reissueWindow(cat)))
+}

@@ -1,0 +1,263 @@
+package custodian
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
+)
+
+// Logged is what the audit log knows of the store. Visit it with every entry
+// while the log is opened.
+type Logged struct {
+	Revision uint64   // of the newest head that was written down
+	Digest   [32]byte // of that head
+	Sequence uint64   // the highest write sequence of the store
+	Entries  uint64
+	// TrackKIDs collects the KIDs that were ever handed out, and the control
+	// changes by revision; only a restore needs them.
+	TrackKIDs bool
+	KIDs      map[KID]KEKID
+	Changes   []ControlChange
+}
+
+// A ControlChange is a change of the control set as the audit log tells it.
+type ControlChange struct {
+	Revision uint64    `json:"revision"`
+	Time     time.Time `json:"time"`
+	Action   string    `json:"action"`
+	Category string    `json:"category,omitempty"`
+	Detail   string    `json:"detail,omitempty"`
+}
+
+// Visit takes one entry in.
+func (l *Logged) Visit(e *audit.Entry) error {
+	l.Entries++
+	if len(e.ControlDigest) == 32 {
+		l.Revision, l.Digest = e.ControlRevision, [32]byte(e.ControlDigest)
+		if l.TrackKIDs {
+			l.Changes = append(l.Changes, ControlChange{e.ControlRevision, e.Time, e.Action, e.Category, e.Detail})
+		}
+	}
+	if e.Action == actionRestored {
+		l.Sequence = e.StoreSequence // the older store is now the right one
+	}
+	l.Sequence = max(l.Sequence, e.StoreSequence)
+	if l.TrackKIDs && len(e.KID) == KIDSize && e.Outcome == audit.Allowed {
+		if l.KIDs == nil {
+			l.KIDs = map[KID]KEKID{}
+		}
+		var version uint32
+		if _, v, ok := strings.Cut(e.KeyVersion, "/"); ok {
+			fmt.Sscanf(v, "%d", &version)
+		}
+		l.KIDs[KID(e.KID)] = KEKID{CategoryName(e.Category), version}
+	}
+	return nil
+}
+
+// maxAhead is how far beyond the highest time seen a start may be without
+// confirmation; maxBehind allows for small corrections of the clock.
+const (
+	maxAhead  = 90 * 24 * time.Hour
+	maxBehind = 5 * time.Minute
+)
+
+func (c *Custodian) open(ctx context.Context, cfg Config) error {
+	records, head, sequence, err := c.readControl(ctx)
+	if err != nil {
+		return err
+	}
+	set, err := c.verifyControl(ctx, records, head)
+	if err != nil {
+		return err
+	}
+	if !cfg.Restored {
+		if err := compareLog(set.head, sequence, cfg.Logged); err != nil {
+			return err
+		}
+	}
+	if err := c.checkToken(ctx, set); err != nil {
+		return err
+	}
+	c.set.Store(set)
+	if !cfg.Restored && cfg.Logged.Revision < set.head.Revision {
+		// The last run ended between the store's commit and the log's.
+		if _, err := c.record(ctx, c.headEntry(set, audit.Entry{Action: "head.recovered"})); err != nil {
+			return err
+		}
+	}
+	c.checkClock(set.head.HighestNow, cfg.ConfirmTime)
+	policy := [32]byte{}
+	if p := c.policy.Load(); p != nil {
+		policy = p.Digest()
+	}
+	_, err = c.record(ctx, audit.Entry{Action: "start", Outcome: audit.Allowed, ControlRevision: set.head.Revision, StoreSequence: sequence,
+		Detail: "config " + hex.EncodeToString(cfg.ConfigDigest[:]) + " policy " + hex.EncodeToString(policy[:])})
+	return err
+}
+
+func (c *Custodian) readControl(ctx context.Context) (records []ControlRecord, head ControlRecord, sequence uint64, err error) {
+	err = c.store.View(ctx, func(tx Tx) error {
+		var err error
+		if head, err = tx.Head(); errors.Is(err, ErrNotFound) {
+			if _, err := tx.InitJournal(); err == nil {
+				return fmt.Errorf("an init was interrupted; run custodiand init again, it goes on where it stopped: %w", ErrUninitialised)
+			}
+			return ErrUninitialised
+		} else if err != nil {
+			return err
+		}
+		sequence = tx.Sequence()
+		return tx.Controls(func(r ControlRecord) error {
+			records = append(records, r)
+			return nil
+		})
+	})
+	return records, head, sequence, err
+}
+
+// verifyControl decodes the control set, loads the record helper with what
+// the set says, and then checks every MAC and the digest of the whole. What
+// was decoded before its MAC was checked has only named blobs and canaries
+// that the token itself authenticates.
+func (c *Custodian) verifyControl(ctx context.Context, records []ControlRecord, head ControlRecord) (*controlSet, error) {
+	set := newControlSet()
+	var err error
+	if set.head, err = decodeHead(head.Body); err != nil {
+		return nil, err
+	}
+	for _, r := range records {
+		if err := set.put(r); err != nil {
+			return nil, err
+		}
+	}
+	for _, m := range set.meks {
+		if m.State == StateActive || m.State == StateDeactivated {
+			if err := c.hsm.CheckMEK(ctx, m); err != nil {
+				return nil, mekError(m, err)
+			}
+		}
+	}
+	for _, r := range append(slices.Clone(records), head) {
+		if err := c.verify(ctx, set, r); err != nil {
+			return nil, err
+		}
+	}
+	if d := set.digest(); d != set.head.Digest {
+		return nil, corrupt(fmt.Sprintf("control set at revision %d", set.head.Revision), ErrControlDigest)
+	}
+	for _, p := range HelperPurposes { // all must load, so that none is missed in the middle of an issue
+		h, err := set.latestHelper(p)
+		if err != nil {
+			return nil, err
+		}
+		if err := c.keys.withHelper(ctx, set, p, h.Version, func(Key) error { return nil }); err != nil {
+			return nil, err
+		}
+	}
+	return set, nil
+}
+
+func mekError(m MEK, err error) error {
+	switch {
+	case errors.Is(err, ErrNoObject):
+		return fmt.Errorf("mek %s (CKA_ID %x) is not in the token; restore the token from its backup, or correct hsm.token. The store cannot be opened without it, and init would not help: %w", m.Label, m.ID, err)
+	case errors.Is(err, ErrWrongMEK), errors.Is(err, ErrAuth):
+		return fmt.Errorf("mek %s (CKA_ID %x): its canary does not verify; the token's object was damaged or replaced: %w", m.Label, m.ID, errors.Join(err, ErrWrongMEK))
+	}
+	return fmt.Errorf("mek %s: %w", m.Label, err)
+}
+
+// compareLog holds the store against the audit log. The store commits first,
+// so it may be ahead by the one change that the log did not get to hear of.
+func compareLog(h Head, sequence uint64, l Logged) error {
+	switch {
+	case l.Revision > h.Revision:
+		return corrupt(fmt.Sprintf("control revision %d in the store, %d in the audit log", h.Revision, l.Revision), ErrStoreRollback)
+	case l.Revision == h.Revision && l.Digest != h.Digest:
+		return corrupt(fmt.Sprintf("control revision %d has another digest in the audit log", h.Revision), ErrStoreRollback)
+	case l.Sequence > sequence:
+		return corrupt(fmt.Sprintf("write sequence %d in the store, %d in the audit log", sequence, l.Sequence), ErrStoreRollback)
+	case l.Revision+1 < h.Revision || (l.Revision+1 == h.Revision && l.Digest != h.Previous):
+		return corrupt(fmt.Sprintf("control revision %d in the store, %d in the audit log", h.Revision, l.Revision), ErrLogRollback)
+	}
+	return nil
+}
+
+// checkToken compares what lies in the token with what is recorded.
+func (c *Custodian) checkToken(ctx context.Context, set *controlSet) error {
+	objects, err := c.hsm.Objects(ctx)
+	if err != nil {
+		return err
+	}
+	known := func(o TokenObject) bool {
+		for _, m := range set.meks {
+			if bytes.Equal(o.ID, m.ID[:]) && o.Label == m.Label {
+				return true
+			}
+		}
+		for _, g := range set.signers {
+			if bytes.Equal(o.ID, g.ID[:]) && o.Label == g.Label {
+				return true
+			}
+		}
+		return false
+	}
+	seen := map[string]bool{}
+	c.unknownObjects = nil
+	for _, o := range objects {
+		k := o.Class + "\x00" + string(o.ID)
+		if known(o) && seen[k] {
+			return fmt.Errorf("token: two objects of class %s have the ID %x: %w", o.Class, o.ID, ErrWrongMEK)
+		}
+		seen[k] = true
+		if !known(o) {
+			c.unknownObjects = append(c.unknownObjects, o)
+			c.log.Warn("unknown object in the token; it is never used", "class", o.Class, "label", o.Label, "id", hex.EncodeToString(o.ID))
+		}
+	}
+	return nil
+}
+
+// checkClock compares the clock with the highest time seen. A clock that is
+// not believed changes nothing and issues nothing.
+func (c *Custodian) checkClock(highest time.Time, confirmed bool) {
+	now := c.now()
+	var fault error
+	switch {
+	case now.Before(highest.Add(-maxBehind)):
+		fault = fmt.Errorf("clock: now is %s, before %s, the highest time seen; set the clock: %w", now.Format(time.RFC3339), highest.Format(time.RFC3339), ErrClock)
+	case now.After(highest.Add(maxAhead)) && !confirmed:
+		fault = fmt.Errorf("clock: now is %s, more than %d days after %s, the highest time seen; if that is right, start with -confirm-time: %w",
+			now.Format(time.RFC3339), int(maxAhead.Hours()/24), highest.Format(time.RFC3339), ErrClock)
+	}
+	if fault == nil {
+		c.clockFault.Store(nil)
+		return
+	}
+	c.clockFault.Store(&fault)
+	c.log.Error("nothing is issued or changed", "err", fault)
+}
+
+// Tick keeps the highest time seen up to date. Call it about once an hour; it
+// writes at most once a day.
+func (c *Custodian) Tick(ctx context.Context) error {
+	set := c.set.Load()
+	if f := c.clockFault.Load(); f != nil {
+		c.checkClock(set.head.HighestNow, false)
+		return nil
+	}
+	if c.now().Sub(set.head.HighestNow) < 24*time.Hour {
+		return nil
+	}
+	return c.change(ctx, func(*controlSet, time.Time) (change, error) {
+		return change{entry: audit.Entry{Action: "time"}}, nil
+	})
+}

@@ -1,0 +1,222 @@
+package custodian
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// A Role is what a caller acts as. The zero Role may do nothing.
+type Role string
+
+// The roles.
+const (
+	RolePackager Role = "packager"
+	RoleProvider Role = "drm-provider"
+	RoleOfficer  Role = "officer"
+	RoleOperator Role = "operator"
+	RoleAuditor  Role = "auditor"
+)
+
+// Roles are all of them.
+var Roles = []Role{RolePackager, RoleProvider, RoleOfficer, RoleOperator, RoleAuditor}
+
+// A Caller is who calls, from a verified certificate chain.
+type Caller struct {
+	ID    string   // SPIFFE ID or DNS name
+	CA    string   // the configured CA that vouches for it
+	Roles []Role   // what that CA may vouch for
+	SPKI  [32]byte // SHA-256 of the certificate's public key
+}
+
+// An Action is what a caller wants to do.
+type Action string
+
+// The actions.
+const (
+	ActionIssue          Action = "issue"
+	ActionReissue        Action = "reissue"
+	ActionRelease        Action = "release"
+	ActionCreateCategory Action = "category.create"
+	ActionSetMode        Action = "category.mode"
+	ActionReadCategories Action = "category.read"
+	ActionReadKeys       Action = "keys.read"
+	ActionReadStatus     Action = "status.read"
+	ActionBackup         Action = "backup"
+)
+
+// permits says which roles may do an action at all.
+var permits = map[Action][]Role{
+	ActionIssue:          {RolePackager},
+	ActionReissue:        {RolePackager},
+	ActionRelease:        {RoleProvider},
+	ActionCreateCategory: {RoleOfficer},
+	ActionSetMode:        {RoleOfficer},
+	ActionReadCategories: {RoleOfficer, RoleOperator, RoleAuditor},
+	ActionReadKeys:       {RoleAuditor},
+	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
+	ActionBackup:         {RoleOperator},
+}
+
+// A Grant gives one identity one role over categories. AllCategories is only
+// set where the configuration says "*".
+type Grant struct {
+	Identity      string
+	Role          Role
+	AllCategories bool
+	Categories    []CategoryName
+	// Reissue lets a packager have keys again after their re-issue window.
+	Reissue bool
+	// SPKI pins the public key; officers must have it.
+	SPKI *[32]byte
+}
+
+// A Policy is the set of grants. The zero Policy permits nothing.
+type Policy struct {
+	byIdentity map[string][]Grant
+	digest     [32]byte
+}
+
+// NewPolicy checks the grants and makes a policy of them. It reports every
+// fault at once, each with the place grants[i].
+func NewPolicy(grants []Grant) (*Policy, error) {
+	p := &Policy{byIdentity: map[string][]Grant{}}
+	var faults []error
+	fault := func(i int, format string, args ...any) {
+		faults = append(faults, fmt.Errorf("grants[%d]: %w", i, fmt.Errorf(format, args...)))
+	}
+	if len(grants) == 0 {
+		faults = append(faults, errors.New("grants: empty; nobody could do anything, which is surely not meant"))
+	}
+	var canonical []string
+	for i, g := range grants {
+		if g.Identity == "" {
+			fault(i, "identity: empty")
+		}
+		if !slices.Contains(Roles, g.Role) {
+			fault(i, "role %q: must be one of %v", g.Role, Roles)
+		}
+		if g.Role == RoleOfficer && g.SPKI == nil {
+			fault(i, "officer %s: an officer is a pinned public key: set spki", g.Identity)
+		}
+		if !g.AllCategories && len(g.Categories) == 0 && g.Role != RoleOperator {
+			fault(i, "%s as %s: categories is empty, so it could do nothing; name them, or write \"*\"", g.Identity, g.Role)
+		}
+		for _, c := range g.Categories {
+			if err := c.Check(); err != nil {
+				fault(i, "%w", err)
+			}
+		}
+		p.byIdentity[g.Identity] = append(p.byIdentity[g.Identity], g)
+		canonical = append(canonical, g.canonical())
+	}
+	for id, gs := range p.byIdentity {
+		holds := func(r Role) bool { return slices.ContainsFunc(gs, func(g Grant) bool { return g.Role == r }) }
+		if holds(RoleOfficer) && holds(RoleOperator) {
+			faults = append(faults, fmt.Errorf("%s: is officer and operator; these must be different people", id))
+		}
+	}
+	slices.Sort(canonical)
+	p.digest = sha256.Sum256([]byte(strings.Join(canonical, "\n")))
+	return p, errors.Join(faults...)
+}
+
+func (g Grant) canonical() string {
+	pin := ""
+	if g.SPKI != nil {
+		pin = hex.EncodeToString(g.SPKI[:])
+	}
+	cats := slices.Clone(g.Categories)
+	slices.Sort(cats)
+	return fmt.Sprintf("%q %q %v %q %v %s", g.Identity, g.Role, g.AllCategories, cats, g.Reissue, pin)
+}
+
+// Digest names the policy in the audit log.
+func (p *Policy) Digest() [32]byte { return p.digest }
+
+// A Resource is what an action touches. The zero Category is the daemon as a
+// whole, for actions that are about no category.
+type Resource struct {
+	Category CategoryName
+	Mode     CategoryMode // of the category; zero where the action needs none
+	State    State        // of the key; zero where the action needs none
+	Decided  bool         // of the key's exception
+}
+
+// A Request is one question to Decide.
+type Request struct {
+	Caller   Caller
+	Action   Action
+	Resource Resource
+	Now      time.Time
+}
+
+// A Decision answers a Request. The zero Decision refuses.
+type Decision struct {
+	Allow  bool
+	Err    error    // the refusal; nil only where Allow
+	Role   Role     // the role that it was allowed or refused in
+	Rules  []string // the grants that allowed it
+	KnowIt bool     // the caller may hear that something does not exist
+}
+
+// Decide is the one place where an action is allowed or refused: authority
+// first, then the category's mode, then the key's state.
+func (p *Policy) Decide(r Request) Decision {
+	d := Decision{Err: ErrDenied}
+	for _, g := range p.grants(r.Caller) {
+		if !slices.Contains(permits[r.Action], g.Role) || !slices.Contains(r.Caller.Roles, g.Role) {
+			continue
+		}
+		if g.Role == RoleOfficer && (g.SPKI == nil || *g.SPKI != r.Caller.SPKI) {
+			continue
+		}
+		d.Role = g.Role
+		if r.Action == ActionReissue && !g.Reissue {
+			continue
+		}
+		if r.Resource.Category != "" && !g.covers(r.Resource.Category) {
+			continue
+		}
+		d.Rules = append(d.Rules, g.canonical())
+		d.Allow = true
+		d.KnowIt = d.KnowIt || g.AllCategories
+	}
+	if !d.Allow {
+		return d
+	}
+	d.Err = nil
+	if r.Resource.Mode == CategoryFrozen && (r.Action == ActionIssue || r.Action == ActionReissue || r.Action == ActionRelease) {
+		d.Allow, d.Err = false, ErrCategoryFrozen
+	} else if r.Resource.State != 0 {
+		if err := Usable(r.Resource.State, purposeOf(r.Action), r.Resource.Decided); err != nil {
+			d.Allow, d.Err = false, err
+		}
+	}
+	return d
+}
+
+func purposeOf(a Action) Purpose {
+	switch a {
+	case ActionIssue, ActionReissue:
+		return Protect
+	case ActionRelease:
+		return Process
+	}
+	return 0
+}
+
+func (p *Policy) grants(who Caller) []Grant {
+	if p == nil {
+		return nil
+	}
+	return p.byIdentity[who.ID]
+}
+
+func (g *Grant) covers(c CategoryName) bool {
+	return g.AllCategories || slices.Contains(g.Categories, c)
+}

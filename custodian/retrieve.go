@@ -1,0 +1,191 @@
+package custodian
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/secret"
+)
+
+// A RetrieveRequest asks for the keys of 1 to 64 KIDs.
+type RetrieveRequest struct {
+	RequestID string
+	// ContentID is optional. A caller who names a content item that exists in
+	// a category granted to it may hear that a KID is unknown.
+	ContentID ContentID
+	KIDs      []KID
+}
+
+// A RetrieveResult is the answer for one KID: Key and Info, or Err. Whoever
+// gets it destroys Key.
+type RetrieveResult struct {
+	KID     KID
+	Err     error
+	Key     secret.Secret
+	Info    ContentKey
+	Receipt audit.Receipt
+
+	decision Decision
+}
+
+// Check says what is wrong with the request, or nil.
+func (r RetrieveRequest) Check() error {
+	if len(r.KIDs) == 0 || len(r.KIDs) > MaxKIDsPerCall {
+		return invalid("key_ids", fmt.Errorf("%d KIDs: must be 1 to %d", len(r.KIDs), MaxKIDsPerCall))
+	}
+	if len(r.ContentID) > 0 {
+		if err := r.ContentID.Check(); err != nil {
+			return invalid("content_id", err)
+		}
+	}
+	for i, kid := range r.KIDs {
+		if kid.IsZero() {
+			return invalid(fmt.Sprintf("key_ids[%d]", i), errors.New("the zero KID names no key"))
+		}
+	}
+	return nil
+}
+
+// Retrieve releases content keys to a DRM provider: one result for each KID,
+// in order. It fails as a whole for a malformed request, and where the audit
+// log cannot be written; then nothing is released.
+func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveRequest) ([]RetrieveResult, error) {
+	if err := req.Check(); err != nil {
+		return nil, err
+	}
+	set := c.set.Load()
+	results := make([]RetrieveResult, len(req.KIDs))
+	sealed := make([]SealedKey, len(req.KIDs))
+	var contentCategory CategoryName
+	err := c.store.View(ctx, func(tx Tx) error {
+		for i, kid := range req.KIDs {
+			sealed[i], results[i].Err = tx.ContentKey(kid)
+		}
+		if len(req.ContentID) > 0 {
+			var err error
+			if contentCategory, err = tx.ContentCategory(req.ContentID); err != nil && !errors.Is(err, ErrNotFound) {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, deadline(ctx, err)
+	}
+	entries := make([]audit.Entry, len(results))
+	for i := range results {
+		r := &results[i]
+		r.KID = req.KIDs[i]
+		c.release(ctx, set, who, req, contentCategory, sealed[i], r)
+		about := ref{contentID: req.ContentID, kid: r.KID}
+		if r.Err == nil || r.Info.KID == r.KID {
+			about.key = &r.Info
+		}
+		entries[i] = c.entry(who, r.decision, ActionRelease, req.RequestID, about, r.Err)
+	}
+	receipts, err := c.record(ctx, entries...)
+	if err != nil {
+		for i := range results {
+			results[i].Key.Destroy()
+		}
+		return nil, err
+	}
+	for i := range results {
+		results[i].Receipt = receipts[i]
+	}
+	return results, nil
+}
+
+// release decides about one key and opens it. r.Err holds what the store said.
+func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, req RetrieveRequest, contentCategory CategoryName, k SealedKey, r *RetrieveResult) {
+	unknown := errors.Is(r.Err, ErrNotFound)
+	if r.Err == nil && len(req.ContentID) > 0 && string(k.Key.ContentID) != string(req.ContentID) {
+		unknown = true // of this content item, there is no such key
+	}
+	if unknown {
+		r.decision, r.Err = c.decideUnknown(who, contentCategory)
+		if errors.Is(r.Err, ErrKeyNotFound) {
+			c.incidents.Add(1)
+			c.log.Error("a granted caller asks for a KID that is not stored; is the store whole?", "kid", r.KID, "caller", who.ID)
+		}
+		return
+	}
+	if r.Err != nil {
+		// Nothing of the record can be believed, its category neither: only
+		// who may have everything hears that it is damaged.
+		r.decision = c.decide(who, ActionRelease, Resource{})
+		if !r.decision.KnowIt {
+			r.decision.Allow, r.Err = false, fmt.Errorf("content key %s: %w", r.KID, ErrDenied)
+		}
+		return
+	}
+	r.decision = c.decide(who, ActionRelease, resourceOf(set, k.Key))
+	if !r.decision.Allow {
+		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
+		if !errors.Is(r.Err, ErrDenied) {
+			r.Info = k.Key
+		}
+		return
+	}
+	r.Info = k.Key
+	r.Key, r.Err = c.openCEK(ctx, set, k)
+}
+
+// decideUnknown is the decision about a key that does not exist: who may not
+// know that hears what it would hear of a key that it is not granted.
+func (c *Custodian) decideUnknown(who Caller, contentCategory CategoryName) (Decision, error) {
+	d := c.decide(who, ActionRelease, Resource{})
+	know := d.KnowIt
+	if contentCategory != "" {
+		know = know || c.decide(who, ActionRelease, Resource{Category: contentCategory}).Allow
+	}
+	if d.Allow && know {
+		return d, ErrKeyNotFound
+	}
+	d.Allow = false
+	return d, ErrDenied
+}
+
+// resourceOf is what the policy is told of a content key.
+func resourceOf(set *controlSet, k ContentKey) Resource {
+	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, State: StateActive}
+	if x, ok := set.exceptions[k.KID]; ok {
+		r.State, r.Decided = x.State, x.Decided
+	}
+	return r
+}
+
+// openCEK opens one CEK into the arena: one operation of the token.
+func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (secret.Secret, error) {
+	slot, err := c.arena.Get()
+	if err != nil {
+		return secret.Secret{}, fmt.Errorf("content key %s: %w: %w", k.Key.KID, err, ErrRate)
+	}
+	n := 0
+	err = c.keys.withKEK(ctx, set, k.Key.KEK, func(kek Key) error {
+		var err error
+		n, err = kek.Open(ctx, k.IV, associatedData(set.head.StoreID, k.Body), k.Sealed, slot)
+		return err
+	})
+	if err == nil && n != CEKSize {
+		err = corrupt("sealed key", fmt.Errorf("%d bytes, not %d", n, CEKSize))
+	}
+	if err != nil {
+		c.arena.Put(slot)
+		if errors.Is(err, ErrAuth) {
+			err = corrupt("sealed key", err)
+		}
+		return secret.Secret{}, fmt.Errorf("content key %s: kek %s: %w", k.Key.KID, k.Key.KEK, deadline(ctx, err))
+	}
+	return secret.New(c.arena, slot, CEKSize), nil
+}
+
+// deadline names an error that came because ctx ended.
+func deadline(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() != nil && !errors.Is(err, ErrRecordCorrupt) {
+		return fmt.Errorf("%w: %w", err, ErrDeadline)
+	}
+	return err
+}

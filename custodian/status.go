@@ -1,0 +1,269 @@
+package custodian
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
+)
+
+// A Status is what custodianctl status shows. It names no key material.
+type Status struct {
+	Time            time.Time        `json:"time"`
+	Started         time.Time        `json:"started"`
+	StoreID         string           `json:"store_id"`
+	ControlRevision uint64           `json:"control_revision"`
+	Warnings        []string         `json:"warnings"`
+	HSM             HSMStatus        `json:"hsm"`
+	MEKs            []MEKStatus      `json:"meks"`
+	Providers       []ProviderStatus `json:"providers"`
+	Store           StoreStats       `json:"store"`
+	Audit           AuditStatus      `json:"audit"`
+	Categories      int              `json:"categories"`
+	KEKsLoaded      int              `json:"keks_loaded"`
+	KEKLoads        uint64           `json:"kek_loads"`
+	CEKsInClear     int              `json:"ceks_in_clear"`
+	Incidents       uint64           `json:"unknown_kid_incidents"`
+	UnknownObjects  []TokenObject    `json:"unknown_token_objects"`
+	Authority       string           `json:"authority"` // who may change policy
+}
+
+// A MEKStatus describes one MEK version.
+type MEKStatus struct {
+	Version    uint32     `json:"version"`
+	Label      string     `json:"label"`
+	Profile    MEKProfile `json:"profile"`
+	State      State      `json:"state"`
+	CreateTime time.Time  `json:"create_time"`
+	EndTime    time.Time  `json:"end_time"`
+	DaysLeft   int        `json:"days_left"`
+}
+
+// An AuditStatus describes the audit log.
+type AuditStatus struct {
+	Entries uint64 `json:"entries"`
+	Root    string `json:"root"`
+	Blocked string `json:"blocked,omitempty"`
+}
+
+// Status describes the daemon to who may know.
+func (c *Custodian) Status(ctx context.Context, who Caller) (Status, error) {
+	d := c.decide(who, ActionReadStatus, Resource{})
+	if !d.Allow {
+		_, err := c.record(ctx, c.entry(who, d, ActionReadStatus, "", ref{}, d.Err))
+		return Status{}, errors.Join(d.Err, err)
+	}
+	return c.Snapshot(ctx)
+}
+
+// Snapshot is Status for the daemon's own metrics: it asks nobody.
+func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
+	set, now := c.set.Load(), c.now()
+	stats, err := c.store.Stats(ctx)
+	if err != nil {
+		return Status{}, err
+	}
+	log := c.audit.Stats()
+	root := c.audit.Root()
+	s := Status{Time: now, Started: c.started, StoreID: fmt.Sprintf("%x", set.head.StoreID), ControlRevision: set.head.Revision,
+		HSM: c.hsm.Status(), Store: stats, Categories: len(set.categories), KEKsLoaded: c.keys.count(), KEKLoads: c.keys.loads.Load(),
+		CEKsInClear: c.arena.InUse(), Incidents: c.incidents.Load(), UnknownObjects: c.unknownObjects,
+		Audit:     AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked},
+		Authority: "configuration file (no officers' quorum)"}
+	for _, m := range set.meks {
+		s.MEKs = append(s.MEKs, MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24)})
+	}
+	slices.SortFunc(s.MEKs, func(a, b MEKStatus) int { return int(a.Version) - int(b.Version) })
+	for _, p := range c.providers {
+		s.Providers = append(s.Providers, p.Status())
+	}
+	s.Warnings = c.warnings(set, s)
+	return s, nil
+}
+
+func (c *Custodian) warnings(set *controlSet, s Status) []string {
+	w := []string{"no officers' quorum: the configuration file decides who may do what"}
+	for _, m := range s.MEKs {
+		switch left := m.EndTime.Sub(s.Time); {
+		case m.State != StateActive:
+		case left <= 0:
+			w = append(w, fmt.Sprintf("mek %s is past its year: no new KEK is made under it; rotate it", m.Label))
+		case left <= MEKWarning:
+			w = append(w, fmt.Sprintf("mek %s ends in %d days; plan its rotation", m.Label, m.DaysLeft))
+		}
+		if m.Profile == ProfileRotatable && !s.HSM.EnforcesTrusted {
+			w = append(w, fmt.Sprintf("mek %s is rotatable on a token that does not enforce CKA_WRAP_WITH_TRUSTED: who has PIN and KMS could take a KEK out", m.Label))
+		}
+	}
+	for _, p := range s.Providers {
+		if !p.OuterLayer {
+			w = append(w, fmt.Sprintf("provider %s has no outer layer: the token alone opens what it wraps", p.Name))
+		}
+	}
+	for id, k := range set.keks {
+		if k.State == StateActive && k.Reserved >= c.limits.Soft {
+			w = append(w, fmt.Sprintf("kek %s is past its soft limit of GCM invocations", id))
+		}
+	}
+	if len(s.UnknownObjects) > 0 {
+		w = append(w, fmt.Sprintf("%d objects in the token are not ours; they are never used", len(s.UnknownObjects)))
+	}
+	if err := c.believesClock(); err != nil {
+		w = append(w, err.Error())
+	}
+	if s.Audit.Blocked != "" {
+		w = append(w, "the audit log is blocked, so nothing is released: "+s.Audit.Blocked)
+	}
+	slices.Sort(w[1:])
+	return w
+}
+
+// Ready says whether keys can be served: nil, or why not. It makes one real
+// token operation.
+func (c *Custodian) Ready(ctx context.Context) error {
+	if b := c.audit.Stats().Blocked; b != "" {
+		return fmt.Errorf("%s: %w", b, ErrAuditBlocked)
+	}
+	return c.hsm.Health(ctx)
+}
+
+// Categories lists the categories that who may see.
+func (c *Custodian) Categories(ctx context.Context, who Caller) ([]Category, error) {
+	set := c.set.Load()
+	var out []Category
+	for _, cat := range set.categories {
+		if c.decide(who, ActionReadCategories, Resource{Category: cat.Name}).Allow {
+			out = append(out, cat)
+		}
+	}
+	if d := c.decide(who, ActionReadCategories, Resource{}); !d.Allow {
+		return nil, c.refuse(ctx, who, d, ActionReadCategories, ref{})
+	}
+	slices.SortFunc(out, func(a, b Category) int { return strings.Compare(string(a.Name), string(b.Name)) })
+	return out, nil
+}
+
+// refuse writes a refusal to the audit log and returns it.
+func (c *Custodian) refuse(ctx context.Context, who Caller, d Decision, a Action, about ref) error {
+	if _, err := c.record(ctx, c.entry(who, d, a, "", about, d.Err)); err != nil {
+		return err
+	}
+	return d.Err
+}
+
+// KeyVersions lists the KEK versions of a category, oldest first.
+func (c *Custodian) KeyVersions(ctx context.Context, who Caller, name CategoryName) ([]KEK, error) {
+	if err := name.Check(); err != nil {
+		return nil, invalid("category", err)
+	}
+	d := c.decide(who, ActionReadCategories, Resource{Category: name})
+	if !d.Allow {
+		return nil, c.refuse(ctx, who, d, ActionReadCategories, ref{category: name})
+	}
+	set := c.set.Load()
+	if _, ok := set.categories[name]; !ok {
+		return nil, fmt.Errorf("category %s: %w", name, ErrCategoryNotFound)
+	}
+	var out []KEK
+	for id, k := range set.keks {
+		if id.Category == name {
+			out = append(out, k)
+		}
+	}
+	slices.SortFunc(out, func(a, b KEK) int { return int(a.ID.Version) - int(b.ID.Version) })
+	return out, nil
+}
+
+// A ContentKeyInfo is the metadata of a content key.
+type ContentKeyInfo struct {
+	ContentKey
+	State State
+}
+
+// A ListRequest asks for the metadata of a category's content keys.
+type ListRequest struct {
+	Category  CategoryName
+	ContentID ContentID // empty: of all content items
+	PageSize  int       // 1 to 1000; zero: 100
+	PageToken string    // of the page before
+}
+
+// ListContentKeys lists metadata, a page at a time. The next token is empty
+// on the last page.
+func (c *Custodian) ListContentKeys(ctx context.Context, who Caller, req ListRequest) (keys []ContentKeyInfo, next string, err error) {
+	if err := req.Category.Check(); err != nil {
+		return nil, "", invalid("category", err)
+	}
+	if req.PageSize < 0 || req.PageSize > 1000 {
+		return nil, "", invalid("page_size", fmt.Errorf("%d: must be 1 to 1000", req.PageSize))
+	}
+	if req.PageSize == 0 {
+		req.PageSize = 100
+	}
+	var after *NaturalKey
+	if req.PageToken != "" {
+		b, err := base64.RawURLEncoding.DecodeString(req.PageToken)
+		if err != nil {
+			return nil, "", invalid("page_token", errors.New("it is not one that we gave"))
+		}
+		k, err := DecodeContentKey(b)
+		if err != nil {
+			return nil, "", invalid("page_token", errors.New("it is not one that we gave"))
+		}
+		after = &k.NaturalKey
+	}
+	d := c.decide(who, ActionReadKeys, Resource{Category: req.Category})
+	if !d.Allow {
+		return nil, "", c.refuse(ctx, who, d, ActionReadKeys, ref{category: req.Category})
+	}
+	set := c.set.Load()
+	if _, ok := set.categories[req.Category]; !ok {
+		return nil, "", fmt.Errorf("category %s: %w", req.Category, ErrCategoryNotFound)
+	}
+	err = c.store.View(ctx, func(tx Tx) error {
+		return tx.ContentKeys(req.Category, req.ContentID, after, req.PageSize+1, func(k SealedKey) error {
+			keys = append(keys, ContentKeyInfo{k.Key, resourceOf(set, k.Key).State})
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, "", deadline(ctx, err)
+	}
+	if len(keys) > req.PageSize {
+		keys = keys[:req.PageSize]
+		last := ContentKey{NaturalKey: keys[req.PageSize-1].NaturalKey}
+		next = base64.RawURLEncoding.EncodeToString(EncodeContentKey(last))
+	}
+	return keys, next, nil
+}
+
+// DescribeContentKey returns the metadata of one content key.
+func (c *Custodian) DescribeContentKey(ctx context.Context, who Caller, kid KID) (ContentKeyInfo, error) {
+	var k SealedKey
+	err := c.store.View(ctx, func(tx Tx) error {
+		var err error
+		k, err = tx.ContentKey(kid)
+		return err
+	})
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return ContentKeyInfo{}, deadline(ctx, err)
+	}
+	d := c.decide(who, ActionReadKeys, Resource{Category: k.Key.Category})
+	if !d.Allow || (err != nil && !d.KnowIt) {
+		d.Allow, d.Err = false, ErrDenied
+		return ContentKeyInfo{}, c.refuse(ctx, who, d, ActionReadKeys, ref{kid: kid})
+	}
+	if err != nil {
+		return ContentKeyInfo{}, fmt.Errorf("content key %s: %w", kid, ErrKeyNotFound)
+	}
+	return ContentKeyInfo{k.Key, resourceOf(c.set.Load(), k.Key).State}, nil
+}
+
+// AuditReceipt is the receipt type of results, so that a front door need not
+// know the log.
+type AuditReceipt = audit.Receipt
