@@ -23,75 +23,6 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// A KeyState is the state of a key version (NIST SP 800-57 part 1, section 7).
-type KeyState int32
-
-const (
-	// No state; permits nothing.
-	KeyState_KEY_STATE_UNSPECIFIED KeyState = 0
-	// Made, but not yet in use.
-	KeyState_KEY_STATE_PRE_ACTIVE KeyState = 1
-	// Protects and processes.
-	KeyState_KEY_STATE_ACTIVE KeyState = 2
-	// Out of use for a time.
-	KeyState_KEY_STATE_SUSPENDED KeyState = 3
-	// Processes what it protected; protects nothing new.
-	KeyState_KEY_STATE_DEACTIVATED KeyState = 4
-	// Known, or thought to be known, to others.
-	KeyState_KEY_STATE_COMPROMISED KeyState = 5
-	// Gone for ever.
-	KeyState_KEY_STATE_DESTROYED KeyState = 6
-)
-
-// Enum value maps for KeyState.
-var (
-	KeyState_name = map[int32]string{
-		0: "KEY_STATE_UNSPECIFIED",
-		1: "KEY_STATE_PRE_ACTIVE",
-		2: "KEY_STATE_ACTIVE",
-		3: "KEY_STATE_SUSPENDED",
-		4: "KEY_STATE_DEACTIVATED",
-		5: "KEY_STATE_COMPROMISED",
-		6: "KEY_STATE_DESTROYED",
-	}
-	KeyState_value = map[string]int32{
-		"KEY_STATE_UNSPECIFIED": 0,
-		"KEY_STATE_PRE_ACTIVE":  1,
-		"KEY_STATE_ACTIVE":      2,
-		"KEY_STATE_SUSPENDED":   3,
-		"KEY_STATE_DEACTIVATED": 4,
-		"KEY_STATE_COMPROMISED": 5,
-		"KEY_STATE_DESTROYED":   6,
-	}
-)
-
-func (x KeyState) Enum() *KeyState {
-	p := new(KeyState)
-	*p = x
-	return p
-}
-
-func (x KeyState) String() string {
-	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
-}
-
-func (KeyState) Descriptor() protoreflect.EnumDescriptor {
-	return file_custodian_v1_custody_service_proto_enumTypes[0].Descriptor()
-}
-
-func (KeyState) Type() protoreflect.EnumType {
-	return &file_custodian_v1_custody_service_proto_enumTypes[0]
-}
-
-func (x KeyState) Number() protoreflect.EnumNumber {
-	return protoreflect.EnumNumber(x)
-}
-
-// Deprecated: Use KeyState.Descriptor instead.
-func (KeyState) EnumDescriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{0}
-}
-
 // A CategoryMode restricts a whole category.
 type CategoryMode int32
 
@@ -129,11 +60,11 @@ func (x CategoryMode) String() string {
 }
 
 func (CategoryMode) Descriptor() protoreflect.EnumDescriptor {
-	return file_custodian_v1_custody_service_proto_enumTypes[1].Descriptor()
+	return file_custodian_v1_custody_service_proto_enumTypes[0].Descriptor()
 }
 
 func (CategoryMode) Type() protoreflect.EnumType {
-	return &file_custodian_v1_custody_service_proto_enumTypes[1]
+	return &file_custodian_v1_custody_service_proto_enumTypes[0]
 }
 
 func (x CategoryMode) Number() protoreflect.EnumNumber {
@@ -142,7 +73,7 @@ func (x CategoryMode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CategoryMode.Descriptor instead.
 func (CategoryMode) EnumDescriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{1}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{0}
 }
 
 // A KeyOrigin says where a content key came from.
@@ -182,11 +113,11 @@ func (x KeyOrigin) String() string {
 }
 
 func (KeyOrigin) Descriptor() protoreflect.EnumDescriptor {
-	return file_custodian_v1_custody_service_proto_enumTypes[2].Descriptor()
+	return file_custodian_v1_custody_service_proto_enumTypes[1].Descriptor()
 }
 
 func (KeyOrigin) Type() protoreflect.EnumType {
-	return &file_custodian_v1_custody_service_proto_enumTypes[2]
+	return &file_custodian_v1_custody_service_proto_enumTypes[1]
 }
 
 func (x KeyOrigin) Number() protoreflect.EnumNumber {
@@ -195,7 +126,7 @@ func (x KeyOrigin) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use KeyOrigin.Descriptor instead.
 func (KeyOrigin) EnumDescriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{2}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{1}
 }
 
 // A Category is a content category: one line of key-encryption keys.
@@ -1499,7 +1430,7 @@ var File_custodian_v1_custody_service_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"\n" +
-	"\"custodian/v1/custody_service.proto\x12\fcustodian.v1\x1a\x19custodian/v1/status.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc9\x02\n" +
+	"\"custodian/v1/custody_service.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a\x19custodian/v1/status.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc9\x02\n" +
 	"\bCategory\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12.\n" +
 	"\x04mode\x18\x02 \x01(\x0e2\x1a.custodian.v1.CategoryModeR\x04mode\x12,\n" +
@@ -1601,15 +1532,7 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x1c\n" +
 	"\trecipient\x18\x02 \x01(\tR\trecipient\"&\n" +
 	"\x0eBackupResponse\x12\x14\n" +
-	"\x05chunk\x18\x01 \x01(\fR\x05chunk*\xbd\x01\n" +
-	"\bKeyState\x12\x19\n" +
-	"\x15KEY_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
-	"\x14KEY_STATE_PRE_ACTIVE\x10\x01\x12\x14\n" +
-	"\x10KEY_STATE_ACTIVE\x10\x02\x12\x17\n" +
-	"\x13KEY_STATE_SUSPENDED\x10\x03\x12\x19\n" +
-	"\x15KEY_STATE_DEACTIVATED\x10\x04\x12\x19\n" +
-	"\x15KEY_STATE_COMPROMISED\x10\x05\x12\x17\n" +
-	"\x13KEY_STATE_DESTROYED\x10\x06*_\n" +
+	"\x05chunk\x18\x01 \x01(\fR\x05chunk*_\n" +
 	"\fCategoryMode\x12\x1d\n" +
 	"\x19CATEGORY_MODE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12CATEGORY_MODE_OPEN\x10\x01\x12\x18\n" +
@@ -1640,74 +1563,74 @@ func file_custodian_v1_custody_service_proto_rawDescGZIP() []byte {
 	return file_custodian_v1_custody_service_proto_rawDescData
 }
 
-var file_custodian_v1_custody_service_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_custodian_v1_custody_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
 var file_custodian_v1_custody_service_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_custodian_v1_custody_service_proto_goTypes = []any{
-	(KeyState)(0),                      // 0: custodian.v1.KeyState
-	(CategoryMode)(0),                  // 1: custodian.v1.CategoryMode
-	(KeyOrigin)(0),                     // 2: custodian.v1.KeyOrigin
-	(*Category)(nil),                   // 3: custodian.v1.Category
-	(*KeyVersion)(nil),                 // 4: custodian.v1.KeyVersion
-	(*OuterWrap)(nil),                  // 5: custodian.v1.OuterWrap
-	(*ContentKeyInfo)(nil),             // 6: custodian.v1.ContentKeyInfo
-	(*CreateCategoryRequest)(nil),      // 7: custodian.v1.CreateCategoryRequest
-	(*CreateCategoryResponse)(nil),     // 8: custodian.v1.CreateCategoryResponse
-	(*SetCategoryModeRequest)(nil),     // 9: custodian.v1.SetCategoryModeRequest
-	(*SetCategoryModeResponse)(nil),    // 10: custodian.v1.SetCategoryModeResponse
-	(*ListCategoriesRequest)(nil),      // 11: custodian.v1.ListCategoriesRequest
-	(*ListCategoriesResponse)(nil),     // 12: custodian.v1.ListCategoriesResponse
-	(*ListKeyVersionsRequest)(nil),     // 13: custodian.v1.ListKeyVersionsRequest
-	(*ListKeyVersionsResponse)(nil),    // 14: custodian.v1.ListKeyVersionsResponse
-	(*ListContentKeysRequest)(nil),     // 15: custodian.v1.ListContentKeysRequest
-	(*ListContentKeysResponse)(nil),    // 16: custodian.v1.ListContentKeysResponse
-	(*DescribeContentKeyRequest)(nil),  // 17: custodian.v1.DescribeContentKeyRequest
-	(*DescribeContentKeyResponse)(nil), // 18: custodian.v1.DescribeContentKeyResponse
-	(*GetStatusRequest)(nil),           // 19: custodian.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),          // 20: custodian.v1.GetStatusResponse
-	(*BackupRequest)(nil),              // 21: custodian.v1.BackupRequest
-	(*BackupResponse)(nil),             // 22: custodian.v1.BackupResponse
-	(*timestamppb.Timestamp)(nil),      // 23: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 24: google.protobuf.Duration
+	(CategoryMode)(0),                  // 0: custodian.v1.CategoryMode
+	(KeyOrigin)(0),                     // 1: custodian.v1.KeyOrigin
+	(*Category)(nil),                   // 2: custodian.v1.Category
+	(*KeyVersion)(nil),                 // 3: custodian.v1.KeyVersion
+	(*OuterWrap)(nil),                  // 4: custodian.v1.OuterWrap
+	(*ContentKeyInfo)(nil),             // 5: custodian.v1.ContentKeyInfo
+	(*CreateCategoryRequest)(nil),      // 6: custodian.v1.CreateCategoryRequest
+	(*CreateCategoryResponse)(nil),     // 7: custodian.v1.CreateCategoryResponse
+	(*SetCategoryModeRequest)(nil),     // 8: custodian.v1.SetCategoryModeRequest
+	(*SetCategoryModeResponse)(nil),    // 9: custodian.v1.SetCategoryModeResponse
+	(*ListCategoriesRequest)(nil),      // 10: custodian.v1.ListCategoriesRequest
+	(*ListCategoriesResponse)(nil),     // 11: custodian.v1.ListCategoriesResponse
+	(*ListKeyVersionsRequest)(nil),     // 12: custodian.v1.ListKeyVersionsRequest
+	(*ListKeyVersionsResponse)(nil),    // 13: custodian.v1.ListKeyVersionsResponse
+	(*ListContentKeysRequest)(nil),     // 14: custodian.v1.ListContentKeysRequest
+	(*ListContentKeysResponse)(nil),    // 15: custodian.v1.ListContentKeysResponse
+	(*DescribeContentKeyRequest)(nil),  // 16: custodian.v1.DescribeContentKeyRequest
+	(*DescribeContentKeyResponse)(nil), // 17: custodian.v1.DescribeContentKeyResponse
+	(*GetStatusRequest)(nil),           // 18: custodian.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),          // 19: custodian.v1.GetStatusResponse
+	(*BackupRequest)(nil),              // 20: custodian.v1.BackupRequest
+	(*BackupResponse)(nil),             // 21: custodian.v1.BackupResponse
+	(*timestamppb.Timestamp)(nil),      // 22: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 23: google.protobuf.Duration
+	(KeyState)(0),                      // 24: custodian.v1.KeyState
 	(*Status)(nil),                     // 25: custodian.v1.Status
 }
 var file_custodian_v1_custody_service_proto_depIdxs = []int32{
-	1,  // 0: custodian.v1.Category.mode:type_name -> custodian.v1.CategoryMode
-	23, // 1: custodian.v1.Category.create_time:type_name -> google.protobuf.Timestamp
-	24, // 2: custodian.v1.Category.reissue_window:type_name -> google.protobuf.Duration
-	0,  // 3: custodian.v1.KeyVersion.state:type_name -> custodian.v1.KeyState
-	23, // 4: custodian.v1.KeyVersion.create_time:type_name -> google.protobuf.Timestamp
-	23, // 5: custodian.v1.KeyVersion.deactivate_time:type_name -> google.protobuf.Timestamp
-	5,  // 6: custodian.v1.KeyVersion.outer_wraps:type_name -> custodian.v1.OuterWrap
-	23, // 7: custodian.v1.ContentKeyInfo.period_start_time:type_name -> google.protobuf.Timestamp
-	23, // 8: custodian.v1.ContentKeyInfo.period_end_time:type_name -> google.protobuf.Timestamp
-	0,  // 9: custodian.v1.ContentKeyInfo.state:type_name -> custodian.v1.KeyState
-	2,  // 10: custodian.v1.ContentKeyInfo.origin:type_name -> custodian.v1.KeyOrigin
-	23, // 11: custodian.v1.ContentKeyInfo.create_time:type_name -> google.protobuf.Timestamp
-	24, // 12: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
-	3,  // 13: custodian.v1.CreateCategoryResponse.category:type_name -> custodian.v1.Category
-	1,  // 14: custodian.v1.SetCategoryModeRequest.mode:type_name -> custodian.v1.CategoryMode
-	3,  // 15: custodian.v1.SetCategoryModeResponse.category:type_name -> custodian.v1.Category
-	3,  // 16: custodian.v1.ListCategoriesResponse.categories:type_name -> custodian.v1.Category
-	4,  // 17: custodian.v1.ListKeyVersionsResponse.key_versions:type_name -> custodian.v1.KeyVersion
-	6,  // 18: custodian.v1.ListContentKeysResponse.content_keys:type_name -> custodian.v1.ContentKeyInfo
-	6,  // 19: custodian.v1.DescribeContentKeyResponse.content_key:type_name -> custodian.v1.ContentKeyInfo
+	0,  // 0: custodian.v1.Category.mode:type_name -> custodian.v1.CategoryMode
+	22, // 1: custodian.v1.Category.create_time:type_name -> google.protobuf.Timestamp
+	23, // 2: custodian.v1.Category.reissue_window:type_name -> google.protobuf.Duration
+	24, // 3: custodian.v1.KeyVersion.state:type_name -> custodian.v1.KeyState
+	22, // 4: custodian.v1.KeyVersion.create_time:type_name -> google.protobuf.Timestamp
+	22, // 5: custodian.v1.KeyVersion.deactivate_time:type_name -> google.protobuf.Timestamp
+	4,  // 6: custodian.v1.KeyVersion.outer_wraps:type_name -> custodian.v1.OuterWrap
+	22, // 7: custodian.v1.ContentKeyInfo.period_start_time:type_name -> google.protobuf.Timestamp
+	22, // 8: custodian.v1.ContentKeyInfo.period_end_time:type_name -> google.protobuf.Timestamp
+	24, // 9: custodian.v1.ContentKeyInfo.state:type_name -> custodian.v1.KeyState
+	1,  // 10: custodian.v1.ContentKeyInfo.origin:type_name -> custodian.v1.KeyOrigin
+	22, // 11: custodian.v1.ContentKeyInfo.create_time:type_name -> google.protobuf.Timestamp
+	23, // 12: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
+	2,  // 13: custodian.v1.CreateCategoryResponse.category:type_name -> custodian.v1.Category
+	0,  // 14: custodian.v1.SetCategoryModeRequest.mode:type_name -> custodian.v1.CategoryMode
+	2,  // 15: custodian.v1.SetCategoryModeResponse.category:type_name -> custodian.v1.Category
+	2,  // 16: custodian.v1.ListCategoriesResponse.categories:type_name -> custodian.v1.Category
+	3,  // 17: custodian.v1.ListKeyVersionsResponse.key_versions:type_name -> custodian.v1.KeyVersion
+	5,  // 18: custodian.v1.ListContentKeysResponse.content_keys:type_name -> custodian.v1.ContentKeyInfo
+	5,  // 19: custodian.v1.DescribeContentKeyResponse.content_key:type_name -> custodian.v1.ContentKeyInfo
 	25, // 20: custodian.v1.GetStatusResponse.status:type_name -> custodian.v1.Status
-	7,  // 21: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
-	9,  // 22: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
-	11, // 23: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
-	13, // 24: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
-	15, // 25: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
-	17, // 26: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
-	19, // 27: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
-	21, // 28: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
-	8,  // 29: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
-	10, // 30: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
-	12, // 31: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
-	14, // 32: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
-	16, // 33: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
-	18, // 34: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
-	20, // 35: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
-	22, // 36: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
+	6,  // 21: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
+	8,  // 22: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
+	10, // 23: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
+	12, // 24: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
+	14, // 25: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
+	16, // 26: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
+	18, // 27: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
+	20, // 28: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
+	7,  // 29: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
+	9,  // 30: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
+	11, // 31: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
+	13, // 32: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
+	15, // 33: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
+	17, // 34: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
+	19, // 35: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
+	21, // 36: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
 	29, // [29:37] is the sub-list for method output_type
 	21, // [21:29] is the sub-list for method input_type
 	21, // [21:21] is the sub-list for extension type_name
@@ -1720,6 +1643,7 @@ func file_custodian_v1_custody_service_proto_init() {
 	if File_custodian_v1_custody_service_proto != nil {
 		return
 	}
+	file_custodian_v1_key_state_proto_init()
 	file_custodian_v1_status_proto_init()
 	file_custodian_v1_custody_service_proto_msgTypes[3].OneofWrappers = []any{}
 	type x struct{}
@@ -1727,7 +1651,7 @@ func file_custodian_v1_custody_service_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_custody_service_proto_rawDesc), len(file_custodian_v1_custody_service_proto_rawDesc)),
-			NumEnums:      3,
+			NumEnums:      2,
 			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,

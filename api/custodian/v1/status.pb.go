@@ -89,18 +89,18 @@ type Status struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Whether the daemon serves keys.
 	State ServingState `protobuf:"varint,1,opt,name=state,proto3,enum=custodian.v1.ServingState" json:"state,omitempty"`
-	// Why, where the state is not SERVING.
-	Cause string `protobuf:"bytes,2,opt,name=cause,proto3" json:"cause,omitempty"`
 	// The version of the daemon.
-	Version string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
+	Version string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// When this answer was made, by the daemon's clock.
-	Now *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=now,proto3" json:"now,omitempty"`
-	// When the daemon started.
-	StartTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
-	// What an operator should do something about, a sentence each.
-	Warnings []string `protobuf:"bytes,6,rep,name=warnings,proto3" json:"warnings,omitempty"`
-	// The identity of the store, 16 bytes. Empty before init.
-	StoreId []byte `protobuf:"bytes,7,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
+	Time *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
+	// When the daemon began to serve.
+	StartTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	// What an operator should know or do something about, a sentence each.
+	Warnings []string `protobuf:"bytes,5,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// Who may change the policy.
+	Authority string `protobuf:"bytes,6,opt,name=authority,proto3" json:"authority,omitempty"`
+	// The identity of the store, 16 bytes in hexadecimal. Empty before init.
+	StoreId string `protobuf:"bytes,7,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
 	// The revision of the control set: every record but the plain ACTIVE content
 	// keys. Zero before init.
 	ControlRevision uint64 `protobuf:"varint,8,opt,name=control_revision,json=controlRevision,proto3" json:"control_revision,omitempty"`
@@ -108,14 +108,27 @@ type Status struct {
 	Meks []*MekStatus `protobuf:"bytes,9,rep,name=meks,proto3" json:"meks,omitempty"`
 	// The token.
 	Hsm *HsmStatus `protobuf:"bytes,10,opt,name=hsm,proto3" json:"hsm,omitempty"`
+	// Objects in the token that are not the daemon's. They are never used.
+	UnknownObjects []*TokenObject `protobuf:"bytes,11,rep,name=unknown_objects,json=unknownObjects,proto3" json:"unknown_objects,omitempty"`
 	// The configured KMS instances.
-	Providers []*ProviderStatus `protobuf:"bytes,11,rep,name=providers,proto3" json:"providers,omitempty"`
+	Providers []*ProviderStatus `protobuf:"bytes,12,rep,name=providers,proto3" json:"providers,omitempty"`
 	// The store.
-	Store *StoreStatus `protobuf:"bytes,12,opt,name=store,proto3" json:"store,omitempty"`
+	Store *StoreStatus `protobuf:"bytes,13,opt,name=store,proto3" json:"store,omitempty"`
 	// The audit log.
-	Audit         *AuditStatus `protobuf:"bytes,13,opt,name=audit,proto3" json:"audit,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Audit *AuditStatus `protobuf:"bytes,14,opt,name=audit,proto3" json:"audit,omitempty"`
+	// How many content categories there are.
+	Categories int32 `protobuf:"varint,15,opt,name=categories,proto3" json:"categories,omitempty"`
+	// Key-encryption keys that are loaded in the token now.
+	KeksLoaded int32 `protobuf:"varint,16,opt,name=keks_loaded,json=keksLoaded,proto3" json:"keks_loaded,omitempty"`
+	// How often a key-encryption key was loaded since the daemon started.
+	KekLoads uint64 `protobuf:"varint,17,opt,name=kek_loads,json=kekLoads,proto3" json:"kek_loads,omitempty"`
+	// Content keys that lie in clear in the arena now.
+	CeksInClear int32 `protobuf:"varint,18,opt,name=ceks_in_clear,json=ceksInClear,proto3" json:"ceks_in_clear,omitempty"`
+	// KIDs that a caller who may know asked for and that do not exist, since the
+	// daemon started. Each one is an incident.
+	UnknownKidIncidents uint64 `protobuf:"varint,19,opt,name=unknown_kid_incidents,json=unknownKidIncidents,proto3" json:"unknown_kid_incidents,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Status) Reset() {
@@ -155,13 +168,6 @@ func (x *Status) GetState() ServingState {
 	return ServingState_SERVING_STATE_UNSPECIFIED
 }
 
-func (x *Status) GetCause() string {
-	if x != nil {
-		return x.Cause
-	}
-	return ""
-}
-
 func (x *Status) GetVersion() string {
 	if x != nil {
 		return x.Version
@@ -169,9 +175,9 @@ func (x *Status) GetVersion() string {
 	return ""
 }
 
-func (x *Status) GetNow() *timestamppb.Timestamp {
+func (x *Status) GetTime() *timestamppb.Timestamp {
 	if x != nil {
-		return x.Now
+		return x.Time
 	}
 	return nil
 }
@@ -190,11 +196,18 @@ func (x *Status) GetWarnings() []string {
 	return nil
 }
 
-func (x *Status) GetStoreId() []byte {
+func (x *Status) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *Status) GetStoreId() string {
 	if x != nil {
 		return x.StoreId
 	}
-	return nil
+	return ""
 }
 
 func (x *Status) GetControlRevision() uint64 {
@@ -214,6 +227,13 @@ func (x *Status) GetMeks() []*MekStatus {
 func (x *Status) GetHsm() *HsmStatus {
 	if x != nil {
 		return x.Hsm
+	}
+	return nil
+}
+
+func (x *Status) GetUnknownObjects() []*TokenObject {
+	if x != nil {
+		return x.UnknownObjects
 	}
 	return nil
 }
@@ -239,6 +259,105 @@ func (x *Status) GetAudit() *AuditStatus {
 	return nil
 }
 
+func (x *Status) GetCategories() int32 {
+	if x != nil {
+		return x.Categories
+	}
+	return 0
+}
+
+func (x *Status) GetKeksLoaded() int32 {
+	if x != nil {
+		return x.KeksLoaded
+	}
+	return 0
+}
+
+func (x *Status) GetKekLoads() uint64 {
+	if x != nil {
+		return x.KekLoads
+	}
+	return 0
+}
+
+func (x *Status) GetCeksInClear() int32 {
+	if x != nil {
+		return x.CeksInClear
+	}
+	return 0
+}
+
+func (x *Status) GetUnknownKidIncidents() uint64 {
+	if x != nil {
+		return x.UnknownKidIncidents
+	}
+	return 0
+}
+
+// A TokenObject is an object that the token shows.
+type TokenObject struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// CKA_CLASS, in words.
+	Class string `protobuf:"bytes,1,opt,name=class,proto3" json:"class,omitempty"`
+	// CKA_LABEL.
+	Label string `protobuf:"bytes,2,opt,name=label,proto3" json:"label,omitempty"`
+	// CKA_ID.
+	Id            []byte `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TokenObject) Reset() {
+	*x = TokenObject{}
+	mi := &file_custodian_v1_status_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TokenObject) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TokenObject) ProtoMessage() {}
+
+func (x *TokenObject) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_status_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TokenObject.ProtoReflect.Descriptor instead.
+func (*TokenObject) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *TokenObject) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
+}
+
+func (x *TokenObject) GetLabel() string {
+	if x != nil {
+		return x.Label
+	}
+	return ""
+}
+
+func (x *TokenObject) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
 // A MekStatus describes one version of the root key (MEK, AES-256, in the token
 // only).
 type MekStatus struct {
@@ -247,23 +366,23 @@ type MekStatus struct {
 	Version uint32 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	// The label of the token object.
 	Label string `protobuf:"bytes,2,opt,name=label,proto3" json:"label,omitempty"`
-	// The state: a value of KeyState, without its prefix.
-	State string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	// What it may be used for.
+	State KeyState `protobuf:"varint,3,opt,name=state,proto3,enum=custodian.v1.KeyState" json:"state,omitempty"`
 	// The profile: sealed or rotatable.
 	Profile string `protobuf:"bytes,4,opt,name=profile,proto3" json:"profile,omitempty"`
 	// When it was made.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// When it stops wrapping new keys.
 	EndTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
-	// How many keys were ever wrapped under it.
-	KeysWrapped   uint64 `protobuf:"varint,7,opt,name=keys_wrapped,json=keysWrapped,proto3" json:"keys_wrapped,omitempty"`
+	// Whole days until then; negative where it is past.
+	DaysLeft      int32 `protobuf:"varint,7,opt,name=days_left,json=daysLeft,proto3" json:"days_left,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MekStatus) Reset() {
 	*x = MekStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[1]
+	mi := &file_custodian_v1_status_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -275,7 +394,7 @@ func (x *MekStatus) String() string {
 func (*MekStatus) ProtoMessage() {}
 
 func (x *MekStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[1]
+	mi := &file_custodian_v1_status_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -288,7 +407,7 @@ func (x *MekStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MekStatus.ProtoReflect.Descriptor instead.
 func (*MekStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{1}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *MekStatus) GetVersion() uint32 {
@@ -305,11 +424,11 @@ func (x *MekStatus) GetLabel() string {
 	return ""
 }
 
-func (x *MekStatus) GetState() string {
+func (x *MekStatus) GetState() KeyState {
 	if x != nil {
 		return x.State
 	}
-	return ""
+	return KeyState_KEY_STATE_UNSPECIFIED
 }
 
 func (x *MekStatus) GetProfile() string {
@@ -333,9 +452,9 @@ func (x *MekStatus) GetEndTime() *timestamppb.Timestamp {
 	return nil
 }
 
-func (x *MekStatus) GetKeysWrapped() uint64 {
+func (x *MekStatus) GetDaysLeft() int32 {
 	if x != nil {
-		return x.KeysWrapped
+		return x.DaysLeft
 	}
 	return 0
 }
@@ -365,17 +484,13 @@ type HsmStatus struct {
 	SessionsMax int32 `protobuf:"varint,10,opt,name=sessions_max,json=sessionsMax,proto3" json:"sessions_max,omitempty"`
 	// Calls that nobody waits for any more and that the module has not ended.
 	AbandonedCalls int32 `protobuf:"varint,11,opt,name=abandoned_calls,json=abandonedCalls,proto3" json:"abandoned_calls,omitempty"`
-	// Whether the last operation was answered.
-	Reachable bool `protobuf:"varint,12,opt,name=reachable,proto3" json:"reachable,omitempty"`
-	// What went wrong last. Empty: nothing since the last success.
-	LastError     string `protobuf:"bytes,13,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *HsmStatus) Reset() {
 	*x = HsmStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[2]
+	mi := &file_custodian_v1_status_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -387,7 +502,7 @@ func (x *HsmStatus) String() string {
 func (*HsmStatus) ProtoMessage() {}
 
 func (x *HsmStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[2]
+	mi := &file_custodian_v1_status_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -400,7 +515,7 @@ func (x *HsmStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HsmStatus.ProtoReflect.Descriptor instead.
 func (*HsmStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{2}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *HsmStatus) GetLabel() string {
@@ -480,20 +595,6 @@ func (x *HsmStatus) GetAbandonedCalls() int32 {
 	return 0
 }
 
-func (x *HsmStatus) GetReachable() bool {
-	if x != nil {
-		return x.Reachable
-	}
-	return false
-}
-
-func (x *HsmStatus) GetLastError() string {
-	if x != nil {
-		return x.LastError
-	}
-	return ""
-}
-
 // A ProviderStatus describes one configured KMS, from what past calls have
 // shown.
 type ProviderStatus struct {
@@ -523,7 +624,7 @@ type ProviderStatus struct {
 
 func (x *ProviderStatus) Reset() {
 	*x = ProviderStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[3]
+	mi := &file_custodian_v1_status_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -535,7 +636,7 @@ func (x *ProviderStatus) String() string {
 func (*ProviderStatus) ProtoMessage() {}
 
 func (x *ProviderStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[3]
+	mi := &file_custodian_v1_status_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -548,7 +649,7 @@ func (x *ProviderStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderStatus.ProtoReflect.Descriptor instead.
 func (*ProviderStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{3}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ProviderStatus) GetName() string {
@@ -635,7 +736,7 @@ type StoreStatus struct {
 
 func (x *StoreStatus) Reset() {
 	*x = StoreStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[4]
+	mi := &file_custodian_v1_status_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -647,7 +748,7 @@ func (x *StoreStatus) String() string {
 func (*StoreStatus) ProtoMessage() {}
 
 func (x *StoreStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[4]
+	mi := &file_custodian_v1_status_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -660,7 +761,7 @@ func (x *StoreStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreStatus.ProtoReflect.Descriptor instead.
 func (*StoreStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{4}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *StoreStatus) GetEngine() string {
@@ -710,21 +811,17 @@ type AuditStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How many entries it has.
 	Entries uint64 `protobuf:"varint,1,opt,name=entries,proto3" json:"entries,omitempty"`
-	// Its size on disk, in bytes.
-	SizeBytes int64 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	// Its Merkle root (RFC 6962), 32 bytes.
-	Root []byte `protobuf:"bytes,3,opt,name=root,proto3" json:"root,omitempty"`
+	// Its Merkle root (RFC 6962), 32 bytes in hexadecimal.
+	Root string `protobuf:"bytes,2,opt,name=root,proto3" json:"root,omitempty"`
 	// Why nothing can be written. Empty: it can.
-	Blocked string `protobuf:"bytes,4,opt,name=blocked,proto3" json:"blocked,omitempty"`
-	// Denials that were counted in one entry with others.
-	Coalesced     uint64 `protobuf:"varint,5,opt,name=coalesced,proto3" json:"coalesced,omitempty"`
+	Blocked       string `protobuf:"bytes,3,opt,name=blocked,proto3" json:"blocked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[5]
+	mi := &file_custodian_v1_status_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -736,7 +833,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[5]
+	mi := &file_custodian_v1_status_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -749,7 +846,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{5}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *AuditStatus) GetEntries() uint64 {
@@ -759,18 +856,11 @@ func (x *AuditStatus) GetEntries() uint64 {
 	return 0
 }
 
-func (x *AuditStatus) GetSizeBytes() int64 {
-	if x != nil {
-		return x.SizeBytes
-	}
-	return 0
-}
-
-func (x *AuditStatus) GetRoot() []byte {
+func (x *AuditStatus) GetRoot() string {
 	if x != nil {
 		return x.Root
 	}
-	return nil
+	return ""
 }
 
 func (x *AuditStatus) GetBlocked() string {
@@ -780,43 +870,49 @@ func (x *AuditStatus) GetBlocked() string {
 	return ""
 }
 
-func (x *AuditStatus) GetCoalesced() uint64 {
-	if x != nil {
-		return x.Coalesced
-	}
-	return 0
-}
-
 var File_custodian_v1_status_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_status_proto_rawDesc = "" +
 	"\n" +
-	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xab\x04\n" +
+	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x06\n" +
 	"\x06Status\x120\n" +
-	"\x05state\x18\x01 \x01(\x0e2\x1a.custodian.v1.ServingStateR\x05state\x12\x14\n" +
-	"\x05cause\x18\x02 \x01(\tR\x05cause\x12\x18\n" +
-	"\aversion\x18\x03 \x01(\tR\aversion\x12,\n" +
-	"\x03now\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\x129\n" +
+	"\x05state\x18\x01 \x01(\x0e2\x1a.custodian.v1.ServingStateR\x05state\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
+	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x129\n" +
 	"\n" +
-	"start_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x12\x1a\n" +
-	"\bwarnings\x18\x06 \x03(\tR\bwarnings\x12\x19\n" +
-	"\bstore_id\x18\a \x01(\fR\astoreId\x12)\n" +
+	"start_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x12\x1a\n" +
+	"\bwarnings\x18\x05 \x03(\tR\bwarnings\x12\x1c\n" +
+	"\tauthority\x18\x06 \x01(\tR\tauthority\x12\x19\n" +
+	"\bstore_id\x18\a \x01(\tR\astoreId\x12)\n" +
 	"\x10control_revision\x18\b \x01(\x04R\x0fcontrolRevision\x12+\n" +
 	"\x04meks\x18\t \x03(\v2\x17.custodian.v1.MekStatusR\x04meks\x12)\n" +
 	"\x03hsm\x18\n" +
-	" \x01(\v2\x17.custodian.v1.HsmStatusR\x03hsm\x12:\n" +
-	"\tproviders\x18\v \x03(\v2\x1c.custodian.v1.ProviderStatusR\tproviders\x12/\n" +
-	"\x05store\x18\f \x01(\v2\x19.custodian.v1.StoreStatusR\x05store\x12/\n" +
-	"\x05audit\x18\r \x01(\v2\x19.custodian.v1.AuditStatusR\x05audit\"\x82\x02\n" +
+	" \x01(\v2\x17.custodian.v1.HsmStatusR\x03hsm\x12B\n" +
+	"\x0funknown_objects\x18\v \x03(\v2\x19.custodian.v1.TokenObjectR\x0eunknownObjects\x12:\n" +
+	"\tproviders\x18\f \x03(\v2\x1c.custodian.v1.ProviderStatusR\tproviders\x12/\n" +
+	"\x05store\x18\r \x01(\v2\x19.custodian.v1.StoreStatusR\x05store\x12/\n" +
+	"\x05audit\x18\x0e \x01(\v2\x19.custodian.v1.AuditStatusR\x05audit\x12\x1e\n" +
+	"\n" +
+	"categories\x18\x0f \x01(\x05R\n" +
+	"categories\x12\x1f\n" +
+	"\vkeks_loaded\x18\x10 \x01(\x05R\n" +
+	"keksLoaded\x12\x1b\n" +
+	"\tkek_loads\x18\x11 \x01(\x04R\bkekLoads\x12\"\n" +
+	"\rceks_in_clear\x18\x12 \x01(\x05R\vceksInClear\x122\n" +
+	"\x15unknown_kid_incidents\x18\x13 \x01(\x04R\x13unknownKidIncidents\"I\n" +
+	"\vTokenObject\x12\x14\n" +
+	"\x05class\x18\x01 \x01(\tR\x05class\x12\x14\n" +
+	"\x05label\x18\x02 \x01(\tR\x05label\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\fR\x02id\"\x94\x02\n" +
 	"\tMekStatus\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x14\n" +
-	"\x05label\x18\x02 \x01(\tR\x05label\x12\x14\n" +
-	"\x05state\x18\x03 \x01(\tR\x05state\x12\x18\n" +
+	"\x05label\x18\x02 \x01(\tR\x05label\x12,\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x16.custodian.v1.KeyStateR\x05state\x12\x18\n" +
 	"\aprofile\x18\x04 \x01(\tR\aprofile\x12;\n" +
 	"\vcreate_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x125\n" +
-	"\bend_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12!\n" +
-	"\fkeys_wrapped\x18\a \x01(\x04R\vkeysWrapped\"\xc1\x03\n" +
+	"\bend_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12\x1b\n" +
+	"\tdays_left\x18\a \x01(\x05R\bdaysLeft\"\x84\x03\n" +
 	"\tHsmStatus\x12\x14\n" +
 	"\x05label\x18\x01 \x01(\tR\x05label\x12\x16\n" +
 	"\x06serial\x18\x02 \x01(\tR\x06serial\x12\x14\n" +
@@ -829,10 +925,7 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\x0fsessions_in_use\x18\t \x01(\x05R\rsessionsInUse\x12!\n" +
 	"\fsessions_max\x18\n" +
 	" \x01(\x05R\vsessionsMax\x12'\n" +
-	"\x0fabandoned_calls\x18\v \x01(\x05R\x0eabandonedCalls\x12\x1c\n" +
-	"\treachable\x18\f \x01(\bR\treachable\x12\x1d\n" +
-	"\n" +
-	"last_error\x18\r \x01(\tR\tlastError\"\xa9\x02\n" +
+	"\x0fabandoned_calls\x18\v \x01(\x05R\x0eabandonedCalls\"\xa9\x02\n" +
 	"\x0eProviderStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x17\n" +
@@ -852,14 +945,11 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12!\n" +
 	"\fcontent_keys\x18\x05 \x01(\x04R\vcontentKeys\x12\x1a\n" +
-	"\bsequence\x18\x06 \x01(\x04R\bsequence\"\x92\x01\n" +
+	"\bsequence\x18\x06 \x01(\x04R\bsequence\"U\n" +
 	"\vAuditStatus\x12\x18\n" +
-	"\aentries\x18\x01 \x01(\x04R\aentries\x12\x1d\n" +
-	"\n" +
-	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x12\n" +
-	"\x04root\x18\x03 \x01(\fR\x04root\x12\x18\n" +
-	"\ablocked\x18\x04 \x01(\tR\ablocked\x12\x1c\n" +
-	"\tcoalesced\x18\x05 \x01(\x04R\tcoalesced*\x9f\x01\n" +
+	"\aentries\x18\x01 \x01(\x04R\aentries\x12\x12\n" +
+	"\x04root\x18\x02 \x01(\tR\x04root\x12\x18\n" +
+	"\ablocked\x18\x03 \x01(\tR\ablocked*\x9f\x01\n" +
 	"\fServingState\x12\x1d\n" +
 	"\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16SERVING_STATE_STARTING\x10\x01\x12\x1f\n" +
@@ -880,34 +970,38 @@ func file_custodian_v1_status_proto_rawDescGZIP() []byte {
 }
 
 var file_custodian_v1_status_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_custodian_v1_status_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_custodian_v1_status_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_custodian_v1_status_proto_goTypes = []any{
 	(ServingState)(0),             // 0: custodian.v1.ServingState
 	(*Status)(nil),                // 1: custodian.v1.Status
-	(*MekStatus)(nil),             // 2: custodian.v1.MekStatus
-	(*HsmStatus)(nil),             // 3: custodian.v1.HsmStatus
-	(*ProviderStatus)(nil),        // 4: custodian.v1.ProviderStatus
-	(*StoreStatus)(nil),           // 5: custodian.v1.StoreStatus
-	(*AuditStatus)(nil),           // 6: custodian.v1.AuditStatus
-	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
+	(*TokenObject)(nil),           // 2: custodian.v1.TokenObject
+	(*MekStatus)(nil),             // 3: custodian.v1.MekStatus
+	(*HsmStatus)(nil),             // 4: custodian.v1.HsmStatus
+	(*ProviderStatus)(nil),        // 5: custodian.v1.ProviderStatus
+	(*StoreStatus)(nil),           // 6: custodian.v1.StoreStatus
+	(*AuditStatus)(nil),           // 7: custodian.v1.AuditStatus
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
+	(KeyState)(0),                 // 9: custodian.v1.KeyState
 }
 var file_custodian_v1_status_proto_depIdxs = []int32{
 	0,  // 0: custodian.v1.Status.state:type_name -> custodian.v1.ServingState
-	7,  // 1: custodian.v1.Status.now:type_name -> google.protobuf.Timestamp
-	7,  // 2: custodian.v1.Status.start_time:type_name -> google.protobuf.Timestamp
-	2,  // 3: custodian.v1.Status.meks:type_name -> custodian.v1.MekStatus
-	3,  // 4: custodian.v1.Status.hsm:type_name -> custodian.v1.HsmStatus
-	4,  // 5: custodian.v1.Status.providers:type_name -> custodian.v1.ProviderStatus
-	5,  // 6: custodian.v1.Status.store:type_name -> custodian.v1.StoreStatus
-	6,  // 7: custodian.v1.Status.audit:type_name -> custodian.v1.AuditStatus
-	7,  // 8: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
-	7,  // 9: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
-	7,  // 10: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	8,  // 1: custodian.v1.Status.time:type_name -> google.protobuf.Timestamp
+	8,  // 2: custodian.v1.Status.start_time:type_name -> google.protobuf.Timestamp
+	3,  // 3: custodian.v1.Status.meks:type_name -> custodian.v1.MekStatus
+	4,  // 4: custodian.v1.Status.hsm:type_name -> custodian.v1.HsmStatus
+	2,  // 5: custodian.v1.Status.unknown_objects:type_name -> custodian.v1.TokenObject
+	5,  // 6: custodian.v1.Status.providers:type_name -> custodian.v1.ProviderStatus
+	6,  // 7: custodian.v1.Status.store:type_name -> custodian.v1.StoreStatus
+	7,  // 8: custodian.v1.Status.audit:type_name -> custodian.v1.AuditStatus
+	9,  // 9: custodian.v1.MekStatus.state:type_name -> custodian.v1.KeyState
+	8,  // 10: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
+	8,  // 11: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
+	8,  // 12: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
+	13, // [13:13] is the sub-list for method output_type
+	13, // [13:13] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_status_proto_init() }
@@ -915,13 +1009,14 @@ func file_custodian_v1_status_proto_init() {
 	if File_custodian_v1_status_proto != nil {
 		return
 	}
+	file_custodian_v1_key_state_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_status_proto_rawDesc), len(file_custodian_v1_status_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,174 @@
+package rpc
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	v1 "github.com/keycustody/custodian/api/custodian/v1"
+	"github.com/keycustody/custodian/custodian"
+)
+
+// maxRequestID in characters.
+const maxRequestID = 128
+
+// A call is one call under way: who calls, and its name in the audit log.
+type call struct {
+	method    string // without the package: KeyRetrievalService/GetContentKeys
+	caller    custodian.Caller
+	requestID string
+	start     time.Time
+}
+
+type callKey struct{}
+
+// callOf is the call that the interceptor began.
+func callOf(ctx context.Context) *call {
+	c, _ := ctx.Value(callKey{}).(*call)
+	return c
+}
+
+// unary stands around every call: identity, deadline, status, metrics, log.
+func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	ctx, c, done, err := s.begin(ctx, info.FullMethod, req)
+	defer done()
+	var resp any
+	if err == nil {
+		resp, err = handler(ctx, req)
+	}
+	if err = s.end(ctx, c, err); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+// stream is the same for a streaming call, whose request its handler decodes.
+func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	ctx, c, done, err := s.begin(ss.Context(), info.FullMethod, nil)
+	defer done()
+	if err == nil {
+		err = handler(srv, &callStream{ss, ctx})
+	}
+	return s.end(ctx, c, err)
+}
+
+// A callStream carries the context of its call.
+type callStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s *callStream) Context() context.Context { return s.ctx }
+
+// begin names the caller and the call, and bounds its time. The call is there
+// even with an error.
+func (s *Server) begin(ctx context.Context, fullMethod string, req any) (context.Context, *call, context.CancelFunc, error) {
+	c := &call{method: strings.TrimPrefix(fullMethod, "/custodian.v1."), start: s.config.Now()}
+	s.metrics.inFlight.Inc()
+	ctx, cancel := s.bound(ctx, fullMethod)
+	ctx = context.WithValue(ctx, callKey{}, c)
+	caller, err := identify(ctx, s.config.Certs)
+	if err != nil {
+		return ctx, c, cancel, err
+	}
+	c.caller = caller
+	if r, ok := req.(interface{ GetRequestId() string }); ok {
+		err = c.name(r.GetRequestId())
+	} else {
+		err = c.name("")
+	}
+	return ctx, c, cancel, err
+}
+
+// bound gives the call its deadline. Watching health has none.
+func (s *Server) bound(ctx context.Context, fullMethod string) (context.Context, context.CancelFunc) {
+	switch fullMethod {
+	case v1.KeyRetrievalService_GetContentKeys_FullMethodName:
+		return context.WithTimeout(ctx, s.config.RetrieveDeadline)
+	case v1.CustodyService_Backup_FullMethodName:
+		return context.WithTimeout(ctx, s.config.BackupDeadline)
+	case healthWatch:
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, s.config.Deadline)
+}
+
+// name takes the caller's request ID, or draws a UUIDv4 where there is none.
+func (c *call) name(id string) error {
+	if id == "" {
+		c.requestID = newRequestID()
+		return nil
+	}
+	if len(id) > maxRequestID || strings.ContainsFunc(id, func(r rune) bool { return r < ' ' || r > '~' }) {
+		return &custodian.InvalidError{Field: "request_id", Err: fmt.Errorf("must be 1 to %d printable ASCII characters", maxRequestID)}
+	}
+	c.requestID = id
+	return nil
+}
+
+// newRequestID draws a UUIDv4 (RFC 9562).
+func newRequestID() string {
+	var b [16]byte
+	rand.Read(b[:]) // it never fails
+	b[6] = b[6]&0x0f | 0x40
+	b[8] = b[8]&0x3f | 0x80
+	var id [36]byte
+	hex.Encode(id[0:8], b[0:4])
+	hex.Encode(id[9:13], b[4:6])
+	hex.Encode(id[14:18], b[6:8])
+	hex.Encode(id[19:23], b[8:10])
+	hex.Encode(id[24:], b[10:])
+	id[8], id[13], id[18], id[23] = '-', '-', '-', '-'
+	return string(id[:])
+}
+
+// end turns the error of a call into its status and counts the call.
+func (s *Server) end(ctx context.Context, c *call, err error) error {
+	s.metrics.inFlight.Dec()
+	took := s.config.Now().Sub(c.start)
+	if err == nil {
+		s.metrics.observe(c.method, "OK", took)
+		return nil
+	}
+	// gRPC's own refusals, such as a broken stream, pass as they are.
+	if st, ok := transportStatus(err); ok {
+		s.metrics.observe(c.method, st.Code().String(), took)
+		return err
+	}
+	r := explain(ctx, err)
+	s.metrics.observe(c.method, string(r.reason), took)
+	s.report(ctx, c, r, err)
+	return r.statusOf(err, c.requestID).Err()
+}
+
+// transportStatus is the status of an error that gRPC itself made.
+func transportStatus(err error) (*status.Status, bool) {
+	var grpcErr interface{ GRPCStatus() *status.Status }
+	if !errors.As(err, &grpcErr) || grpcErr.GRPCStatus().Code() == codes.OK {
+		return nil, false
+	}
+	return grpcErr.GRPCStatus(), true
+}
+
+// report writes the real error of our own faults, and of refused certificates,
+// to the log: the caller hears neither.
+func (s *Server) report(ctx context.Context, c *call, r row, err error) {
+	level := slog.LevelError
+	switch {
+	case r.reason == reasonIdentity:
+		level = slog.LevelWarn
+	case !r.ours:
+		return
+	}
+	s.config.Log.LogAttrs(ctx, level, "call refused", slog.String("method", c.method), slog.String("reason", string(r.reason)),
+		slog.String("caller", c.caller.ID), slog.String("request_id", c.requestID), slog.String("error", err.Error()))
+}

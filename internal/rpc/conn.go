@@ -1,0 +1,45 @@
+package rpc
+
+import (
+	"net"
+
+	"google.golang.org/grpc/credentials"
+)
+
+// wipingCreds are TLS credentials whose connections wipe what was written.
+//
+// Below the codec, gRPC copies each message once more, into the buffer of its
+// HTTP/2 writer, where it would stay until later messages overwrite it. That
+// buffer is the only thing that the transport ever passes to the connection's
+// Write: in gRPC 1.85 all frames go through bufWriter (internal/transport,
+// http_util.go), which copies into a buffer of its own, writes that, and starts
+// again at offset 0 without reading the old bytes. The exception is a server
+// with WriteBufferSize 0, which NewServer never makes. crypto/tls in its turn
+// encrypts a record in place.
+//
+// TestKeysLeaveMemory would notice if an upgrade left plaintext elsewhere, and
+// the calls after it would break if an upgrade still read the bytes.
+type wipingCreds struct {
+	credentials.TransportCredentials
+}
+
+func (c wipingCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &wipingConn{conn}, info, nil
+}
+
+func (c wipingCreds) Clone() credentials.TransportCredentials {
+	return wipingCreds{c.TransportCredentials.Clone()}
+}
+
+// A wipingConn wipes the caller's buffer once it is written. That is more than
+// io.Writer allows; wipingCreds says why it is right here.
+type wipingConn struct{ net.Conn }
+
+func (c *wipingConn) Write(p []byte) (int, error) {
+	defer clear(p)
+	return c.Conn.Write(p)
+}

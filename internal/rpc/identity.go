@@ -1,0 +1,37 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+
+	"github.com/keycustody/custodian/certs"
+	"github.com/keycustody/custodian/custodian"
+)
+
+var errNoTLS = errors.New("the connection has no TLS state")
+
+// identify says who is calling, from the verified chain of the connection and
+// nothing else. It asks the certificates anew for each call, so that one that is
+// revoked or expires while it is connected loses its next call.
+func identify(ctx context.Context, server *certs.Server) (custodian.Caller, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return custodian.Caller{}, &identityError{errNoTLS}
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return custodian.Caller{}, &identityError{errNoTLS}
+	}
+	who, err := server.Peer(info.State)
+	if err != nil {
+		return custodian.Caller{}, &identityError{err}
+	}
+	caller := custodian.Caller{ID: who.Name, CA: who.CA, SPKI: who.SPKI, Roles: make([]custodian.Role, len(who.Roles))}
+	for i, role := range who.Roles {
+		caller.Roles[i] = custodian.Role(role)
+	}
+	return caller, nil
+}

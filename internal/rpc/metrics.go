@@ -1,0 +1,60 @@
+package rpc
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/keycustody/custodian/custodian"
+)
+
+// metrics count calls and keys. Their labels have few values: methods of the
+// contract and reasons of the table, never a caller or a KID.
+type metrics struct {
+	calls    *prometheus.CounterVec
+	latency  *prometheus.HistogramVec
+	inFlight prometheus.Gauge
+	released prometheus.Counter
+	issued   *prometheus.CounterVec
+	results  *prometheus.CounterVec
+	missing  prometheus.Counter
+}
+
+func newMetrics(r prometheus.Registerer) (*metrics, error) {
+	m := &metrics{
+		calls: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "custodian_calls_total",
+			Help: "Calls that ended, by method and reason; OK where the call succeeded."}, []string{"method", "reason"}),
+		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "custodian_call_seconds",
+			Help:    "Time from the decoded request to the answer, by method.",
+			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5, 30}}, []string{"method"}),
+		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{Name: "custodian_calls_in_flight", Help: "Calls under way."}),
+		released: prometheus.NewCounter(prometheus.CounterOpts{Name: "custodian_keys_released_total",
+			Help: "Content keys handed out by GetContentKeys."}),
+		issued: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "custodian_keys_issued_total",
+			Help: "Content keys handed out by IssueContentKeys, new or again."}, []string{"kind"}),
+		results: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "custodian_keys_refused_total",
+			Help: "KIDs that GetContentKeys did not release, by reason."}, []string{"reason"}),
+		missing: prometheus.NewCounter(prometheus.CounterOpts{Name: "custodian_data_integrity_alerts_total",
+			Help: "KIDs that a caller who may know asked for and that do not exist: a key is lost, or a title was packaged elsewhere. Page."}),
+	}
+	for _, c := range []prometheus.Collector{m.calls, m.latency, m.inFlight, m.released, m.issued, m.results, m.missing} {
+		if err := r.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+func (m *metrics) observe(method, reason string, took time.Duration) {
+	m.calls.WithLabelValues(method, reason).Inc()
+	m.latency.WithLabelValues(method).Observe(took.Seconds())
+}
+
+// refused counts one KID. KEY_NOT_FOUND is said only to those who may know, so
+// each one is an incident.
+func (m *metrics) refused(reason custodian.Reason) {
+	m.results.WithLabelValues(string(reason)).Inc()
+	if reason == reasonOf(custodian.ErrKeyNotFound) {
+		m.missing.Inc()
+	}
+}

@@ -1,0 +1,125 @@
+package rpc
+
+import (
+	"context"
+	"fmt"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	v1 "github.com/keycustody/custodian/api/custodian/v1"
+	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/audit"
+)
+
+// retrieval is the KeyRetrievalService.
+type retrieval struct {
+	v1.UnimplementedKeyRetrievalServiceServer
+	server *Server
+}
+
+func (r *retrieval) GetContentKeys(ctx context.Context, req *v1.GetContentKeysRequest) (*v1.GetContentKeysResponse, error) {
+	custody, err := r.server.custody()
+	if err != nil {
+		return nil, err
+	}
+	kids, err := decodeKIDs(req.GetKids())
+	if err != nil {
+		return nil, err
+	}
+	c := callOf(ctx)
+	results, err := custody.Retrieve(ctx, c.caller, custodian.RetrieveRequest{RequestID: c.requestID, ContentID: req.GetContentId(), KIDs: kids})
+	if err != nil {
+		return nil, err
+	}
+	return r.encode(ctx, c, results)
+}
+
+// encode makes the response, or the call's error where no key was released. The
+// keys of the response are the arena's until the codec has encoded them.
+func (r *retrieval) encode(ctx context.Context, c *call, results []custodian.RetrieveResult) (*v1.GetContentKeysResponse, error) {
+	resp := &v1.GetContentKeysResponse{RequestId: c.requestID, Results: make([]*v1.GetContentKeysResult, len(results))}
+	parts := make([]struct {
+		result  v1.GetContentKeysResult
+		success v1.GetContentKeysResult_Key
+		key     keyParts
+	}, len(results))
+	released := 0
+	for i := range results {
+		from, to := &results[i], &parts[i]
+		resp.Results[i] = &to.result
+		to.result.Kid = from.KID[:]
+		if from.Err != nil {
+			to.result.Result = &v1.GetContentKeysResult_Error{Error: r.refused(ctx, c, from)}
+			continue
+		}
+		to.success.Key = to.key.encode(&from.Info, from.Key.Lend(), &from.Receipt)
+		to.result.Result = &to.success
+		released++
+	}
+	r.server.metrics.released.Add(float64(released))
+	if released == 0 && len(results) > 0 {
+		return nil, results[0].Err
+	}
+	return resp, nil
+}
+
+// refused tells why one key is not there.
+func (r *retrieval) refused(ctx context.Context, c *call, result *custodian.RetrieveResult) *v1.KeyError {
+	row := explain(ctx, result.Err)
+	r.server.metrics.refused(row.reason)
+	r.server.report(ctx, c, row, result.Err)
+	return row.keyErrorOf(result.Err)
+}
+
+func decodeKIDs(in [][]byte) ([]custodian.KID, error) {
+	if len(in) < 1 || len(in) > custodian.MaxKIDsPerCall {
+		return nil, &custodian.InvalidError{Field: "kids", Err: fmt.Errorf("%d KIDs: must be 1 to %d", len(in), custodian.MaxKIDsPerCall)}
+	}
+	kids := make([]custodian.KID, len(in))
+	for i, b := range in {
+		var err error
+		if kids[i], err = custodian.KIDFromBytes(b); err != nil {
+			return nil, &custodian.InvalidError{Field: fmt.Sprintf("kids[%d]", i), Err: err}
+		}
+		for j := range i {
+			if kids[j] == kids[i] {
+				return nil, &custodian.InvalidError{Field: fmt.Sprintf("kids[%d]", i), Err: fmt.Errorf("the same KID as kids[%d]", j)}
+			}
+		}
+	}
+	return kids, nil
+}
+
+// keyParts are the messages of one key in one piece of memory.
+type keyParts struct {
+	key      v1.ContentKey
+	material v1.ContentKey_Key
+	receipt  v1.Receipt
+	period   v1.Period
+	created  timestamppb.Timestamp
+}
+
+// encode fills the parts and returns the key.
+func (p *keyParts) encode(k *custodian.ContentKey, key []byte, receipt *audit.Receipt) *v1.ContentKey {
+	p.material.Key = key
+	p.key.Kid = k.KID[:]
+	p.key.KeyMaterial = &p.material
+	p.key.Category = string(k.Category)
+	p.key.ContentId = k.ContentID
+	p.key.TrackType = string(k.TrackType)
+	p.key.Scheme = string(k.Scheme)
+	p.key.Generation = k.Generation
+	p.key.Iv = k.IV
+	p.created.Seconds, p.created.Nanos = k.CreateTime.Unix(), int32(k.CreateTime.Nanosecond())
+	p.key.CreateTime = &p.created
+	if k.HasPeriod {
+		p.period.Index = k.Period
+		p.period.StartTime, p.period.EndTime = timestamp(k.PeriodStart), timestamp(k.PeriodEnd)
+		p.key.Period = &p.period
+	}
+	p.receipt.Index = receipt.Index
+	p.receipt.LeafHash = receipt.LeafHash[:]
+	p.receipt.Checkpoint = receipt.Checkpoint
+	p.key.Receipt = &p.receipt
+	return &p.key
+}

@@ -1,0 +1,236 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	v1 "github.com/keycustody/custodian/api/custodian/v1"
+	"github.com/keycustody/custodian/certs"
+	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/secret"
+)
+
+// Custody is what the services need of the domain; *custodian.Custodian is it.
+type Custody interface {
+	Issue(context.Context, custodian.Caller, custodian.IssueRequest) ([]custodian.IssuedKey, error)
+	Retrieve(context.Context, custodian.Caller, custodian.RetrieveRequest) ([]custodian.RetrieveResult, error)
+	Arena() *secret.Arena
+	Ready(context.Context) error
+	CreateCategory(context.Context, custodian.Caller, custodian.CreateCategoryRequest) (custodian.Category, error)
+	SetCategoryMode(context.Context, custodian.Caller, custodian.SetModeRequest) (custodian.Category, error)
+	Categories(context.Context, custodian.Caller) ([]custodian.Category, error)
+	KeyVersions(context.Context, custodian.Caller, custodian.CategoryName) ([]custodian.KEK, error)
+	ListContentKeys(context.Context, custodian.Caller, custodian.ListRequest) ([]custodian.ContentKeyInfo, string, error)
+	DescribeContentKey(context.Context, custodian.Caller, custodian.KID) (custodian.ContentKeyInfo, error)
+	Status(context.Context, custodian.Caller) (custodian.Status, error)
+	Backup(ctx context.Context, who custodian.Caller, recipient string, w io.Writer) error
+}
+
+// Sizes and limits of the transport.
+const (
+	// MaxRequestSize in bytes; a larger message is refused with
+	// RESOURCE_EXHAUSTED by the transport. The largest request, 600 keys, takes
+	// some 80 KiB.
+	MaxRequestSize = 1 << 20
+	// maxResponseSize in bytes, of 600 keys with the longest names and receipts.
+	maxResponseSize = 4 << 20
+	// maxHeaderSize in bytes, of all headers of a call.
+	maxHeaderSize = 16 << 10
+	bufferSize    = 32 << 10
+)
+
+// Config is what a Server stands on.
+type Config struct {
+	// Certs accept the connections and name the callers.
+	Certs *certs.Server
+	// Metrics receives the server's metrics. Nil: nobody sees them.
+	Metrics prometheus.Registerer
+	// Log receives faults on our side. Nothing is logged if nil.
+	Log *slog.Logger
+	// Now is the clock, time.Now if nil.
+	Now func() time.Time
+
+	// Version is that of the daemon, for the status.
+	Version string
+	// EarlyStatus answers GetStatus until there is a Custody: it decides, from
+	// the configuration alone, whether the caller may have it. Nil: nobody may.
+	EarlyStatus func(context.Context, custodian.Caller) (custodian.Status, error)
+
+	// RetrieveDeadline is the hard cap on a callback, 250 ms if zero. Deadline is
+	// that of the other calls, 30 s if zero, and BackupDeadline that of a backup,
+	// one hour if zero. A caller's own deadline counts where it is shorter.
+	RetrieveDeadline time.Duration
+	Deadline         time.Duration
+	BackupDeadline   time.Duration
+	// MaxStreams is how many calls one connection may have under way, 512 if
+	// zero.
+	MaxStreams uint32
+	// MaxConnectionAge is when a connection is asked to be made anew, one hour
+	// if zero, so that callers spread over daemons and certificates are shown
+	// again.
+	MaxConnectionAge time.Duration
+}
+
+func (c *Config) setDefaults() {
+	if c.Metrics == nil {
+		c.Metrics = prometheus.NewRegistry()
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	for _, d := range []struct {
+		set     *time.Duration
+		instead time.Duration
+	}{
+		{&c.RetrieveDeadline, 250 * time.Millisecond},
+		{&c.Deadline, 30 * time.Second},
+		{&c.BackupDeadline, time.Hour},
+		{&c.MaxConnectionAge, time.Hour},
+	} {
+		if *d.set <= 0 {
+			*d.set = d.instead
+		}
+	}
+	if c.MaxStreams == 0 {
+		c.MaxStreams = 512
+	}
+}
+
+// A Server serves the domain over mutual TLS. Until SetCustody, every call but
+// GetStatus is answered STARTING, or what SetUnavailable said.
+type Server struct {
+	config  Config
+	grpc    *grpc.Server
+	codec   *codec
+	metrics *metrics
+
+	// serving is replaced as a whole.
+	serving atomic.Pointer[serving]
+}
+
+// A serving is a custody, or why there is none.
+type serving struct {
+	custody Custody
+	err     error
+}
+
+// NewServer makes a server that is STARTING.
+func NewServer(c Config) (*Server, error) {
+	if c.Certs == nil {
+		return nil, errors.New("rpc server: no certificates")
+	}
+	c.setDefaults()
+	s := &Server{config: c, codec: newCodec()}
+	var err error
+	if s.metrics, err = newMetrics(c.Metrics); err != nil {
+		return nil, fmt.Errorf("rpc server: %w", err)
+	}
+	s.SetUnavailable(custodian.ErrStarting)
+	s.grpc = grpc.NewServer(
+		grpc.Creds(wipingCreds{credentials.NewTLS(c.Certs.TLSConfig())}),
+		grpc.ForceServerCodecV2(s.codec),
+		grpc.UnaryInterceptor(s.unary),
+		grpc.StreamInterceptor(s.stream),
+		grpc.MaxRecvMsgSize(MaxRequestSize),
+		grpc.MaxSendMsgSize(maxResponseSize),
+		grpc.MaxHeaderListSize(maxHeaderSize),
+		grpc.MaxConcurrentStreams(c.MaxStreams),
+		grpc.NumStreamWorkers(uint32(4*runtime.GOMAXPROCS(0))),
+		grpc.ReadBufferSize(bufferSize),
+		grpc.WriteBufferSize(bufferSize), // wipingCreds needs it above zero
+		grpc.SharedWriteBuffer(true),
+		grpc.ConnectionTimeout(10*time.Second),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionAge:      c.MaxConnectionAge,
+			MaxConnectionAgeGrace: time.Minute,
+			Time:                  30 * time.Second,
+			Timeout:               10 * time.Second,
+		}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+	)
+	s.register(&v1.KeyRetrievalService_ServiceDesc, &retrieval{server: s})
+	s.register(&v1.KeyIssuanceService_ServiceDesc, &issuance{server: s})
+	s.register(&v1.CustodyService_ServiceDesc, &custodyService{server: s})
+	healthv1.RegisterHealthServer(s.grpc, &health{server: s})
+	return s, nil
+}
+
+// register adds a service. A message that does not decode is the caller's
+// fault: gRPC itself would answer INTERNAL.
+func (s *Server) register(desc *grpc.ServiceDesc, impl any) {
+	checked := *desc
+	checked.Methods = make([]grpc.MethodDesc, len(desc.Methods))
+	for i, m := range desc.Methods {
+		checked.Methods[i] = grpc.MethodDesc{MethodName: m.MethodName,
+			Handler: func(srv any, ctx context.Context, decode func(any) error, in grpc.UnaryServerInterceptor) (any, error) {
+				return m.Handler(srv, ctx, func(message any) error {
+					if err := decode(message); err != nil {
+						invalid := &custodian.InvalidError{Field: "message", Err: errMalformed}
+						return explain(ctx, invalid).statusOf(invalid, "").Err()
+					}
+					return nil
+				}, in)
+			}}
+	}
+	s.grpc.RegisterService(&checked, impl)
+}
+
+var errMalformed = errors.New("not a protocol buffer message of this method")
+
+// SetCustody begins service.
+func (s *Server) SetCustody(c Custody) {
+	s.codec.arena.Store(c.Arena())
+	s.serving.Store(&serving{custody: c})
+}
+
+// SetUnavailable ends service, or says why there is none yet: every call but
+// GetStatus hears err, which should be ErrStarting, ErrUninitialised or
+// ErrSealed of package custodian.
+func (s *Server) SetUnavailable(err error) { s.serving.Store(&serving{err: err}) }
+
+// custody is the domain, or why there is none.
+func (s *Server) custody() (Custody, error) {
+	now := s.serving.Load()
+	return now.custody, now.err
+}
+
+// ready says whether the daemon should get calls.
+func (s *Server) ready(ctx context.Context) error {
+	custody, err := s.custody()
+	if err != nil {
+		return err
+	}
+	return custody.Ready(ctx)
+}
+
+// Serve serves on l until ctx ends. Then it takes no new calls, waits up to
+// drain for those under way, and closes all connections. It closes l.
+func (s *Server) Serve(ctx context.Context, l net.Listener, drain time.Duration) error {
+	served := make(chan error, 1)
+	go func() { served <- s.grpc.Serve(l) }()
+	select {
+	case err := <-served:
+		return err
+	case <-ctx.Done():
+	}
+	force := time.AfterFunc(drain, s.grpc.Stop)
+	defer force.Stop()
+	s.grpc.GracefulStop()
+	return <-served
+}
