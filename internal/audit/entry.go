@@ -75,7 +75,8 @@ type Entry struct {
 	Refs   []Ref  // up to 16
 
 	// Priority lets an entry use the room that is kept back, as entries with
-	// the outcome Allowed do anyway. It is not part of the log.
+	// the outcome Allowed do anyway, and a denial with it is always written.
+	// It is not part of the log.
 	Priority bool
 
 	// later holds fields that a later version may add without breaking this

@@ -3,13 +3,9 @@ package audit_test
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 	"reflect"
-	"sync"
 	"testing"
 	"time"
 
@@ -178,8 +174,3 @@ func TestRoundTrip(t *testing.T) {
 	want = append(want, next)
 	check()
 }
-
-var _ = errors.Is
-var _ = io.EOF
-var _ = os.Open
-var _ sync.Mutex

@@ -159,7 +159,7 @@ func (s *scanner) stop(lost bool, problem string) error {
 // tail looks at everything from s.off: where the last byte is that is not
 // zero, and where a later batch header is; -1 where there is none.
 func (s *scanner) tail() (last, later int64, err error) {
-	const chunk = 256 << 10
+	const chunk = 32 << 10
 	b := make([]byte, chunk+headerSize)
 	last = -1
 	for off := s.off; ; off += chunk {

@@ -1,0 +1,78 @@
+package audit_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/keycustody/custodian/internal/audit"
+)
+
+// BenchmarkAppend appends one typical entry at a time, with so many calls in
+// flight, on disk (where the tests' temporary directory is) and on tmpfs.
+func BenchmarkAppend(b *testing.B) {
+	for _, where := range []string{"disk", "tmpfs"} {
+		for _, inFlight := range []int{1, 32, 128} {
+			b.Run(fmt.Sprintf("%s/inflight=%d", where, inFlight), func(b *testing.B) {
+				dir := b.TempDir()
+				if where == "tmpfs" {
+					var err error
+					if dir, err = os.MkdirTemp("/dev/shm", "audit"); err != nil {
+						b.Skip("no tmpfs: ", err)
+					}
+					b.Cleanup(func() { os.RemoveAll(dir) })
+				}
+				benchmarkAppend(b, filepath.Join(dir, "audit"), inFlight)
+			})
+		}
+	}
+}
+
+func benchmarkAppend(b *testing.B, dir string, inFlight int) {
+	l := create(b, dir, audit.Options{})
+	entry := release(1)
+	b.ReportAllocs()
+	b.ResetTimer()
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range inFlight {
+		wg.Go(func() {
+			for next.Add(1) <= int64(b.N) {
+				if _, err := l.Append(context.Background(), []audit.Entry{entry}); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	b.StopTimer()
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "entries/s")
+	b.ReportMetric(float64(b.N)/float64(l.Stats().Batches), "entries/batch")
+}
+
+// BenchmarkVerify verifies a log of 100,000 entries in batches of 100.
+func BenchmarkVerify(b *testing.B) {
+	dir := filepath.Join(b.TempDir(), "audit")
+	l := create(b, dir, audit.Options{})
+	const entries = 100_000
+	batch := make([]audit.Entry, 100)
+	for i := 0; i < entries; i += len(batch) {
+		for j := range batch {
+			batch[j] = release(i + j)
+		}
+		appendTo(b, l, batch...)
+	}
+	shut(b, l)
+	b.ReportAllocs()
+	for b.Loop() {
+		if got := verify(b, dir).Entries; got != entries {
+			b.Fatalf("%d entries, want %d", got, entries)
+		}
+	}
+	b.ReportMetric(float64(b.N)*entries/b.Elapsed().Seconds(), "entries/s")
+}
