@@ -34,9 +34,11 @@ func read(path string, secret bool) content {
 
 func readFile(path string, secret bool) ([]byte, error) {
 	// Looked at before it is opened: opening a named pipe would wait for a writer.
-	if info, err := os.Stat(path); err != nil {
+	info, err := os.Stat(path)
+	if err != nil {
 		return nil, withoutPath(err)
-	} else if !info.Mode().IsRegular() {
+	}
+	if !info.Mode().IsRegular() {
 		return nil, errors.New("not a regular file")
 	}
 	f, err := os.Open(path)
@@ -44,8 +46,7 @@ func readFile(path string, secret bool) ([]byte, error) {
 		return nil, withoutPath(err)
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
+	if info, err = f.Stat(); err != nil {
 		return nil, withoutPath(err)
 	}
 	if perm := info.Mode().Perm(); secret && perm&0o077 != 0 {
@@ -130,7 +131,7 @@ func parseKeyPair(certFile, keyFile string, cert, key content, use x509.ExtKeyUs
 		return nil, fmt.Errorf("%s: %w", certFile, err)
 	}
 	if len(leaf.ExtKeyUsage) > 0 && !slices.Contains(leaf.ExtKeyUsage, use) {
-		return nil, fmt.Errorf("%s: %w for this use: its extended key usage lacks %s", certFile, ErrNotVouched, useName(use))
+		return nil, fmt.Errorf("%s: its extended key usage lacks %s: %w", certFile, useName(use), ErrNotVouched)
 	}
 	pair, err := tls.X509KeyPair(cert.data, key.data)
 	if err != nil {

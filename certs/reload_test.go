@@ -15,6 +15,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/keycustody/custodian/certs"
 )
 
@@ -138,6 +140,12 @@ func TestBadFileKeepsLastGood(t *testing.T) {
 		{"crl is garbage", crlFile, garbage},
 		{"crl is gone", crlFile, remove},
 		{"crl of another ca", crlFile, copyOf(stranger.CRLFile())},
+		{"crl is a named pipe", crlFile, func(t *testing.T, file string) {
+			remove(t, file)
+			if err := unix.Mkfifo(file, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}},
 		{"crl is a directory", crlFile, func(t *testing.T, file string) {
 			remove(t, file)
 			if err := os.Mkdir(file, 0o700); err != nil {
