@@ -1,0 +1,268 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/keycustody/custodian/certs"
+	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/internal/rpc"
+	"github.com/keycustody/custodian/store"
+)
+
+// A daemon serves one configuration.
+type daemon struct {
+	config      *Config
+	path        string // of the configuration, for SIGHUP
+	log         *slog.Logger
+	confirmTime bool
+	onReady     func(listen, admin net.Addr) // dev mode says so
+
+	certs   *certs.Server
+	server  *rpc.Server
+	metrics *prometheus.Registry
+	custody *custodian.Custodian
+	parts   parts
+}
+
+// run is the order of start and stop. Listeners first: while token, KMS or
+// store are away, callers hear STARTING and the supervisor sees a live
+// process. Then the parts, again and again until they open. Stop goes
+// backwards: no new calls, calls drained, then the domain, then the parts.
+func (d *daemon) run(ctx context.Context) (err error) {
+	policy, err := d.config.policy()
+	if err != nil {
+		return err
+	}
+	if d.certs, err = certs.NewServer(d.config.serverCerts(d.log)); err != nil {
+		return err
+	}
+	d.metrics = prometheus.NewRegistry()
+	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Metrics: d.metrics, Log: d.log, Version: version,
+		EarlyStatus: d.earlyStatus(policy), Ready: d.ready, RetrieveDeadline: d.config.Limits.CallbackDeadline})
+	if err != nil {
+		return err
+	}
+	listener, err := net.Listen("tcp", d.config.Listen)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	admin, err := net.Listen("tcp", d.config.AdminListen)
+	if err != nil {
+		listener.Close()
+		return fmt.Errorf("admin_listen: %w", err)
+	}
+	// The parts outlive the calls that use them.
+	defer func() { err = errors.Join(err, d.closeParts(context.WithoutCancel(ctx))) }()
+
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.server.Serve(gctx, listener, d.config.Limits.DrainTimeout) })
+	g.Go(func() error { return d.serveAdmin(gctx, admin) })
+	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
+	g.Go(func() error { return d.begin(gctx, policy, listener.Addr(), admin.Addr()) })
+	return g.Wait()
+}
+
+// begin opens the parts and begins service, then keeps house until ctx ends.
+func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, admin net.Addr) error {
+	for wait := time.Second; ; wait = min(2*wait, 30*time.Second) {
+		err := d.open(ctx, policy)
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if cerr := d.closeParts(ctx); cerr != nil {
+			d.log.Warn("closing what was open", "err", cerr)
+		}
+		switch fatal := d.explainStart(err, wait); {
+		case errors.Is(fatal, errSealed):
+			<-ctx.Done()
+			return nil
+		case fatal != nil:
+			return fatal
+		}
+		if !sleep(ctx, wait) {
+			return nil
+		}
+	}
+	d.registerMetrics()
+	d.server.SetCustody(d.custody)
+	d.log.Info("serving", "listen", listen.String(), "admin", admin.String(), "version", version)
+	if d.onReady != nil {
+		d.onReady(listen, admin)
+	}
+	return d.keepHouse(ctx)
+}
+
+// explainStart tells callers and operators why there is no service yet. It
+// returns err where starting again would not help.
+func (d *daemon) explainStart(err error, wait time.Duration) error {
+	switch {
+	case errors.Is(err, custodian.ErrUninitialised):
+		d.server.SetUnavailable(custodian.ErrUninitialised)
+		d.log.Warn("not initialised; run custodiand init -config "+d.path, "again_in", wait)
+	case errors.Is(err, hsm.ErrPIN), errors.Is(err, hsm.ErrLatched):
+		// Never again by itself: another try could lock the token for good.
+		d.server.SetUnavailable(custodian.ErrSealed)
+		d.log.Error("sealed by the PIN latch until this process is started again", "err", err)
+		return errSealed
+	case isIntegrity(err), errors.Is(err, hsm.ErrUnfit), errors.Is(err, hsm.ErrDuplicate),
+		errors.Is(err, store.ErrForeign), errors.Is(err, store.ErrTruncated), errors.Is(err, store.ErrNewerSchema), errors.Is(err, store.ErrOlderSchema):
+		return err
+	default:
+		d.server.SetUnavailable(custodian.ErrStarting)
+		d.log.Error("not serving yet", "err", err, "again_in", wait)
+	}
+	return nil
+}
+
+// errSealed ends the tries to begin, but not the process: status still
+// answers, and a supervisor has nothing to restart.
+var errSealed = errors.New("sealed by the PIN latch")
+
+func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error) {
+	have, err := exists(d.config.storePath())
+	if err != nil {
+		return err
+	}
+	if !have {
+		return d.storeMissing()
+	}
+	if err := d.parts.openStore(ctx, d.config, d.log); err != nil {
+		return err
+	}
+	if err := d.parts.openProviders(ctx, d.config); err != nil {
+		return err
+	}
+	if d.parts.token, err = openToken(ctx, d.config, d.log); err != nil {
+		return err
+	}
+	cfg := d.parts.config(d.config, policy, d.log)
+	cfg.ConfirmTime = d.confirmTime
+	d.custody, err = custodian.Open(ctx, cfg)
+	return err
+}
+
+// storeMissing tells an uninitialised place from one that has lost its store:
+// an audit log without a store is refused, never initialised again.
+func (d *daemon) storeMissing() error {
+	have, err := exists(d.config.auditDir())
+	if err != nil {
+		return err
+	}
+	if have {
+		return fmt.Errorf("%s is there, but %s is not: a custody without its store; put the store back (custodiand restore): %w",
+			d.config.auditDir(), d.config.storePath(), custodian.ErrRecordCorrupt)
+	}
+	return custodian.ErrUninitialised
+}
+
+func (d *daemon) closeParts(ctx context.Context) error {
+	var err error
+	if d.custody != nil {
+		err = d.custody.Close()
+		d.custody = nil
+	}
+	return errors.Join(err, d.parts.close(ctx))
+}
+
+// keepHouse reloads on SIGHUP and keeps the highest time seen.
+func (d *daemon) keepHouse(ctx context.Context) error {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	tick := time.NewTicker(time.Hour)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-hup:
+			if err := d.reload(ctx); err != nil {
+				d.log.Error("reload: the last good configuration stays", "err", err)
+			} else {
+				d.log.Info("reloaded grants and certificates")
+			}
+		case <-tick.C:
+			if err := d.custody.Tick(ctx); err != nil {
+				d.log.Error("keeping the highest time seen", "err", err)
+			}
+		}
+	}
+}
+
+// reload takes grants and certificates anew. Everything else of the file
+// needs a restart.
+func (d *daemon) reload(ctx context.Context) error {
+	if err := d.certs.Reload(); err != nil {
+		return err
+	}
+	c, err := LoadConfig(d.path)
+	if err != nil {
+		return err
+	}
+	policy, err := c.policy()
+	if err != nil {
+		return err
+	}
+	return d.custody.SetPolicy(ctx, policy)
+}
+
+func (d *daemon) ready(ctx context.Context) error { return d.custody.Ready(ctx) }
+
+// earlyStatus answers GetStatus before there is a custody, to whom the
+// configuration lets see it.
+func (d *daemon) earlyStatus(policy *custodian.Policy) func(context.Context, custodian.Caller) (custodian.Status, error) {
+	started := time.Now().UTC()
+	return func(_ context.Context, who custodian.Caller) (custodian.Status, error) {
+		now := time.Now().UTC()
+		if dec := policy.Decide(custodian.Request{Caller: who, Action: custodian.ActionReadStatus, Now: now}); !dec.Allow {
+			return custodian.Status{}, dec.Err
+		}
+		return custodian.Status{Time: now, Started: started, Warnings: []string{"no keys are served yet; the daemon's log says why"}}, nil
+	}
+}
+
+func (d *daemon) serveAdmin(ctx context.Context, l net.Listener) error {
+	s := &http.Server{Handler: d.server.AdminHandler(d.metrics), ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelWarn)}
+	stop := context.AfterFunc(ctx, func() { s.Close() })
+	defer stop()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("admin listener: %w", err)
+	}
+	return nil
+}
+
+// sleep waits for d; false means that ctx ended first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func migrateStore(ctx context.Context, c *Config, log *slog.Logger) error {
+	backup := fmt.Sprintf("%s.before-migration-%s", c.storePath(), time.Now().UTC().Format("20060102T150405Z"))
+	if err := store.Migrate(ctx, c.storePath(), backup, store.Options{Log: log}); err != nil {
+		return fmt.Errorf("migrate: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/keycustody/custodian/certs"
+	"github.com/keycustody/custodian/custodian"
+)
+
+// A collector turns one snapshot of status into metrics at each scrape, so
+// that no number is kept twice.
+type collector struct {
+	custody *custodian.Custodian
+	certs   *certs.Server
+}
+
+func (d *daemon) registerMetrics() {
+	d.metrics.MustRegister(&collector{d.custody, d.certs})
+}
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("custodian_"+name, help, labels, nil)
+}
+
+var (
+	descMEKEnd      = desc("mek_end_timestamp_seconds", "End of the originator-usage period of a MEK.", "label", "state")
+	descProvider    = desc("kms_reachable", "1 where the last call to the provider had an answer.", "provider", "kind")
+	descKMSCalls    = desc("kms_calls_total", "Calls to the provider.", "provider")
+	descKMSFailures = desc("kms_failures_total", "Calls to the provider that failed.", "provider")
+	descKeys        = desc("store_content_keys", "Content keys in the store.")
+	descStoreBytes  = desc("store_bytes", "Size of the store's file.")
+	descEntries     = desc("audit_entries", "Entries in the audit log.")
+	descBlocked     = desc("audit_blocked", "1 where the audit log cannot be written, so that nothing is released.")
+	descClear       = desc("ceks_in_clear", "CEKs that are in clear at this moment.")
+	descLoads       = desc("kek_loads_total", "KEKs that were unwrapped by KMS and token.")
+	descIncidents   = desc("unknown_kid_incidents_total", "Granted callers that asked for a KID which is not stored.")
+	descAbandoned   = desc("hsm_abandoned_calls", "Calls to the token that were given up and have not ended.")
+	descEpoch       = desc("hsm_epoch", "Connections to the token since the start.")
+	descWarnings    = desc("warnings", "Warnings in custodianctl status.")
+	descCertEnd     = desc("server_cert_end_timestamp_seconds", "End of validity of our own certificate.")
+	descCAEnd       = desc("client_ca_end_timestamp_seconds", "End of validity of a client CA.", "ca")
+	descCRLNext     = desc("crl_next_update_timestamp_seconds", "nextUpdate of the revocation list of a client CA.", "ca")
+	descCRLState    = desc("crl_state", "State of the revocation list of a client CA: 0 none, 1 good, 2 stale but applied, 3 refusing.", "ca")
+	descReloadBad   = desc("certificate_reload_failed", "1 where the last reload of certificates found a bad file and kept the last good one.")
+	descRevision    = desc("control_revision", "Revision of the control set.")
+)
+
+// Describe sends nothing: the collector is unchecked, since its labels depend
+// on the configuration.
+func (c *collector) Describe(chan<- *prometheus.Desc) {}
+
+func (c *collector) Collect(out chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second) // the interface gives none
+	defer cancel()
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
+	}
+	c.collectCerts(gauge)
+	s, err := c.custody.Snapshot(ctx)
+	if err != nil {
+		out <- prometheus.NewInvalidMetric(descKeys, err)
+		return
+	}
+	for _, m := range s.MEKs {
+		gauge(descMEKEnd, float64(m.EndTime.Unix()), m.Label, m.State.String())
+	}
+	for _, p := range s.Providers {
+		gauge(descProvider, number(p.Reachable), p.Name, p.Kind)
+		counter(descKMSCalls, p.Calls, p.Name)
+		counter(descKMSFailures, p.Failures, p.Name)
+	}
+	gauge(descKeys, float64(s.Store.ContentKeys))
+	gauge(descStoreBytes, float64(s.Store.Bytes))
+	gauge(descEntries, float64(s.Audit.Entries))
+	gauge(descBlocked, number(s.Audit.Blocked != ""))
+	gauge(descClear, float64(s.CEKsInClear))
+	counter(descLoads, s.KEKLoads)
+	counter(descIncidents, s.Incidents)
+	gauge(descAbandoned, float64(s.HSM.Abandoned))
+	gauge(descEpoch, float64(s.HSM.Epoch))
+	gauge(descWarnings, float64(len(s.Warnings)))
+	gauge(descRevision, float64(s.ControlRevision))
+}
+
+func (c *collector) collectCerts(gauge func(*prometheus.Desc, float64, ...string)) {
+	st := c.certs.Status()
+	gauge(descCertEnd, float64(st.CertNotAfter.Unix()))
+	gauge(descReloadBad, number(st.ReloadError != nil))
+	for _, ca := range st.CAs {
+		gauge(descCAEnd, float64(ca.NotAfter.Unix()), ca.Name)
+		if !ca.CRLNextUpdate.IsZero() {
+			gauge(descCRLNext, float64(ca.CRLNextUpdate.Unix()), ca.Name)
+			gauge(descCRLState, float64(ca.CRL), ca.Name)
+		}
+	}
+}
+
+func number(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
