@@ -60,9 +60,15 @@ func TestFlips(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 16 {
 		dir := t.TempDir()
+		store(t, dir, s.file)
+		f, err := os.OpenFile(filepath.Join(dir, "audit.log"), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
 		wg.Go(func() {
 			for at := range offsets {
-				checkFlip(t, dir, s, at)
+				checkFlip(t, dir, f, s, at)
 			}
 		})
 	}
@@ -73,14 +79,16 @@ func TestFlips(t *testing.T) {
 	wg.Wait()
 }
 
-func checkFlip(t *testing.T, dir string, s sample, at int) {
-	b := bytes.Clone(s.file)
-	for _, mask := range []byte{0x01, 0x80, 0xff} {
-		b[at] = s.file[at] ^ mask
-		if err := os.WriteFile(filepath.Join(dir, "audit.log"), b, 0o600); err != nil {
+// checkFlip changes the byte of f, the log in dir, that is at that offset.
+func checkFlip(t *testing.T, dir string, f *os.File, s sample, at int) {
+	set := func(c byte) {
+		if _, err := f.WriteAt([]byte{c}, int64(at)); err != nil {
 			t.Error(err)
-			return
 		}
+	}
+	defer set(s.file[at])
+	for _, mask := range []byte{0x01, 0x80, 0xff} {
+		set(s.file[at] ^ mask)
 		var damage *audit.DamageError
 		if _, err := audit.Open(dir, audit.Options{}); !errors.As(err, &damage) {
 			t.Errorf("byte %d changed by %#x: Open says %v", at, mask, err)
