@@ -182,7 +182,7 @@ func (l *logins) byAppRole(ctx context.Context) (*session, error) {
 		return nil, errors.New("the answer has no token")
 	}
 	client.SetToken(answer.Auth.ClientToken)
-	return lasting(&session{client: client, proved: true}, begin, answer.Auth.LeaseDuration), nil
+	return lasting(&session{client: client, proved: true}, begin, int64(answer.Auth.LeaseDuration)), nil
 }
 
 // byTokenFile takes the token of the file and asks Vault about it. The answer
@@ -222,13 +222,17 @@ func (l *logins) byTokenFile(ctx context.Context) (*session, error) {
 			seconds = int64(renewed.Auth.LeaseDuration)
 		}
 	}
-	return lasting(&session{client: client, proved: true}, begin, int(seconds)), nil
+	return lasting(&session{client: client, proved: true}, begin, seconds), nil
 }
 
+// maxLease is ten years, in seconds: a longer lease would overflow a Duration
+// some day, and has no other effect.
+const maxLease = 10 * 365 * 24 * 3600
+
 // lasting sets when s ends and when it is renewed: after two thirds.
-func lasting(s *session, begin time.Time, seconds int) *session {
+func lasting(s *session, begin time.Time, seconds int64) *session {
 	if seconds > 0 {
-		lease := time.Duration(seconds) * time.Second
+		lease := time.Duration(min(seconds, maxLease)) * time.Second
 		s.end, s.renew = begin.Add(lease), begin.Add(lease*2/3)
 	}
 	return s
