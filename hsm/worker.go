@@ -1,0 +1,310 @@
+package hsm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/pkcs11"
+)
+
+// Limits of one operation in bytes.
+const (
+	IVSize  = 12 // of AES-GCM, SP 800-38D
+	TagSize = 16
+	// MaxPlaintext is the longest plaintext of Key.Seal.
+	MaxPlaintext = scratchText - TagSize
+	// MaxAAD is the longest associated data of Key.Seal and Key.Open.
+	MaxAAD = 4096
+	// MaxMessage is the longest message of Key.CMAC.
+	MaxMessage = 1 << 20
+
+	scratchText = 2048 // room for a ciphertext
+)
+
+// A worker owns one session and the buffers of the calls on it. A caller takes
+// it from its home, fills the inputs, runs a job and reads the results; nobody
+// else touches it meanwhile. If the caller leaves early, the worker finishes
+// alone, wipes its buffers and goes home by itself.
+type worker struct {
+	t     *Token
+	home  chan *worker
+	start chan struct{}
+	done  chan struct{}
+	state atomic.Int32 // of one job: running, then finished or abandoned
+	timer *time.Timer
+
+	// keep says that the session must outlive errors: keys live in it.
+	keep    bool
+	open    bool
+	session pkcs11.SessionHandle
+
+	// Inputs and results of the job.
+	job  func(*worker) error
+	err  error
+	key  *Key // held until the job ends
+	undo func()
+	n    int    // bytes of result in out
+	made handle // key that the job made
+
+	slot    []byte // locked memory, divided into the four below
+	in, out []byte // scratchText each
+	check   []byte // scratchText, where a seal is verified
+	aad     []byte // MaxAAD, not a secret
+	iv      [IVSize]byte
+	inLen   int
+	aadLen  int
+	message []byte // of CMAC; not a secret, so in ordinary memory
+}
+
+const (
+	stateRunning = iota
+	stateFinished
+	stateAbandoned
+)
+
+const workerSlot = 3*scratchText + MaxAAD
+
+// newWorker starts a worker, which is not at home yet.
+func newWorker(t *Token, home chan *worker, keep bool) (*worker, error) {
+	slot, err := t.arena.Get()
+	if err != nil {
+		return nil, err
+	}
+	timer := time.NewTimer(time.Hour)
+	timer.Stop()
+	w := &worker{
+		t: t, home: home, keep: keep, timer: timer,
+		start: make(chan struct{}, 1), done: make(chan struct{}, 1),
+		slot: slot, in: slot[:scratchText], out: slot[scratchText : 2*scratchText],
+		check: slot[2*scratchText : 3*scratchText], aad: slot[3*scratchText : workerSlot],
+	}
+	go w.loop()
+	return w, nil
+}
+
+// loop runs jobs until start is closed.
+func (w *worker) loop() {
+	for range w.start {
+		w.err = w.attempt()
+		if w.state.CompareAndSwap(stateRunning, stateFinished) {
+			w.done <- struct{}{}
+			continue
+		}
+		if w.undo != nil {
+			w.undo()
+		}
+		w.t.abandoned.Add(-1)
+		w.release()
+	}
+}
+
+// release wipes what the job left and sends the worker home.
+func (w *worker) release() {
+	clear(w.in[:w.inLen])
+	clear(w.out)
+	if w.key != nil {
+		w.key.unref()
+	}
+	w.job, w.key, w.undo, w.message, w.err = nil, nil, nil, nil, nil
+	w.inLen, w.aadLen, w.n, w.made = 0, 0, 0, 0
+	w.t.inFlight.Add(-1)
+	w.home <- w
+}
+
+// take waits for a free worker, the caller's context or CallTimeout.
+func (t *Token) take(ctx context.Context, home chan *worker) (*worker, error) {
+	if err := t.check(); err != nil {
+		return nil, err
+	}
+	var w *worker
+	select {
+	case w = <-home:
+	default:
+		var err error
+		if w, err = t.wait(ctx, home); err != nil {
+			return nil, err
+		}
+	}
+	// The token may have been lost while we waited.
+	if err := t.check(); err != nil {
+		home <- w
+		return nil, err
+	}
+	t.inFlight.Add(1)
+	return w, nil
+}
+
+func (t *Token) wait(ctx context.Context, home chan *worker) (*worker, error) {
+	timer := time.NewTimer(t.c.CallTimeout)
+	defer timer.Stop()
+	select {
+	case w := <-home:
+		return w, nil
+	case <-ctx.Done():
+		if err := t.check(); err != nil {
+			return nil, errors.Join(err, ctx.Err())
+		}
+		return nil, fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
+	case <-timer.C:
+		t.suspect()
+		return nil, fmt.Errorf("within %s: %w", t.c.CallTimeout, ErrBusy)
+	}
+}
+
+// run lets a taken worker do a job. After an error the worker is not the
+// caller's any more; after success the caller reads the results and calls
+// release.
+func (w *worker) run(ctx context.Context, job func(*worker) error) error {
+	w.job = job
+	w.state.Store(stateRunning)
+	w.start <- struct{}{}
+	timeout := w.arm(ctx)
+	var why error
+	select {
+	case <-w.done:
+	case <-ctx.Done():
+		why = fmt.Errorf("call abandoned: %w", ctx.Err())
+	case <-timeout:
+		why = fmt.Errorf("no answer within %s: %w", w.t.c.CallTimeout, ErrDevice)
+	}
+	if timeout != nil {
+		w.timer.Stop()
+	}
+	if why != nil {
+		t := w.t
+		t.abandoned.Add(1)
+		if w.state.CompareAndSwap(stateRunning, stateAbandoned) {
+			if errors.Is(why, ErrDevice) {
+				t.suspect()
+			}
+			return why
+		}
+		t.abandoned.Add(-1) // it has just finished
+		<-w.done
+	}
+	if err := w.err; err != nil {
+		w.release()
+		return err
+	}
+	return nil
+}
+
+// arm starts the timer of CallTimeout, unless the context ends before that.
+func (w *worker) arm(ctx context.Context) <-chan time.Time {
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= w.t.c.CallTimeout {
+		return nil
+	}
+	w.timer.Reset(w.t.c.CallTimeout)
+	return w.timer.C
+}
+
+// attempt does the job, a second time in a new session if the first one was
+// broken, and finds out what an unclear error means.
+func (w *worker) attempt() error {
+	err := w.once()
+	if hasClass(err, classSession) && !w.keep {
+		err = w.once()
+	}
+	switch {
+	case err == nil:
+		return nil
+	case hasClass(err, classSession):
+		// The keys that lived in the anchor are gone, or sessions break at once.
+		return w.lost(err)
+	case hasClass(err, classLost):
+		return w.lost(err)
+	case hasClass(err, classUnclear):
+		return w.settle(err)
+	}
+	if _, ok := classOf(err); !ok && errors.Is(err, ErrDevice) {
+		return w.lost(err) // the job itself found that the token is not right
+	}
+	return err
+}
+
+func (w *worker) once() error {
+	if err := w.openSession(); err != nil {
+		return err
+	}
+	err := w.job(w)
+	if err != nil && !hasClass(err, classAuth) {
+		w.closeSession()
+	}
+	return err
+}
+
+// settle asks the probe what an unclear code means. If the token still works,
+// a decryption or an unwrap had bad input; anything else failed alone.
+func (w *worker) settle(err error) error {
+	var f *fault
+	if !errors.As(err, &f) {
+		return err
+	}
+	if perr := w.probe(); perr != nil {
+		return w.lost(errors.Join(err, perr))
+	}
+	if f.call == callDecrypt || f.call == callUnwrap {
+		f.class = classAuth
+	}
+	return err
+}
+
+// lost starts a reconnect.
+func (w *worker) lost(err error) error {
+	w.t.lose(err)
+	if errors.Is(err, ErrDevice) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", err, ErrDevice)
+}
+
+func (w *worker) openSession() error {
+	if w.open {
+		return nil
+	}
+	if w.keep {
+		return &fault{callSession, 0xB3, classLost} // only a connect opens the anchor
+	}
+	s, err := w.t.lib.p.OpenSession(w.t.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return faultOf(callSession, err)
+	}
+	w.session, w.open = s, true
+	w.t.sessions.Add(1)
+	return nil
+}
+
+// closeSession drops a session that saw an error. Its state is not known, and
+// it is not used again whether the close succeeds or not.
+func (w *worker) closeSession() {
+	if !w.open || w.keep {
+		return
+	}
+	_ = w.t.lib.p.CloseSession(w.session)
+	w.forget()
+}
+
+// forget is for sessions that ended with the module.
+func (w *worker) forget() {
+	if w.open {
+		w.open = false
+		w.t.sessions.Add(-1)
+	}
+}
+
+// do runs a job whose results stay in variables that the job alone writes
+// before it ends; the caller reads them only after success.
+func (t *Token) do(ctx context.Context, home chan *worker, job func(*worker) error) error {
+	w, err := t.take(ctx, home)
+	if err != nil {
+		return err
+	}
+	if err := w.run(ctx, job); err != nil {
+		return err
+	}
+	w.release()
+	return nil
+}
