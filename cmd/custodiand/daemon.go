@@ -51,7 +51,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	}
 	d.metrics = prometheus.NewRegistry()
 	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Metrics: d.metrics, Log: d.log, Version: version,
-		EarlyStatus: d.earlyStatus(policy), Ready: d.ready, RetrieveDeadline: d.config.Limits.CallbackDeadline})
+		EarlyStatus: d.earlyStatus(policy), RetrieveDeadline: d.config.Limits.CallbackDeadline})
 	if err != nil {
 		return err
 	}
@@ -221,8 +221,6 @@ func (d *daemon) reload(ctx context.Context) error {
 	}
 	return d.custody.SetPolicy(ctx, policy)
 }
-
-func (d *daemon) ready(ctx context.Context) error { return d.custody.Ready(ctx) }
 
 // earlyStatus answers GetStatus before there is a custody, to whom the
 // configuration lets see it.
