@@ -52,6 +52,22 @@ func (c *codec) Marshal(v any) (mem.BufferSlice, error) {
 	return c.CodecV2.Marshal(v)
 }
 
+// An envelope is a message that is to be received, and why it could not be
+// decoded.
+type envelope struct {
+	message any
+	err     error
+}
+
+// Unmarshal decodes a message. An envelope takes the error in.
+func (c *codec) Unmarshal(data mem.BufferSlice, v any) error {
+	if e, ok := v.(*envelope); ok {
+		e.err = c.CodecV2.Unmarshal(data, e.message)
+		return nil
+	}
+	return c.CodecV2.Unmarshal(data, v)
+}
+
 // spend wipes the keys and gives their places back to the arena.
 func (c *codec) spend(keys func(func(*v1.ContentKey) bool)) {
 	arena := c.arena.Load()

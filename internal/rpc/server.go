@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"runtime"
 	"sync/atomic"
 	"time"
@@ -135,6 +136,11 @@ func NewServer(c Config) (*Server, error) {
 	if c.Certs == nil {
 		return nil, errors.New("rpc server: no certificates")
 	}
+	// gRPC reads this variable by itself and would write whole messages, keys
+	// among them, to a file.
+	if os.Getenv("GRPC_BINARY_LOG_FILTER") != "" {
+		return nil, errors.New("rpc server: GRPC_BINARY_LOG_FILTER is set: it would write keys to a file; unset it")
+	}
 	c.setDefaults()
 	s := &Server{config: c, codec: newCodec()}
 	var err error
@@ -172,15 +178,20 @@ func NewServer(c Config) (*Server, error) {
 }
 
 // register adds a service. A message that does not decode is the caller's
-// fault: gRPC itself would answer INTERNAL.
+// fault, where gRPC itself would answer INTERNAL: so it is received in an
+// envelope, which the codec never refuses.
 func (s *Server) register(desc *grpc.ServiceDesc, impl any) {
 	checked := *desc
 	checked.Methods = make([]grpc.MethodDesc, len(desc.Methods))
 	for i, m := range desc.Methods {
 		checked.Methods[i] = grpc.MethodDesc{MethodName: m.MethodName,
-			Handler: func(srv any, ctx context.Context, decode func(any) error, in grpc.UnaryServerInterceptor) (any, error) {
+			Handler: func(srv any, ctx context.Context, receive func(any) error, in grpc.UnaryServerInterceptor) (any, error) {
 				return m.Handler(srv, ctx, func(message any) error {
-					if err := decode(message); err != nil {
+					e := envelope{message: message}
+					if err := receive(&e); err != nil {
+						return err
+					}
+					if e.err != nil {
 						invalid := &custodian.InvalidError{Field: "message", Err: errMalformed}
 						return explain(ctx, invalid).statusOf(invalid, "").Err()
 					}

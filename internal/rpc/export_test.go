@@ -1,0 +1,22 @@
+package rpc
+
+import (
+	"context"
+
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/status"
+
+	"github.com/keycustody/custodian/internal/secret"
+)
+
+// StatusOf is what a caller hears of err over gRPC.
+func StatusOf(ctx context.Context, err error) *status.Status {
+	return explain(ctx, err).statusOf(err, "")
+}
+
+// NewCodec is the server's codec with its arena.
+func NewCodec(a *secret.Arena) encoding.CodecV2 {
+	c := newCodec()
+	c.arena.Store(a)
+	return c
+}
