@@ -1,0 +1,111 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	v1 "github.com/keycustody/custodian/api/custodian/v1"
+	"github.com/keycustody/custodian/client"
+)
+
+func (a *app) statusCmd() *cobra.Command {
+	return leaf(&cobra.Command{
+		Use:   "status",
+		Short: "Show how the daemon is doing, warnings first (operator, officer, auditor)",
+		Long: `Show how the daemon is doing, warnings first. With --json it is the message
+custodian.v1.Status in the JSON form of protobuf, under the names of its fields:
+numbers of 64 bits are strings there.`,
+	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
+		s, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.Status, error) { return cl.Status(ctx) })
+		if err != nil {
+			return fmt.Errorf("get status: %w", err)
+		}
+		if a.json {
+			return a.printMessage(s)
+		}
+		return a.printStatus(s)
+	})
+}
+
+// printMessage prints a status as protobuf has it: whatever a later daemon adds
+// to the message is shown without a change here.
+func (a *app) printMessage(s *v1.Status) error {
+	raw, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(s)
+	if err != nil {
+		return err
+	}
+	// protojson varies its white space from build to build.
+	var out bytes.Buffer
+	if err := json.Indent(&out, raw, "", "  "); err != nil {
+		return err
+	}
+	return a.printf("%s\n", out.Bytes())
+}
+
+func (a *app) printStatus(s *v1.Status) error {
+	var fields [][2]string
+	add := func(name, format string, args ...any) {
+		fields = append(fields, [2]string{name, fmt.Sprintf(format, args...)})
+	}
+	for _, w := range s.GetWarnings() {
+		add("WARNING", "%s", plain(w))
+	}
+	add("state", "%s, version %s", enum(s.GetState().String(), "SERVING_STATE_"), orDash(s.GetVersion()))
+	add("time", "%s, serving since %s", stamp(at(s.GetTime())), stamp(at(s.GetStartTime())))
+	if s.GetStoreId() == "" {
+		return a.printFields(fields) // nothing else is there before init
+	}
+	add("authority", "%s, control revision %d", orDash(s.GetAuthority()), s.GetControlRevision())
+	for _, m := range s.GetMeks() {
+		add("mek", "%s, version %d, %s, %s; wraps new keys until %s, %s left", orDash(m.GetLabel()), m.GetVersion(), enum(m.GetState().String(), "KEY_STATE_"),
+			orDash(m.GetProfile()), stamp(at(m.GetEndTime())), number(m.GetDaysLeft(), "day", "days"))
+	}
+	h := s.GetHsm()
+	add("token", "%s: %s %s, serial %s, profile %s", orDash(h.GetLabel()), orDash(h.GetManufacturer()), orDash(h.GetModel()), orDash(h.GetSerial()), orDash(h.GetProfile()))
+	add("", "connection %d, %d of %d sessions in use, %s", h.GetEpoch(), h.GetSessionsInUse(), h.GetSessionsMax(),
+		number(h.GetAbandonedCalls(), "abandoned call", "abandoned calls"))
+	if n := len(s.GetUnknownObjects()); n > 0 {
+		add("", "%s not ours, never used", number(n, "object", "objects"))
+	}
+	for _, p := range s.GetProviders() {
+		add("kms", "%s (%s), %s", orDash(p.GetName()), orDash(p.GetKind()), layerOf(p))
+		add("", "%s; %s, %d failed", contactOf(p), number(p.GetCalls(), "call", "calls"), p.GetFailures())
+	}
+	st, l := s.GetStore(), s.GetAudit()
+	add("store", "%s, %s, %s, schema %d", number(st.GetContentKeys(), "content key", "content keys"), bytesText(st.GetSizeBytes()), orDash(st.GetEngine()), st.GetSchema())
+	add("", "%s", orDash(st.GetPath()))
+	add("", "id %s", orDash(s.GetStoreId()))
+	add("keys", "%s, %d key-encryption keys loaded now and %s so far, %d content keys in clear now",
+		number(s.GetCategories(), "category", "categories"), s.GetKeksLoaded(), number(s.GetKekLoads(), "load", "loads"), s.GetCeksInClear())
+	if n := s.GetUnknownKidIncidents(); n > 0 {
+		add("", "UNKNOWN KIDS asked for by callers who may know: %d", n)
+	}
+	add("audit log", "%s", number(l.GetEntries(), "entry", "entries"))
+	add("", "root %s", orDash(l.GetRoot()))
+	if l.GetBlocked() != "" {
+		add("", "BLOCKED: %s", plain(l.GetBlocked()))
+	}
+	return a.printFields(fields)
+}
+
+func layerOf(p *v1.ProviderStatus) string {
+	if !p.GetOuterLayer() {
+		return "no outer layer"
+	}
+	return "outer layer under " + orDash(p.GetKeyRef())
+}
+
+func contactOf(p *v1.ProviderStatus) string {
+	switch {
+	case p.GetReachable():
+		return "reachable, last contact " + stamp(at(p.GetLastContactTime()))
+	case p.GetLastError() == "":
+		return "not called yet"
+	}
+	return "OUT OF REACH since " + stamp(at(p.GetLastContactTime())) + ": " + plain(p.GetLastError())
+}
