@@ -156,6 +156,11 @@ func (h *HSM) GenerateMEK(ctx context.Context, m custodian.MEK) error {
 			}
 			return nil
 		}
+		for other := range h.meks {
+			if other.label == m.Label || other.id == m.ID {
+				return fmt.Errorf("mek %s: another has its label or its ID", m.Label)
+			}
+		}
 		h.meks[id] = &rootKey{random(32), m.Profile}
 		return nil
 	})

@@ -121,11 +121,25 @@ func testMEKAdopt(t *testing.T, h custodian.HSM) {
 	if got, want := len(objectsOf(t, h, m.ID)), 1; got != want {
 		t.Errorf("objects with the mek's ID: got %d, want %d", got, want)
 	}
-	other := m
-	other.Profile = ""
-	rand.Read(other.ID[:])
-	if err := h.GenerateMEK(t.Context(), other); err == nil {
-		t.Error("generate a mek without a profile: got no error")
+	namesake, lookalike, plain := m, m, m
+	rand.Read(namesake.ID[:])
+	lookalike.Label += "-other"
+	rand.Read(plain.ID[:])
+	plain.Label, plain.Profile = m.Label+"-plain", ""
+	for _, test := range []struct {
+		name string
+		mek  custodian.MEK
+	}{
+		{"with the label of another", namesake},
+		{"with the ID of another", lookalike},
+		{"without a profile", plain},
+	} {
+		if err := h.GenerateMEK(t.Context(), test.mek); err == nil {
+			t.Errorf("generate a mek %s: got no error", test.name)
+		}
+	}
+	if err := h.CheckMEK(t.Context(), m); err != nil {
+		t.Errorf("the mek after the refusals: %v", err)
 	}
 }
 
@@ -155,6 +169,7 @@ func testMEKUnknown(t *testing.T, h custodian.HSM) {
 	m := NewMEK(t, h)
 	w := generate(t, h, m, custodian.UseSeal, "kek")
 	rand.Read(m.ID[:])
+	m.Label += "-unknown"
 	wantError(t, "check an unknown mek", h.CheckMEK(t.Context(), m), custodian.ErrNoObject)
 	_, err := h.NewMEKCanary(t.Context(), m)
 	wantError(t, "canary of an unknown mek", err, custodian.ErrNoObject)
@@ -353,7 +368,7 @@ func testSigner(t *testing.T, h custodian.HSM) {
 	if !ecdsa.VerifyASN1(public, digest[:], signature) {
 		t.Error("the signature does not verify under the public key")
 	}
-	_, err = h.Signer(t.Context(), label, unknown)
+	_, err = h.Signer(t.Context(), label+"-unknown", unknown)
 	wantError(t, "an unknown signer", err, custodian.ErrNoObject)
 }
 
