@@ -272,11 +272,20 @@ func (t *Token) login(session pkcs11.SessionHandle, ti pkcs11.TokenInfo) error {
 		return l.clear()
 	}
 	err = newFault(callLogin, rv)
-	if hasClass(err, classLost) || hasClass(err, classSession) {
-		// The token was not there, so the PIN has not been tried.
+	if neverTried(rv) {
 		return errors.Join(err, l.clear())
 	}
 	return fmt.Errorf("login: %w", err)
+}
+
+// neverTried tells the codes that say that the token was not reached, so that
+// the PIN cannot have been counted. Any other failure leaves the latch.
+func neverTried(code uint) bool {
+	switch code {
+	case 0x3, 0xB0, 0xB3, 0xE0, 0xE1, 0x190:
+		return true
+	}
+	return false
 }
 
 // needs asks for the mechanisms without which nothing works.

@@ -265,10 +265,13 @@ func (m *MEK) with(ctx context.Context, op func(found) error) error {
 			err = fmt.Errorf("MEK %s was there and is gone: %w", m.label, ErrDevice)
 		}
 	}
-	if errors.Is(err, ErrDevice) && m.t.check() != nil && m.t.recovered(ctx, false) {
+	if !errors.Is(err, ErrDevice) || m.t.check() == nil {
+		return err
+	}
+	if m.t.recovered(ctx, false) {
 		return m.try(ctx, op)
 	}
-	return err
+	return m.t.reason(err)
 }
 
 func (m *MEK) try(ctx context.Context, op func(found) error) error {

@@ -150,15 +150,16 @@ func (s *signer) sign(ctx context.Context, digest []byte) ([]byte, error) {
 	if err == nil {
 		return sig, nil
 	}
-	switch {
-	case hasClass(err, classHandle):
-		// The pair has to be found again.
-	case errors.Is(err, ErrDevice) && s.t.check() != nil && s.t.recovered(ctx, false):
-		// There is a new connection.
-	default:
-		return nil, err
+	if hasClass(err, classHandle) {
+		sig, err = s.signOnce(ctx, digest) // finds the pair again
 	}
-	return s.signOnce(ctx, digest)
+	if err == nil || !errors.Is(err, ErrDevice) || s.t.check() == nil {
+		return sig, err
+	}
+	if s.t.recovered(ctx, false) {
+		return s.signOnce(ctx, digest)
+	}
+	return nil, s.t.reason(err)
 }
 
 func (s *signer) signOnce(ctx context.Context, digest []byte) ([]byte, error) {

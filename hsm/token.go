@@ -176,8 +176,9 @@ func (t *Token) Epoch() Epoch {
 // and tries again.
 func (t *Token) Health(ctx context.Context) error {
 	err := t.do(ctx, t.pool, (*worker).health)
-	if err != nil && t.recovered(ctx, true) {
-		err = t.do(ctx, t.pool, (*worker).health)
+	if err != nil && t.check() != nil {
+		t.recovered(ctx, true)
+		err = t.do(ctx, t.pool, (*worker).health) // works again, or says why there is no connection
 	}
 	return t.named("health", err)
 }
@@ -213,10 +214,13 @@ func runRandom(w *worker) error {
 // again repeats an operation once if the token was lost and came back.
 func (t *Token) again(ctx context.Context, op func() error) error {
 	err := op()
-	if err == nil || !errors.Is(err, ErrDevice) || t.check() == nil || !t.recovered(ctx, false) {
+	if err == nil || !errors.Is(err, ErrDevice) || t.check() == nil {
 		return err
 	}
-	return op()
+	if t.recovered(ctx, false) {
+		return op()
+	}
+	return t.reason(err)
 }
 
 // named puts the token and the operation before an error.
@@ -233,6 +237,15 @@ func (t *Token) check() error {
 		return o.err
 	}
 	return nil
+}
+
+// reason is why there is no connection, which tells more than the error of the
+// operation that found out; or that error, if there is one again.
+func (t *Token) reason(err error) error {
+	if why := t.check(); why != nil {
+		return why
+	}
+	return err
 }
 
 // lose says that the connection does not work any more.

@@ -1,0 +1,219 @@
+package hsm_test
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/softhsm"
+)
+
+func verify(public crypto.PublicKey, digest, sig []byte) bool {
+	k, ok := public.(*ecdsa.PublicKey)
+	return ok && ecdsa.VerifyASN1(k, digest, sig)
+}
+
+// tokenDir is where softhsm.Test keeps the token of a config.
+func tokenDir(c hsm.Config) string { return filepath.Join(filepath.Dir(c.PINFile), "tokens") }
+
+func TestTokenTakenAwayAndPutBack(t *testing.T) {
+	c := softhsm.Test(t)
+	tok := open(t, c)
+	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	canary, err := m.NewCanary(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, w := newKey(t, m, hsm.UseGCM)
+	id := randomID(t)
+	if err := tok.GenerateSigner(t.Context(), "audit-v1", id); err != nil {
+		t.Fatal(err)
+	}
+	signer, err := tok.Signer(t.Context(), "audit-v1", id)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	dir := tokenDir(c)
+	if err := os.Rename(dir, dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, "health without the token", tok.Health(within(t, 5*time.Second)), hsm.ErrDevice)
+	_, err = m.Load(within(t, 5*time.Second), hsm.UseGCM, []byte("movies/1"), w)
+	wantErr(t, "load without the token", err, hsm.ErrDevice)
+	_, err = tok.OpenMEK(within(t, 5*time.Second), "mek-v1", m.ID())
+	wantErr(t, "open MEK without the token", err, hsm.ErrDevice)
+	if errors.Is(err, hsm.ErrNotFound) {
+		t.Error("a token that is not there was reported as a key that is not there")
+	}
+
+	if err := os.Rename(dir+".away", dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := tok.Health(within(t, 10*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	k, err := m.Load(t.Context(), hsm.UseGCM, []byte("movies/1"), w)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seal(t, k)
+	if err := m.CheckCanary(t.Context(), canary); err != nil {
+		t.Error(err)
+	}
+	digest := sha256.Sum256([]byte("checkpoint"))
+	if sig, err := signer.Sign(nil, digest[:], crypto.SHA256); err != nil || !verify(signer.Public(), digest[:], sig) {
+		t.Errorf("sign after the token came back: %v", err)
+	}
+}
+
+// Without Health in between: the first operation that needs the token finds
+// out, and one after it came back works.
+func TestTokenAwayWithoutHealth(t *testing.T) {
+	c := softhsm.Test(t)
+	tok := open(t, c)
+	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	_, w := newKey(t, m, hsm.UseGCM)
+	dir := tokenDir(c)
+	if err := os.Rename(dir, dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	_, err := m.Load(within(t, 5*time.Second), hsm.UseGCM, []byte("movies/1"), w)
+	wantErr(t, "load without the token", err, hsm.ErrDevice)
+	if err := os.Rename(dir+".away", dir); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "load with the token back", func() bool {
+		_, err := m.Load(t.Context(), hsm.UseGCM, []byte("movies/1"), w)
+		return err == nil
+	})
+}
+
+func TestTokenReinitialisedByAnotherProcess(t *testing.T) {
+	util, err := exec.LookPath("softhsm2-util")
+	if err != nil {
+		t.Skip("softhsm2-util is not installed:", err)
+	}
+	c := softhsm.Test(t)
+	tok := open(t, c)
+	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	_, w := newKey(t, m, hsm.UseGCM)
+	serial := tok.Info().Serial
+	so, err := os.ReadFile(filepath.Join(filepath.Dir(c.PINFile), "test.so-pin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pin, err := os.ReadFile(c.PINFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"--delete-token", "--token", "test"},
+		{"--init-token", "--free", "--label", "test", "--so-pin", string(so), "--pin", string(pin)},
+	} {
+		if out, err := exec.Command(util, args...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %s", args[0], out)
+		}
+	}
+	err = tok.Health(within(t, 5*time.Second))
+	wantErr(t, "health", err, hsm.ErrDevice)
+	if err == nil || !strings.Contains(err.Error(), "re-initialised") || !strings.Contains(err.Error(), serial) {
+		t.Errorf("error does not tell the story: %v", err)
+	}
+	_, err = m.Load(within(t, 5*time.Second), hsm.UseGCM, []byte("movies/1"), w)
+	wantErr(t, "load", err, hsm.ErrDevice)
+	if err := tok.GenerateMEK(within(t, 5*time.Second), hsm.MEKSpec{Label: "mek-v2", ID: randomID(t), Profile: hsm.Sealed}); !errors.Is(err, hsm.ErrDevice) {
+		t.Errorf("generate in another token: %v, want %v", err, hsm.ErrDevice)
+	}
+}
+
+// SoftHSM does not authenticate its files: a changed byte gives another key
+// under the same name, and nothing but the canary tells.
+func TestCanaryDetectsAChangedMEK(t *testing.T) {
+	c := softhsm.Test(t)
+	tok, err := hsm.Open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	canary, err := m.NewCanary(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, w := newKey(t, m, hsm.UseGCM)
+	closeToken(t, tok)
+	flipValue(t, tokenDir(c))
+
+	tok = open(t, c)
+	m, err = tok.OpenMEK(t.Context(), "mek-v1", m.ID())
+	if err != nil {
+		t.Fatalf("the change did not only touch the value: %v", err)
+	}
+	wantErr(t, "canary", m.CheckCanary(t.Context(), canary), hsm.ErrWrongKey)
+	_, err = m.Load(t.Context(), hsm.UseGCM, []byte("movies/1"), w)
+	wantErr(t, "load", err, hsm.ErrAuth)
+}
+
+// flipValue changes a byte of CKA_VALUE in the one key's file: an attribute is
+// its type, its kind and its length in big endian, then the (encrypted) bytes.
+func flipValue(t *testing.T, dir string) {
+	t.Helper()
+	value := binary.BigEndian.AppendUint64(nil, 0x11)
+	flipped := 0
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, ".object") || d.Name() == "token.object" {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		at := bytes.Index(b, value)
+		if at < 0 {
+			return nil
+		}
+		// The last block of CBC: the IV and the padding stay right.
+		b[at+24+16+3] ^= 1
+		flipped++
+		return os.WriteFile(path, b, 0o600)
+	})
+	if err != nil || flipped != 1 {
+		t.Fatalf("%d values changed, want 1: %v", flipped, err)
+	}
+}
+
+// Another key under the label and ID of the MEK after a reconnect is found out
+// by the canary that the MEK saw before.
+func TestReconnectChecksTheCanaryAgain(t *testing.T) {
+	c, f := faulty(t)
+	tok := open(t, c)
+	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	if _, err := m.NewCanary(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := m.Checked(), hsm.Epoch(1); got != want {
+		t.Errorf("checked in epoch %d, want %d", got, want)
+	}
+	f.Hang("C_Finalize") // holds the reconnect until the file is changed
+	f.Fail("C_GenerateRandom", 0x32, 1)
+	go func() { _ = tok.Random(t.Context(), make([]byte, 8)) }()
+	eventually(t, "reconnect", func() bool { return f.Hanging("C_Finalize") == 1 })
+	flipValue(t, tokenDir(c))
+	f.Resume("C_Finalize")
+	if err := tok.Health(within(t, 10*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	_, err := m.Generate(t.Context(), hsm.UseGCM, nil)
+	wantErr(t, "generate under another MEK", err, hsm.ErrWrongKey)
+}
