@@ -322,6 +322,9 @@ func (c *Config) serverCerts(log *slog.Logger) certs.ServerOptions {
 
 func (c *Config) storePath() string { return filepath.Join(c.DataDir, "store.db") }
 func (c *Config) auditDir() string  { return filepath.Join(c.DataDir, "audit") }
+
+// auditFile is there once the audit log is whole: it is put in place last.
+func (c *Config) auditFile() string { return filepath.Join(c.auditDir(), "audit.log") }
 func (c *Config) latchPath() string { return filepath.Join(c.DataDir, "pin.latch") }
 
 func (c *Config) logger(w io.Writer) *slog.Logger {

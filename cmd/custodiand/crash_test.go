@@ -208,44 +208,16 @@ func (c *custody) checkAtRest(l *ledger) {
 func (c *custody) tokenLabels() []string {
 	t := c.t
 	t.Helper()
-	t.Setenv("SOFTHSM2_CONF", c.config.HSM.SoftHSMConf)
-	m := pkcs11.New(c.config.HSM.Module)
-	if m == nil {
-		t.Fatalf("load %s", c.config.HSM.Module)
-	}
-	if err := m.Initialize(); err != nil {
-		t.Fatal(err)
-	}
-	defer m.Finalize()
-	slots, err := m.GetSlotList(true)
-	if err != nil {
-		t.Fatal(err)
-	}
 	var labels []string
-	for _, slot := range slots {
-		info, err := m.GetTokenInfo(slot)
-		if err != nil || info.Label != c.config.HSM.Token {
-			continue
-		}
-		s, err := m.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION)
-		if err != nil {
-			t.Fatal(err)
-		}
-		pin, err := os.ReadFile(c.config.HSM.PINFile)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := m.Login(s, pkcs11.CKU_USER, string(bytes.TrimSpace(pin))); err != nil {
-			t.Fatal(err)
-		}
+	c.withSession(func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
 		if err := m.FindObjectsInit(s, nil); err != nil {
 			t.Fatal(err)
 		}
 		objects, _, err := m.FindObjects(s, 1000)
+		m.FindObjectsFinal(s)
 		if err != nil {
 			t.Fatal(err)
 		}
-		m.FindObjectsFinal(s)
 		for _, o := range objects {
 			a, err := m.GetAttributeValue(s, o, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil)})
 			if err != nil {
@@ -253,9 +225,49 @@ func (c *custody) tokenLabels() []string {
 			}
 			labels = append(labels, string(a[0].Value))
 		}
-	}
+	})
 	slices.Sort(labels)
 	return labels
+}
+
+// withSession runs f with a session of the test's own, logged in: nothing of
+// the daemon's code stands between.
+func (c *custody) withSession(f func(*pkcs11.Ctx, pkcs11.SessionHandle)) {
+	t := c.t
+	t.Helper()
+	t.Setenv("SOFTHSM2_CONF", c.config.HSM.SoftHSMConf)
+	m := pkcs11.New(c.config.HSM.Module)
+	if m == nil {
+		t.Fatalf("load %s", c.config.HSM.Module)
+	}
+	defer m.Destroy()
+	if err := m.Initialize(); err != nil {
+		t.Fatal(err)
+	}
+	defer m.Finalize()
+	pin, err := os.ReadFile(c.config.HSM.PINFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slots, err := m.GetSlotList(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, slot := range slots {
+		if info, err := m.GetTokenInfo(slot); err != nil || info.Label != c.config.HSM.Token {
+			continue
+		}
+		s, err := m.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Login(s, pkcs11.CKU_USER, string(bytes.TrimSpace(pin))); err != nil {
+			t.Fatal(err)
+		}
+		f(m, s)
+		return
+	}
+	t.Fatalf("no token %q", c.config.HSM.Token)
 }
 
 // durable are the system calls that make a step durable, or visible to a
@@ -281,7 +293,7 @@ func TestCrashInit(t *testing.T) {
 	for step := 1; ; step++ {
 		c := provision(t)
 		out, err := exec.Command("strace", "-f", "-o", os.DevNull, "-e", "trace="+durable, "-e", "inject="+durable+":signal=SIGKILL:when="+strconv.Itoa(step),
-			binary, "init", "-config", c.dev.configFile()).CombinedOutput()
+			daemonBinary, "init", "-config", c.dev.configFile()).CombinedOutput()
 		if err == nil {
 			if step < 5 {
 				t.Fatalf("init has only %d durable steps; the kill does not reach it", step-1)

@@ -160,7 +160,7 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 // storeMissing tells an uninitialised place from one that has lost its store:
 // an audit log without a store is refused, never initialised again.
 func (d *daemon) storeMissing() error {
-	have, err := exists(d.config.auditDir())
+	have, err := exists(d.config.auditFile())
 	if err != nil {
 		return err
 	}

@@ -63,7 +63,7 @@ func (p *parts) createStore(ctx context.Context, c *Config, log *slog.Logger) er
 	if !errors.Is(err, custodian.ErrNotFound) {
 		return err
 	}
-	if have, err = exists(c.auditDir()); err != nil {
+	if have, err = exists(c.auditFile()); err != nil {
 		return err
 	}
 	if have {

@@ -21,8 +21,8 @@ import (
 	"github.com/keycustody/custodian/custodian"
 )
 
-// binary is the real daemon, built once for the tests of this package.
-var binary string
+// daemonBinary is the real daemon, built once for the tests of this package.
+var daemonBinary string
 
 func TestMain(m *testing.M) {
 	flag.Parse()
@@ -31,8 +31,8 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	binary = filepath.Join(dir, "custodiand")
-	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+	daemonBinary = filepath.Join(dir, "custodiand")
+	if out, err := exec.Command("go", "build", "-o", daemonBinary, ".").CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "build custodiand: %v\n%s", err, out)
 		os.Exit(1)
 	}
@@ -83,7 +83,7 @@ func (c *custody) run(args ...string) (string, int) {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, binary, args...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, daemonBinary, args...).CombinedOutput()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		c.t.Fatalf("custodiand %v: %v", args, err)
@@ -107,7 +107,7 @@ var servingLine = regexp.MustCompile(`msg=serving listen=(\S+) admin=(\S+)`)
 // log and is closed at its end.
 func (c *custody) launch(prefix ...string) <-chan string {
 	c.t.Helper()
-	args := append(prefix, binary, "-config", c.dev.configFile())
+	args := append(prefix, daemonBinary, "-config", c.dev.configFile())
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	pipe, err := cmd.StderrPipe()

@@ -98,7 +98,7 @@ func restore(ctx context.Context, c *Config, from, identity string, log *slog.Lo
 // openLogForRestore opens the audit log, which knows what the backup lacks,
 // or begins a new one where it was lost, too.
 func (p *parts) openLogForRestore(c *Config, log *slog.Logger) error {
-	have, err := exists(c.auditDir())
+	have, err := exists(c.auditFile())
 	if err != nil {
 		return err
 	}
