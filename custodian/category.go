@@ -22,6 +22,9 @@ type CreateCategoryRequest struct {
 
 // Check says what is wrong with the request, or nil.
 func (r CreateCategoryRequest) Check() error {
+	if err := checkText(r.RequestID, MaxRequestIDSize); err != nil {
+		return invalid("request_id", err)
+	}
 	if err := r.Name.Check(); err != nil {
 		return invalid("category", err)
 	}
@@ -136,22 +139,36 @@ type SetModeRequest struct {
 	Cause     string
 }
 
+// Check says what is wrong with the request, or nil.
+func (r SetModeRequest) Check() error {
+	if err := checkText(r.RequestID, MaxRequestIDSize); err != nil {
+		return invalid("request_id", err)
+	}
+	if err := r.Name.Check(); err != nil {
+		return invalid("category", err)
+	}
+	if r.Mode != CategoryOpen && r.Mode != CategoryFrozen {
+		return invalid("mode", fmt.Errorf("%s: must be OPEN or FROZEN", r.Mode))
+	}
+	if err := checkText(r.Cause, MaxCauseSize); err != nil {
+		return invalid("cause", err)
+	}
+	return nil
+}
+
 // SetCategoryMode freezes a category at once, or lifts a freeze.
 func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetModeRequest) (Category, error) {
-	if err := req.Name.Check(); err != nil {
-		return Category{}, invalid("category", err)
-	}
-	if req.Mode != CategoryOpen && req.Mode != CategoryFrozen {
-		return Category{}, invalid("mode", fmt.Errorf("%s: must be OPEN or FROZEN", req.Mode))
-	}
-	if len(req.Cause) > 1000 {
-		return Category{}, invalid("cause", errors.New("longer than 1000 bytes"))
+	if err := req.Check(); err != nil {
+		return Category{}, err
 	}
 	d := c.decide(who, ActionSetMode, Resource{Category: req.Name})
 	var cat Category
 	err := d.Err
-	if d.Allow {
-		// A freeze is a break-glass: a clock that is not believed does not stop it.
+	if d.Allow && req.Mode != CategoryFrozen {
+		// Only a freeze, the break-glass, does not wait for a clock that is believed.
+		err = c.believesClock()
+	}
+	if err == nil {
 		err = c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
 			var ok bool
 			if cat, ok = old.categories[req.Name]; !ok {

@@ -278,7 +278,9 @@ func (c *Custodian) change(ctx context.Context, build func(old *controlSet, now 
 	next.head.Revision = max(old.head.Revision, ch.lift) + 1
 	next.head.Previous = old.head.Digest
 	next.head.Digest = next.digest()
-	if now.After(next.head.HighestNow) {
+	// A clock that is not believed must not become the highest time seen: the
+	// next start would believe it, and then no other.
+	if now.After(next.head.HighestNow) && c.believesClock() == nil {
 		next.head.HighestNow = now
 	}
 	head := ControlRecord{Name: "head", Body: encodeHead(next.head)}
@@ -305,9 +307,13 @@ func (c *Custodian) change(ctx context.Context, build func(old *controlSet, now 
 		}
 		return tx.PutHead(head)
 	})
-	c.unsettled = &unsettled{next: next, entry: ch.entry, failed: err}
+	u := &unsettled{next: next, entry: ch.entry, failed: err}
+	c.unsettled = u
 	if serr := c.settle(ctx); serr != nil {
 		return errors.Join(err, serr)
+	}
+	if u.stored {
+		return nil // whatever the store answered, it did it
 	}
 	return err
 }

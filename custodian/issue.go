@@ -37,6 +37,9 @@ type IssuedKey struct {
 
 // Check says what is wrong with the request, or nil.
 func (r IssueRequest) Check() error {
+	if err := checkText(r.RequestID, MaxRequestIDSize); err != nil {
+		return invalid("request_id", err)
+	}
 	if err := r.Category.Check(); err != nil {
 		return invalid("category", err)
 	}
@@ -61,8 +64,8 @@ func (r IssueRequest) Check() error {
 		if err := k.Scheme.Check(); err != nil {
 			return invalid(at("scheme"), err)
 		}
-		if !k.Period.Start.IsZero() && !k.Period.End.IsZero() && !k.Period.Start.Before(k.Period.End) {
-			return invalid(at("period"), errors.New("it ends before it starts"))
+		if err := k.Period.Check(); err != nil {
+			return invalid(at("period"), err)
 		}
 		s := slot{k.TrackType, k.Scheme, k.Period.Set, k.Period.Index}
 		if j, twice := slots[s]; twice {

@@ -3,10 +3,12 @@ package custodian
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"regexp"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // Sizes and limits of the vocabulary, in bytes unless said otherwise.
@@ -17,7 +19,22 @@ const (
 	MaxTrackTypeSize = 64
 	MaxKIDsPerCall   = 64  // of GetContentKeys
 	MaxKeysPerIssue  = 600 // a Shaka Packager start-up burst is 555 keys
+	MaxRequestIDSize = 128
+	MaxCauseSize     = 1000
 )
+
+// checkText says what is wrong with a text of the caller's, or nil. What the
+// audit log would refuse is refused here, before anything is done that could
+// then not be written down.
+func checkText(s string, limit int) error {
+	if len(s) > limit {
+		return fmt.Errorf("%d bytes: must be at most %d", len(s), limit)
+	}
+	if !utf8.ValidString(s) || strings.ContainsRune(s, 0) {
+		return errors.New("must be UTF-8 without zero bytes")
+	}
+	return nil
+}
 
 // A CategoryName names a content category: 1 to 64 of a-z, 0-9, '.', '_' and
 // '-', beginning with a letter or digit. A category has one line of KEKs.
@@ -138,6 +155,29 @@ type Period struct {
 	Set        bool
 	Index      uint32
 	Start, End time.Time
+}
+
+// The times that a period may have. A record keeps Unix nanoseconds, which
+// end in the year 2262.
+var (
+	firstPeriod = time.Date(1970, 1, 1, 0, 0, 0, 0, time.UTC)
+	lastPeriod  = time.Date(2200, 1, 1, 0, 0, 0, 0, time.UTC)
+)
+
+// Check says what is wrong with the period, or nil.
+func (p Period) Check() error {
+	if !p.Set && p != (Period{}) {
+		return errors.New("an index or a time of no period")
+	}
+	for _, t := range []time.Time{p.Start, p.End} {
+		if !t.IsZero() && (t.Before(firstPeriod) || t.After(lastPeriod)) {
+			return fmt.Errorf("time %s: must be from 1970 to 2199", t.UTC().Format(time.RFC3339))
+		}
+	}
+	if !p.Start.IsZero() && !p.End.IsZero() && !p.Start.Before(p.End) {
+		return errors.New("it ends before it starts")
+	}
+	return nil
 }
 
 // A NaturalKey is what a content key is for. Two content keys never share
