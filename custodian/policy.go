@@ -120,9 +120,12 @@ func NewPolicy(grants []Grant) (*Policy, error) {
 			faults = append(faults, fmt.Errorf("%s: is officer and operator; these must be different people", id))
 		}
 	}
+	if len(faults) > 0 {
+		return nil, errors.Join(faults...)
+	}
 	slices.Sort(canonical)
 	p.digest = sha256.Sum256([]byte(strings.Join(canonical, "\n")))
-	return p, errors.Join(faults...)
+	return p, nil
 }
 
 func (g Grant) canonical() string {
@@ -143,7 +146,8 @@ func (p *Policy) Digest() [32]byte { return p.digest }
 type Resource struct {
 	Category CategoryName
 	Mode     CategoryMode // of the category; zero where the action needs none
-	State    State        // of the key; zero where the action needs none
+	IsKey    bool         // it is a key: without Mode and State it is refused
+	State    State        // of the key
 	Decided  bool         // of the key's exception
 }
 
@@ -189,17 +193,29 @@ func (p *Policy) Decide(r Request) Decision {
 	if !d.Allow {
 		return d
 	}
-	d.Err = nil
-	if r.Resource.Mode == CategoryFrozen && (r.Action == ActionIssue || r.Action == ActionReissue || r.Action == ActionRelease) {
-		d.Allow, d.Err = false, ErrCategoryFrozen
-	} else if r.Resource.State != 0 {
-		if err := Usable(r.Resource.State, purposeOf(r.Action), r.Resource.Decided); err != nil {
-			d.Allow, d.Err = false, err
-		}
-	}
+	d.Err = r.unusable()
+	d.Allow = d.Err == nil
 	return d
 }
 
+// unusable says why the resource's mode or state forbids an action that uses
+// keys, or nil.
+func (r Request) unusable() error {
+	purpose := purposeOf(r.Action)
+	if purpose == 0 {
+		return nil
+	}
+	known := r.Resource.Mode != 0 || r.Resource.IsKey
+	if known && r.Resource.Mode != CategoryOpen {
+		return ErrCategoryFrozen
+	}
+	if !r.Resource.IsKey {
+		return nil
+	}
+	return Usable(r.Resource.State, purpose, r.Resource.Decided)
+}
+
+// purposeOf is what an action uses keys for; zero where it uses none.
 func purposeOf(a Action) Purpose {
 	switch a {
 	case ActionIssue, ActionReissue:

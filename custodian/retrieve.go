@@ -32,6 +32,9 @@ type RetrieveResult struct {
 
 // Check says what is wrong with the request, or nil.
 func (r RetrieveRequest) Check() error {
+	if err := checkText(r.RequestID, MaxRequestIDSize); err != nil {
+		return invalid("request_id", err)
+	}
 	if len(r.KIDs) == 0 || len(r.KIDs) > MaxKIDsPerCall {
 		return invalid("key_ids", fmt.Errorf("%d KIDs: must be 1 to %d", len(r.KIDs), MaxKIDsPerCall))
 	}
@@ -55,7 +58,6 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if err := req.Check(); err != nil {
 		return nil, err
 	}
-	set := c.set.Load()
 	results := make([]RetrieveResult, len(req.KIDs))
 	sealed := make([]SealedKey, len(req.KIDs))
 	var contentCategory CategoryName
@@ -74,6 +76,8 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if err != nil {
 		return nil, deadline(ctx, err)
 	}
+	// The set is loaded after the records, so that it knows their KEKs.
+	set := c.set.Load()
 	entries := make([]audit.Entry, len(results))
 	for i := range results {
 		r := &results[i]
@@ -112,13 +116,11 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		}
 		return
 	}
+	if _, ok := set.categories[k.Key.Category]; r.Err == nil && !ok {
+		r.Err = corrupt("content key "+r.KID.String(), fmt.Errorf("its category %q is not recorded", k.Key.Category))
+	}
 	if r.Err != nil {
-		// Nothing of the record can be believed, its category neither: only
-		// who may have everything hears that it is damaged.
-		r.decision = c.decide(who, ActionRelease, Resource{})
-		if !r.decision.KnowIt {
-			r.decision.Allow, r.Err = false, fmt.Errorf("content key %s: %w", r.KID, ErrDenied)
-		}
+		c.decideUnread(who, r)
 		return
 	}
 	r.decision = c.decide(who, ActionRelease, resourceOf(set, k.Key))
@@ -131,6 +133,18 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 	}
 	r.Info = k.Key
 	r.Key, r.Err = c.openCEK(ctx, set, k)
+}
+
+// decideUnread is the decision about a key whose record could not be read.
+// That a device is out of order every provider may hear. But of a damaged
+// record nothing can be believed, its category neither: only who may have
+// everything hears of it.
+func (c *Custodian) decideUnread(who Caller, r *RetrieveResult) {
+	c.log.Error("the record of a content key cannot be read", "kid", r.KID, "err", r.Err)
+	r.decision = c.decide(who, ActionRelease, Resource{})
+	if !r.decision.Allow || !r.decision.KnowIt && errors.Is(r.Err, ErrRecordCorrupt) {
+		r.decision.Allow, r.Err = false, fmt.Errorf("content key %s: %w", r.KID, ErrDenied)
+	}
 }
 
 // decideUnknown is the decision about a key that does not exist: who may not
@@ -150,7 +164,7 @@ func (c *Custodian) decideUnknown(who Caller, contentCategory CategoryName) (Dec
 
 // resourceOf is what the policy is told of a content key.
 func resourceOf(set *controlSet, k ContentKey) Resource {
-	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, State: StateActive}
+	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, IsKey: true, State: StateActive}
 	if x, ok := set.exceptions[k.KID]; ok {
 		r.State, r.Decided = x.State, x.Decided
 	}

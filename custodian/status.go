@@ -250,16 +250,17 @@ func (c *Custodian) DescribeContentKey(ctx context.Context, who Caller, kid KID)
 		k, err = tx.ContentKey(kid)
 		return err
 	})
-	if err != nil && !errors.Is(err, ErrNotFound) {
-		return ContentKeyInfo{}, deadline(ctx, err)
-	}
+	unknown := errors.Is(err, ErrNotFound)
 	d := c.decide(who, ActionReadKeys, Resource{Category: k.Key.Category})
-	if !d.Allow || (err != nil && !d.KnowIt) {
+	if !d.Allow || !d.KnowIt && (unknown || errors.Is(err, ErrRecordCorrupt)) {
 		d.Allow, d.Err = false, ErrDenied
 		return ContentKeyInfo{}, c.refuse(ctx, who, d, ActionReadKeys, ref{kid: kid})
 	}
-	if err != nil {
+	if unknown {
 		return ContentKeyInfo{}, fmt.Errorf("content key %s: %w", kid, ErrKeyNotFound)
+	}
+	if err != nil {
+		return ContentKeyInfo{}, deadline(ctx, err)
 	}
 	return ContentKeyInfo{k.Key, resourceOf(c.set.Load(), k.Key).State}, nil
 }
