@@ -80,6 +80,10 @@ func (c *Custodian) journal(ctx context.Context, spec InitSpec) (InitJournal, er
 	if err := c.refuseForeign(ctx, j, found); err != nil || found {
 		return j, err
 	}
+	if p := spec.Profile; p != "" && p != ProfileSealed && p != ProfileRotatable {
+		// Once it is in the journal, it cannot be taken back.
+		return j, fmt.Errorf("mek profile %q: must be %s or %s", p, ProfileSealed, ProfileRotatable)
+	}
 	if len(c.defaultWraps) == 0 {
 		return j, errors.New("no default provider is configured; name one (local has no outer layer)")
 	}

@@ -66,14 +66,15 @@ func (r *keyring) withHelper(ctx context.Context, s *controlSet, p HelperPurpose
 func (r *keyring) with(ctx context.Context, s *controlSet, id keyID, f func(Key) error) error {
 	for again := false; ; again = true {
 		l, err := r.get(ctx, s, id)
-		if err != nil {
-			return err
+		if err == nil {
+			err = f(l.key)
 		}
-		err = f(l.key)
 		if !errors.Is(err, ErrStaleKey) {
 			return err
 		}
-		r.drop(id, l)
+		if l != nil {
+			r.drop(id, l)
+		}
 		if again {
 			return fmt.Errorf("%s: %w: %w", id, err, ErrHSMUnavailable)
 		}

@@ -1,7 +1,6 @@
 package custodian
 
 import (
-	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -197,28 +196,23 @@ func (c *Custodian) checkToken(ctx context.Context, set *controlSet) error {
 	if err != nil {
 		return err
 	}
-	known := func(o TokenObject) bool {
-		for _, m := range set.meks {
-			if bytes.Equal(o.ID, m.ID[:]) && o.Label == m.Label {
-				return true
-			}
-		}
-		for _, g := range set.signers {
-			if bytes.Equal(o.ID, g.ID[:]) && o.Label == g.Label {
-				return true
-			}
-		}
-		return false
+	labels := map[string]string{} // of what is ours, by ID
+	for _, m := range set.meks {
+		labels[string(m.ID[:])] = m.Label
+	}
+	for _, g := range set.signers {
+		labels[string(g.ID[:])] = g.Label
 	}
 	seen := map[string]bool{}
 	c.unknownObjects = nil
 	for _, o := range objects {
+		label, ours := labels[string(o.ID)]
 		k := o.Class + "\x00" + string(o.ID)
-		if known(o) && seen[k] {
+		if ours && seen[k] {
 			return fmt.Errorf("token: two objects of class %s have the ID %x: %w", o.Class, o.ID, ErrWrongMEK)
 		}
 		seen[k] = true
-		if !known(o) {
+		if !ours || o.Label != label {
 			c.unknownObjects = append(c.unknownObjects, o)
 			c.log.Warn("unknown object in the token; it is never used", "class", o.Class, "label", o.Label, "id", hex.EncodeToString(o.ID))
 		}
