@@ -124,7 +124,10 @@ func (t *tx) checkContentKey(kid custodian.KID) error {
 		{bucketByKEK, byKEKKey(k.Key.KEK, kid), []byte{}},
 	} {
 		got := t.get(e.bucket, e.key)
-		if got == nil || !bytes.Equal(got, e.want) {
+		if got == nil {
+			return fmt.Errorf("content key %s: index %s has no entry: %w", kid, bucketNames[e.bucket], custodian.ErrRecordCorrupt)
+		}
+		if !bytes.Equal(got, e.want) {
 			return fmt.Errorf("content key %s: index %s has %x, want %x: %w", kid, bucketNames[e.bucket], got, e.want, custodian.ErrRecordCorrupt)
 		}
 	}
