@@ -18,13 +18,13 @@ const (
 // module. It holds every worker while it changes the connection.
 func (t *Token) keep(connected chan<- error) {
 	defer close(t.ended)
-	err := t.connect()
-	connected <- err
-	if err != nil {
-		t.finish()
+	if err := t.connect(); err != nil {
+		t.finish() // before Open returns, so that the module is free again
+		connected <- err
 		return
 	}
 	t.sendHome(t.workers)
+	connected <- nil
 	backoff, due, timer := firstBackoff, time.Time{}, time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -100,16 +101,14 @@ func TestTokenAwayWithoutHealth(t *testing.T) {
 	})
 }
 
-func TestTokenReinitialisedByAnotherProcess(t *testing.T) {
+// initToken makes a token with the PINs of the config from another process,
+// after it deleted the one that is there if it is told to.
+func initToken(t *testing.T, c hsm.Config, label string, replace bool) {
+	t.Helper()
 	util, err := exec.LookPath("softhsm2-util")
 	if err != nil {
 		t.Skip("softhsm2-util is not installed:", err)
 	}
-	c := softhsm.Test(t)
-	tok := open(t, c)
-	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
-	_, w := newKey(t, m, hsm.UseGCM)
-	serial := tok.Info().Serial
 	so, err := os.ReadFile(filepath.Join(filepath.Dir(c.PINFile), "test.so-pin"))
 	if err != nil {
 		t.Fatal(err)
@@ -118,15 +117,45 @@ func TestTokenReinitialisedByAnotherProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, args := range [][]string{
-		{"--delete-token", "--token", "test"},
-		{"--init-token", "--free", "--label", "test", "--so-pin", string(so), "--pin", string(pin)},
-	} {
+	commands := [][]string{{"--init-token", "--free", "--label", label, "--so-pin", string(so), "--pin", string(pin)}}
+	if replace {
+		commands = append([][]string{{"--delete-token", "--token", label}}, commands...)
+	}
+	for _, args := range commands {
 		if out, err := exec.Command(util, args...).CombinedOutput(); err != nil {
 			t.Fatalf("%s: %s", args[0], out)
 		}
 	}
-	err = tok.Health(within(t, 5*time.Second))
+}
+
+// vmLocked is the locked memory of this process in kB.
+func vmLocked(t *testing.T) int {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if fields := strings.Fields(line); len(fields) == 3 && fields[0] == "VmLck:" {
+			n, err := strconv.Atoi(fields[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatal("no VmLck in /proc/self/status")
+	return 0
+}
+
+func TestTokenReinitialisedByAnotherProcess(t *testing.T) {
+	c := softhsm.Test(t)
+	tok := open(t, c)
+	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	_, w := newKey(t, m, hsm.UseGCM)
+	serial := tok.Info().Serial
+	initToken(t, c, "test", true)
+	err := tok.Health(within(t, 5*time.Second))
 	wantErr(t, "health", err, hsm.ErrDevice)
 	if err == nil || !strings.Contains(err.Error(), "re-initialised") || !strings.Contains(err.Error(), serial) {
 		t.Errorf("error does not tell the story: %v", err)
