@@ -15,12 +15,9 @@ import (
 // made. It doubles.
 const transportWait = 100 * time.Millisecond
 
-// once are the calls that may have worked although no answer came, and that do
-// not mean the same the second time.
-var once = map[string]bool{
-	v1.CustodyService_CreateCategory_FullMethodName:  true,
-	v1.CustodyService_SetCategoryMode_FullMethodName: true,
-}
+// once are the calls that may have worked although no answer came in time, and
+// that would then be refused the second time.
+var once = map[string]bool{v1.CustodyService_CreateCategory_FullMethodName: true}
 
 // retries make a refused call again.
 type retries struct{ attempts int }
@@ -43,7 +40,7 @@ func (r retries) unary(ctx context.Context, method string, req, reply any, conn 
 		wait := e.Retry << (attempt - 1)
 		switch {
 		case e.Retry > 0:
-		case e.Reason == "DEADLINE" && !timedOut:
+		case e.Reason == "DEADLINE" && !timedOut && !once[method]:
 			timedOut = true
 		case e.Code == codes.Unavailable && e.Reason == "" && !once[method]:
 			wait = transportWait << (attempt - 1)

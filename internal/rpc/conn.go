@@ -14,13 +14,13 @@ import (
 // Write: in gRPC 1.85 all frames go through bufWriter (internal/transport,
 // http_util.go), which copies into a buffer of its own, writes that, and starts
 // again at offset 0 without reading the old bytes. The exception is a server
-// with WriteBufferSize 0, which NewServer never makes. crypto/tls in its turn
-// encrypts a record in place.
+// with WriteBufferSize 0, which NewServer never makes.
 //
 // TestKeysLeaveMemory would notice if an upgrade left plaintext elsewhere, and
-// the calls after it would break if an upgrade still read the bytes.
+// all calls would break if an upgrade still read the bytes.
 type wipingCreds struct {
 	credentials.TransportCredentials
+	primers *primers
 }
 
 func (c wipingCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -28,18 +28,22 @@ func (c wipingCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	if err != nil {
 		return nil, nil, err
 	}
-	return &wipingConn{conn}, info, nil
+	return &wipingConn{conn, c.primers}, info, nil
 }
 
 func (c wipingCreds) Clone() credentials.TransportCredentials {
-	return wipingCreds{c.TransportCredentials.Clone()}
+	return wipingCreds{c.TransportCredentials.Clone(), c.primers}
 }
 
 // A wipingConn wipes the caller's buffer once it is written. That is more than
 // io.Writer allows; wipingCreds says why it is right here.
-type wipingConn struct{ net.Conn }
+type wipingConn struct {
+	net.Conn
+	primers *primers
+}
 
 func (c *wipingConn) Write(p []byte) (int, error) {
 	defer clear(p)
+	c.primers.prime(len(p))
 	return c.Conn.Write(p)
 }

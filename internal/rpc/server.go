@@ -147,9 +147,13 @@ func NewServer(c Config) (*Server, error) {
 	if s.metrics, err = newMetrics(c.Metrics); err != nil {
 		return nil, fmt.Errorf("rpc server: %w", err)
 	}
+	primers, err := newPrimers(runtime.GOMAXPROCS(0))
+	if err != nil {
+		return nil, fmt.Errorf("rpc server: %w", err)
+	}
 	s.SetUnavailable(custodian.ErrStarting)
 	s.grpc = grpc.NewServer(
-		grpc.Creds(wipingCreds{credentials.NewTLS(c.Certs.TLSConfig())}),
+		grpc.Creds(wipingCreds{credentials.NewTLS(c.Certs.TLSConfig()), primers}),
 		grpc.ForceServerCodecV2(s.codec),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
