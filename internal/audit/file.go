@@ -3,6 +3,7 @@ package audit
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -36,7 +37,8 @@ func (f diskFile) Allocate(off, n int64) error {
 	}
 	err := retry(func() error { return unix.Fallocate(int(f.Fd()), 0, off, n) })
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		return f.fill(off, n)
+		// All of the range is behind what was written.
+		err = writeZeros(f, off, n)
 	}
 	if err != nil {
 		return fmt.Errorf("allocate %d bytes: %w", n, err)
@@ -44,13 +46,12 @@ func (f diskFile) Allocate(off, n int64) error {
 	return nil
 }
 
-// fill writes the zeros that Allocate promises, where the file system has no
-// other way. All of the range is beyond what was written.
-func (f diskFile) fill(off, n int64) error {
+// writeZeros writes n zeros from off.
+func writeZeros(w io.WriterAt, off, n int64) error {
 	for end := off + n; off < end; {
-		m, err := f.WriteAt(zeros[:min(end-off, int64(len(zeros)))], off)
+		m, err := w.WriteAt(zeros[:min(end-off, int64(len(zeros)))], off)
 		if err != nil {
-			return fmt.Errorf("allocate %d bytes: %w", n, err)
+			return err
 		}
 		off += int64(m)
 	}

@@ -269,7 +269,8 @@ func open(dir string, o Options, lock *os.File) (_ *Log, err error) {
 func (l *Log) repair(v *verifier) error {
 	if v.torn > 0 {
 		l.log.Warn("audit log: cutting off a batch that was not acknowledged", "offset", l.end, "bytes", v.torn)
-		if err := l.writeZeros(l.end, v.torn); err != nil {
+		// The file is not shortened, because the room must not get lost.
+		if err := writeZeros(l.file, l.end, v.torn); err != nil {
 			return err
 		}
 	}
@@ -300,19 +301,6 @@ func (l *Log) repair(v *verifier) error {
 	}
 	l.grow(0)
 	l.tellRoom()
-	return nil
-}
-
-// writeZeros does not cut the file, because the room behind it must not get
-// lost to others.
-func (l *Log) writeZeros(off, n int64) error {
-	for end := off + n; off < end; {
-		m, err := l.file.WriteAt(zeros[:min(end-off, int64(len(zeros)))], off)
-		if err != nil {
-			return err
-		}
-		off += int64(m)
-	}
 	return nil
 }
 
