@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -49,6 +50,7 @@ type custody struct {
 	config *Config
 	listen string // while it runs
 	admin  string
+	env    []string // added to the daemon's environment
 
 	cmd *exec.Cmd
 	// mu guards the log.
@@ -83,7 +85,9 @@ func (c *custody) run(args ...string) (string, int) {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, daemonBinary, args...).CombinedOutput()
+	cmd := exec.CommandContext(ctx, daemonBinary, args...)
+	cmd.Env = append(os.Environ(), c.env...)
+	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		c.t.Fatalf("custodiand %v: %v", args, err)
@@ -109,6 +113,7 @@ func (c *custody) launch(prefix ...string) <-chan string {
 	c.t.Helper()
 	args := append(prefix, daemonBinary, "-config", c.dev.configFile())
 	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), c.env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	pipe, err := cmd.StderrPipe()
 	if err != nil {
@@ -214,4 +219,15 @@ func (c *custody) wantLog(s string) {
 	if log := c.logText(); !strings.Contains(log, s) {
 		c.t.Errorf("the daemon's log does not say %q:\n%s", s, log)
 	}
+}
+
+// http is the status of a GET on the admin listener.
+func (c *custody) http(path string) int {
+	c.t.Helper()
+	res, err := http.Get("http://" + c.admin + path)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	res.Body.Close()
+	return res.StatusCode
 }
