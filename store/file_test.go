@@ -441,7 +441,9 @@ func TestCorruptRecords(t *testing.T) {
 	good := storeFile(t)
 	kid := benchKid(7)
 	other := benchKid(8)
-	record := func(tx *bolt.Tx, kid custodian.KID) []byte { return bytes.Clone(tx.Bucket([]byte("content")).Get(kid[:])) }
+	record := func(tx *bolt.Tx, kid custodian.KID) []byte {
+		return bytes.Clone(tx.Bucket([]byte("content")).Get(kid[:]))
+	}
 	tests := []struct {
 		name string
 		edit func(tx *bolt.Tx) error
