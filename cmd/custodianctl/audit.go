@@ -225,6 +225,9 @@ func about(e *audit.Entry) string {
 		if e.TrackType != "" {
 			what += " " + plain(e.TrackType)
 		}
+		if e.Scheme != "" {
+			what += " " + plain(e.Scheme)
+		}
 		if e.HasPeriod {
 			what += fmt.Sprintf(" period %d", e.Period)
 		}

@@ -47,8 +47,9 @@ func (a *app) backupCreateCmd() *cobra.Command {
 		Short: "Write an encrypted backup of the store to a file (operator)",
 		Long: `Write an encrypted backup of the store to a file, which must not exist. The file
 has its name only once it is whole and on disk. With --identity it is opened again
-first, which proves that it can be.`,
-		Example: `  custodianctl backup create --recipient age1... --out store-2030-01-31.age --timeout 30m`,
+first, which proves that it can be. --timeout is for the connection only: a large
+store takes its time.`,
+		Example: `  custodianctl backup create --recipient age1... --out store-2030-01-31.age`,
 	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
 		if _, err := age.ParseX25519Recipient(recipient); err != nil {
 			return invalid(fmt.Errorf("--recipient: it must be the public key of an age X25519 identity, age1…: %w", err))

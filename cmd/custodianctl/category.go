@@ -40,8 +40,12 @@ func viewCategory(c *v1.Category) categoryView {
 		Name: c.GetName(), Mode: enum(c.GetMode().String(), "CATEGORY_MODE_"), ActiveKeyVersion: c.GetActiveKeyVersion(),
 		Providers: c.GetProviders(), Live: c.GetLive(), CreateTime: timeOrNone(c.GetCreateTime()), Revision: c.GetRevision(),
 	}
+	window := c.GetReissueWindow().AsDuration()
+	if window == 0 {
+		window = custodian.DefaultReissueWindow
+	}
 	if !c.GetLive() {
-		v.ReissueWindow = c.GetReissueWindow().AsDuration().String()
+		v.ReissueWindow = window.String()
 	}
 	return v
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -98,7 +99,10 @@ func (f *failure) Unwrap() error { return f.err }
 
 // usage is a command line that is wrong.
 func usage(c *cobra.Command, err error) error {
-	return &failure{reason: reasonUsage, code: codes.InvalidArgument, next: c.CommandPath() + " --help", err: fmt.Errorf("%s: %w", c.CommandPath(), err)}
+	if name, ok := strings.CutPrefix(c.CommandPath(), c.Root().Name()+" "); ok {
+		err = fmt.Errorf("%s: %w", name, err)
+	}
+	return &failure{reason: reasonUsage, code: codes.InvalidArgument, next: c.CommandPath() + " --help", err: err}
 }
 
 // invalid is a request that is wrong, before it is sent.
@@ -174,11 +178,12 @@ func (a *app) report(err error, asJSON bool) int {
 	if next == "" {
 		next = nextSteps[f.reason]
 	}
-	if next == "" && exitOf(f.code) == exitUnavailable {
-		next = "try again"
-	}
-	if next != "" && f.retry > 0 {
-		next += "; try again in " + f.retry.String()
+	if exitOf(f.code) == exitUnavailable {
+		again := "try again"
+		if f.retry > 0 {
+			again += " in " + f.retry.String()
+		}
+		next = strings.TrimPrefix(next+"; "+again, "; ")
 	}
 	if !asJSON {
 		fmt.Fprintf(a.err, "custodianctl: %v\n", err)

@@ -117,7 +117,7 @@ func tableOfKeys(out *bytes.Buffer, views []keyView) {
 	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	fmt.Fprint(w, "KID\tCONTENT\tTRACK\tSCHEME\tPERIOD\tNEW\t\n")
 	for _, v := range views {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", v.KID, orDash(short(contentText(v.ContentIDHex), 40)), orDash(v.TrackType), orDash(v.Scheme), period(v.Period), yesNo(v.Created))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", v.KID, short(contentText(v.ContentIDHex), 40), orDash(v.TrackType), orDash(v.Scheme), period(v.Period), yesNo(v.Created))
 	}
 	w.Flush() // a bytes.Buffer takes everything
 	for i, line := range strings.Split(strings.TrimSuffix(text.String(), "\n"), "\n") {

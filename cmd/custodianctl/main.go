@@ -97,6 +97,7 @@ The file is the one named by --config, else by $CUSTODIANCTL_CONFIG, else
 func group(c *cobra.Command, subs ...*cobra.Command) *cobra.Command {
 	c.AddCommand(subs...)
 	c.Args = cobra.ArbitraryArgs
+	c.SuggestionsMinimumDistance = 2
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if len(args) > 0 {
 			err := errors.New("unknown command " + plain(args[0]))
@@ -135,8 +136,8 @@ func leaf(c *cobra.Command, args cobra.PositionalArgs, do func(ctx context.Conte
 // need marks flags without which a command makes no sense.
 func need(c *cobra.Command, flags ...string) *cobra.Command {
 	for _, name := range flags {
-		// An error would mean that there is no such flag: a test runs --help
-		// of every command.
+		// An error would mean that there is no such flag: a test leaves each
+		// of them out.
 		_ = c.MarkFlagRequired(name)
 	}
 	return c

@@ -104,6 +104,9 @@ func short(s string, limit int) string {
 
 // contentText shows a content ID: as text where it is some.
 func contentText(id []byte) string {
+	if len(id) == 0 {
+		return "-"
+	}
 	if utf8.Valid(id) {
 		return plain(string(id))
 	}

@@ -1,0 +1,203 @@
+// The tests are of package main, because testscript runs main itself as the
+// command custodianctl.
+package main
+
+import (
+	"bufio"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// daemon is the real custodiand, built once for all scripts.
+var daemon string
+
+// A builder builds the daemon before the tests run. It does not run where this
+// binary plays custodianctl.
+type builder struct{ *testing.M }
+
+func (b builder) Run() int {
+	dir, err := os.MkdirTemp("", "custodianctl-test-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	daemon = filepath.Join(dir, "custodiand")
+	if out, err := exec.Command("go", "build", "-o", daemon, "../custodiand").CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build custodiand: %v\n%s", err, out)
+		return 1
+	}
+	return b.M.Run()
+}
+
+func TestMain(m *testing.M) {
+	testscript.Main(builder{m}, map[string]func(){"custodianctl": main})
+}
+
+// TestScripts runs the scenarios in testdata/script, which are also examples of
+// use. Beside the commands of testscript they have:
+//
+//	dev [-category NAME]...  start custodiand dev in ./dev, and set OFFICER,
+//	                         PACKAGER, PROVIDER, OPERATOR and AUDITOR to the
+//	                         config files of these callers
+//	stop                     end it, which must go well
+//	exits N COMMAND...       run a command that must end with exit code N
+//	keep VAR FIELD           set VAR to the first FIELD in the JSON on stdout
+//	samekey FILE FILE        both JSON files hold the same one content key
+//	flip FILE OFFSET         change one byte
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script",
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"dev": startDev, "stop": stopDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip,
+		},
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
+			e.Setenv("XDG_CONFIG_HOME", "")
+			e.Setenv(configEnv, "")
+			e.Values[processKey{}] = new(process)
+			return nil
+		},
+	})
+}
+
+type processKey struct{}
+
+// A process is the daemon of one script.
+type process struct{ cmd *exec.Cmd }
+
+func startDev(ts *testscript.TestScript, neg bool, args []string) {
+	if neg {
+		ts.Fatalf("! dev has no meaning")
+	}
+	dir := ts.MkAbs("dev")
+	cmd := exec.Command(daemon, append([]string{"dev", "-dir", dir, "-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0"}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	log, err := os.OpenFile(ts.MkAbs("dev.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	ts.Check(err)
+	defer log.Close()
+	cmd.Stderr = log
+	out, err := cmd.StdoutPipe()
+	ts.Check(err)
+	ts.Check(cmd.Start())
+	ts.Value(processKey{}).(*process).cmd = cmd
+	ts.Defer(func() { end(cmd) })
+
+	ready := make(chan bool)
+	go func() { // ends with the process
+		for s := bufio.NewScanner(out); s.Scan(); {
+			if strings.HasPrefix(s.Text(), "custodiand: ready on ") {
+				ready <- true
+			}
+		}
+		close(ready)
+	}()
+	select {
+	case ok := <-ready:
+		if !ok {
+			ts.Fatalf("custodiand dev ended:\n%s", ts.ReadFile("dev.log"))
+		}
+	case <-time.After(time.Minute):
+		ts.Fatalf("custodiand dev is not ready after a minute:\n%s", ts.ReadFile("dev.log"))
+	}
+	for variable, role := range map[string]string{"OFFICER": "officer", "PACKAGER": "packager", "PROVIDER": "drm-provider", "OPERATOR": "operator", "AUDITOR": "auditor"} {
+		ts.Setenv(variable, filepath.Join(dir, role+".yaml"))
+	}
+}
+
+// end kills a daemon that is still there.
+func end(cmd *exec.Cmd) {
+	if cmd.ProcessState != nil {
+		return
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+}
+
+func stopDev(ts *testscript.TestScript, _ bool, _ []string) {
+	cmd := ts.Value(processKey{}).(*process).cmd
+	ts.Check(cmd.Process.Signal(syscall.SIGTERM))
+	if err := cmd.Wait(); err != nil {
+		ts.Fatalf("custodiand dev: %v\n%s", err, ts.ReadFile("dev.log"))
+	}
+}
+
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits N COMMAND...")
+	}
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	got := 0
+	if err := ts.Exec(args[1], args[2:]...); err != nil {
+		ended, ok := errors.AsType[*exec.ExitError](err)
+		if !ok {
+			ts.Fatalf("run %s: %v", args[1], err)
+		}
+		got = ended.ExitCode()
+	}
+	if got != want {
+		ts.Fatalf("exit code %d, want %d", got, want)
+	}
+}
+
+func keep(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: keep VAR FIELD")
+	}
+	field := regexp.MustCompile(`"` + regexp.QuoteMeta(args[1]) + `": *"?([^",}\n]+)`)
+	m := field.FindStringSubmatch(ts.ReadFile("stdout"))
+	if m == nil {
+		ts.Fatalf("no field %s on stdout", args[1])
+	}
+	ts.Setenv(args[0], m[1])
+}
+
+var keyField = regexp.MustCompile(`"key": "([0-9a-f]{32})"`)
+
+// sameKey says nothing of the keys: the log of a test is no place for them.
+func sameKey(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: samekey FILE FILE")
+	}
+	var keys [2][]byte
+	for i, name := range args {
+		m := keyField.FindAllStringSubmatch(ts.ReadFile(name), -1)
+		if len(m) != 1 {
+			ts.Fatalf("%s holds %d keys, want 1", name, len(m))
+		}
+		keys[i] = []byte(m[0][1])
+	}
+	if same := subtle.ConstantTimeCompare(keys[0], keys[1]) == 1; same == neg {
+		ts.Fatalf("the keys in %s and %s: same is %v, want %v", args[0], args[1], same, !neg)
+	}
+}
+
+func flip(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: flip FILE OFFSET")
+	}
+	offset, err := strconv.ParseInt(args[1], 10, 64)
+	ts.Check(err)
+	f, err := os.OpenFile(ts.MkAbs(args[0]), os.O_RDWR, 0)
+	ts.Check(err)
+	defer f.Close()
+	b := make([]byte, 1)
+	_, err = f.ReadAt(b, offset)
+	ts.Check(err)
+	b[0] ^= 1
+	_, err = f.WriteAt(b, offset)
+	ts.Check(err)
+}
