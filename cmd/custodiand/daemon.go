@@ -64,6 +64,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		listener.Close()
 		return fmt.Errorf("admin_listen: %w", err)
 	}
+	d.log.Info("listening", "listen", listener.Addr().String(), "admin", admin.Addr().String())
 	// The parts outlive the calls that use them.
 	defer func() { err = errors.Join(err, d.closeParts(context.WithoutCancel(ctx))) }()
 
@@ -120,8 +121,7 @@ func (d *daemon) explainStart(err error, wait time.Duration) error {
 		d.server.SetUnavailable(custodian.ErrSealed)
 		d.log.Error("sealed by the PIN latch until this process is started again", "err", err)
 		return errSealed
-	case isIntegrity(err), errors.Is(err, hsm.ErrUnfit), errors.Is(err, hsm.ErrDuplicate),
-		errors.Is(err, store.ErrForeign), errors.Is(err, store.ErrTruncated), errors.Is(err, store.ErrNewerSchema), errors.Is(err, store.ErrOlderSchema):
+	case isIntegrity(err):
 		return err
 	default:
 		d.server.SetUnavailable(custodian.ErrStarting)

@@ -15,6 +15,8 @@ import (
 	"syscall"
 
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/store"
 )
 
 // Exit codes of custodiand; docs/OPERATIONS.md says what each asks for.
@@ -95,7 +97,13 @@ func report(err error, stderr io.Writer) int {
 
 // isIntegrity tells the faults that no restart mends.
 func isIntegrity(err error) bool {
-	return errors.Is(err, custodian.ErrRecordCorrupt) || errors.Is(err, custodian.ErrWrongMEK) || errors.Is(err, custodian.ErrNoObject)
+	for _, fault := range []error{custodian.ErrRecordCorrupt, custodian.ErrWrongMEK, custodian.ErrNoObject, hsm.ErrUnfit, hsm.ErrDuplicate,
+		store.ErrForeign, store.ErrTruncated, store.ErrNewerSchema, store.ErrOlderSchema} {
+		if errors.Is(err, fault) {
+			return true
+		}
+	}
+	return false
 }
 
 // flags is a flag set with our error handling and the -config flag.

@@ -105,6 +105,8 @@ func (c *custody) mustRun(args ...string) {
 	}
 }
 
+var listeningLine = regexp.MustCompile(`msg=listening listen=(\S+) admin=(\S+)`)
+
 var servingLine = regexp.MustCompile(`msg=serving listen=(\S+) admin=(\S+)`)
 
 // launch starts the daemon and returns a channel that gets each line of its
