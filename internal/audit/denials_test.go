@@ -158,14 +158,17 @@ func TestDenialsFull(t *testing.T) {
 	c := newClock()
 	var file faultyFile
 	l := create(t, dir, audit.Options{Now: c.now, DenialsPerSecond: 1, Reserve: reserve, WrapFile: file.wrap})
-	deny(t, l, denial(0, "bad"), 10)
+	deny(t, l, denial(0, "bad"), 1)
 	file.set(func() { file.limit = 1 })
-	for _, detail := range []string{longText, ""} { // until not even a short one fits
-		e := failure(0)
-		e.Detail = detail
-		for err := error(nil); err == nil; {
-			_, err = l.Append(t.Context(), []audit.Entry{e})
+	long := failure(0)
+	long.Detail = longText
+	for _, batch := range [][]audit.Entry{slices.Repeat([]audit.Entry{long}, 64), {long}, {failure(0)}} {
+		for err := error(nil); err == nil; { // until not even a short one fits
+			_, err = l.Append(t.Context(), batch)
 		}
+	}
+	if got, want := deny(t, l, denial(0, "bad"), 9), 9; got != want {
+		t.Errorf("%d denials were counted, want %d", got, want)
 	}
 	time.Sleep(1200 * time.Millisecond) // the log tries to write what is counted
 	if got, _ := countOf(t, dir, "bad"); got != 1 {

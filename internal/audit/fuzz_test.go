@@ -43,7 +43,7 @@ func FuzzUnmarshalEntry(f *testing.F) {
 
 // FuzzReader gives arbitrary bytes to everything that reads a file, as they
 // are and with checksums that fit. Whatever they agree on must be one log. The
-log's goroutine makes coverage vary, so run it with -fuzzminimizetime 10x.
+// log's goroutine makes coverage vary, so run it with -fuzzminimizetime 10x.
 func FuzzReader(f *testing.F) {
 	dir := filepath.Join(f.TempDir(), "audit")
 	l := create(f, dir, audit.Options{})

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -27,9 +28,9 @@ const reserve = 256 << 10
 // makes room again, and the log goes on by itself.
 func checkFull(t *testing.T, dir string, l *audit.Log, free func()) {
 	t.Helper()
-	fill := func(e audit.Entry) (n int) {
+	fill := func(e audit.Entry, together int) (n int) {
 		t.Helper()
-		for batch := []audit.Entry{e}; ; n++ {
+		for batch := slices.Repeat([]audit.Entry{e}, together); ; n += together {
 			if _, err := l.Append(context.Background(), batch); err != nil {
 				if !errors.Is(err, audit.ErrBlocked) {
 					t.Fatalf("error = %v, want ErrBlocked", err)
@@ -43,14 +44,14 @@ func checkFull(t *testing.T, dir string, l *audit.Log, free func()) {
 	}
 	big := failure(0)
 	big.Detail = longText
-	lines := fill(big)
+	lines := fill(big, 16)
 	s := l.Stats()
 	if !s.OnReserve || s.Blocked != "" || s.Free < reserve {
 		t.Errorf("after %d entries without priority: stats = %+v, want the reserve left", lines, s)
 	}
 	released := release(0)
 	released.Detail = longText
-	if got, want := fill(released), reserve/8192; got < want {
+	if got, want := fill(released, 1), reserve/8192; got < want {
 		t.Errorf("%d releases were written on the reserve, want at least %d", got, want)
 	}
 	s = l.Stats()
@@ -138,9 +139,9 @@ func TestOpenFull(t *testing.T) {
 	file.set(func() { file.limit = 5 << 20 })
 	long := failure(0)
 	long.Detail = longText
-	for {
-		if _, err := l.Append(context.Background(), []audit.Entry{long}); err != nil {
-			break
+	for _, batch := range [][]audit.Entry{slices.Repeat([]audit.Entry{long}, 16), {long}} {
+		for err := error(nil); err == nil; {
+			_, err = l.Append(context.Background(), batch)
 		}
 	}
 	had := l.Stats()

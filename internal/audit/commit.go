@@ -1,0 +1,285 @@
+package audit
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"runtime"
+	"time"
+
+	"golang.org/x/mod/sumdb/tlog"
+	"golang.org/x/sys/unix"
+)
+
+// run is the committer: the only goroutine that writes. While it syncs one
+// batch, the next one gathers.
+func (l *Log) run() {
+	defer close(l.done)
+	second := time.NewTicker(time.Second)
+	defer second.Stop()
+	for {
+		select {
+		case <-l.wake:
+			// Let those whom the last batch woke up come along.
+			runtime.Gosched()
+			l.commit(l.take())
+		case <-second.C:
+			l.flush()
+			l.lookForRoom()
+		case <-l.closing:
+			for batch := l.take(); len(batch) > 0; batch = l.take() {
+				l.commit(batch)
+			}
+			l.flush()
+			return
+		}
+	}
+}
+
+// take returns the next batch of waiting requests.
+func (l *Log) take() []*request {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	size, n := 0, 0
+	for n < len(l.queue) && (n == 0 || size+len(l.queue[n].entries) <= maxGather) {
+		size += len(l.queue[n].entries)
+		n++
+	}
+	batch := l.queue[:n:n]
+	l.queue = append(l.spare[:0], l.queue[n:]...)
+	l.spare = nil
+	l.waiting -= size
+	if len(l.queue) > 0 {
+		l.signal()
+	}
+	return batch
+}
+
+// signal makes run look at the queue.
+func (l *Log) signal() {
+	select {
+	case l.wake <- struct{}{}:
+	default: // it is about to
+	}
+}
+
+// flush writes the counted denials.
+func (l *Log) flush() {
+	now := l.now()
+	for entries := l.denials.take(now); len(entries) > 0; {
+		part := entries[:min(len(entries), flushEntries)]
+		entries = entries[len(part):]
+		r := l.request(len(part))
+		for i := range part {
+			r.add(&part[i], now)
+		}
+		l.commit([]*request{r})
+		if r.err != nil {
+			l.denials.putBack(part)
+		}
+	}
+}
+
+// commit writes one batch with what there is room for, and answers everybody.
+func (l *Log) commit(batch []*request) {
+	admitted := l.admit(batch)
+	if len(admitted) > 0 {
+		root := l.build(admitted)
+		err := l.write()
+		if err != nil {
+			err = l.latch(err)
+		} else {
+			l.end += int64(len(l.frame))
+			l.publish(root)
+		}
+		for _, r := range admitted {
+			r.answer(err)
+		}
+		if cap(l.frame) > maxGather {
+			l.frame = nil
+		}
+	}
+	clear(batch)
+	l.mu.Lock()
+	l.spare = batch
+	l.mu.Unlock()
+}
+
+// answer tells Append how it went. The request is not the committer's any more.
+func (r *request) answer(err error) {
+	r.err = err
+	r.done <- struct{}{}
+}
+
+// admit takes those requests that are still wanted and that there is room for,
+// and answers the others. What it returns is in the place of batch.
+func (l *Log) admit(batch []*request) []*request {
+	total := 0
+	for _, r := range batch {
+		total += len(r.entries)
+	}
+	l.grow(frameSize(total))
+	admitted, size := batch[:0], 0
+	for _, r := range batch {
+		if !r.state.CompareAndSwap(waiting, taken) {
+			continue
+		}
+		if err := l.refusal(size+len(r.entries), r.priority); err != nil {
+			r.answer(err)
+			continue
+		}
+		size += len(r.entries)
+		admitted = append(admitted, r)
+	}
+	l.tellRoom()
+	return admitted
+}
+
+// refusal says why a batch with a payload of size bytes may not be written now.
+func (l *Log) refusal(size int, priority bool) error {
+	if l.latched != nil { // only this goroutine sets it
+		return l.latched
+	}
+	room := l.alloc - l.end - frameSize(size)
+	if !priority {
+		room -= l.reserve
+	}
+	if room >= 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: no room on the disk: %w", ErrBlocked, l.full)
+}
+
+// grow allocates room for a batch of need bytes with the reserve behind it, and
+// more ahead if the disk has it. l.full says how that went.
+func (l *Log) grow(need int64) {
+	l.full = nil
+	want := l.end + need + l.reserve
+	if want <= l.alloc || l.latched != nil {
+		return
+	}
+	for _, end := range [...]int64{want + growth, want} {
+		if l.full = l.file.Allocate(l.alloc, end-l.alloc); l.full == nil {
+			l.alloc = end
+			return
+		}
+	}
+}
+
+// lookForRoom tries again to get room, where there was none.
+func (l *Log) lookForRoom() {
+	if l.full == nil {
+		return
+	}
+	l.grow(0)
+	l.tellRoom()
+}
+
+// tellRoom makes the state of the disk known: whether there is room, and where
+// there is none, whether the reserve is exhausted too.
+func (l *Log) tellRoom() {
+	l.mu.Lock()
+	was := l.stats
+	l.stats.Free = l.alloc - l.end
+	l.stats.OnReserve = l.full != nil
+	l.stats.Blocked = ""
+	if l.full != nil && l.alloc-l.end < leastRoom {
+		l.stats.Blocked = l.full.Error()
+	}
+	is := l.stats
+	l.mu.Unlock()
+
+	switch {
+	case is.Blocked != "" && was.Blocked == "":
+		l.log.Error("audit log: no room, nothing can be written", "error", is.Blocked)
+	case is.OnReserve && !was.OnReserve:
+		l.log.Error("audit log: no room but the reserve", "error", l.full, "bytes", is.Free)
+	case was.OnReserve && !is.OnReserve:
+		l.log.Info("audit log: there is room again")
+	}
+}
+
+// publish makes a batch known that is on disk.
+func (l *Log) publish(root tlog.Hash) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.root = root
+	l.stats.Entries = l.tree.size
+	l.stats.Bytes = l.end
+	l.stats.Free = l.alloc - l.end
+	l.stats.Batches++
+}
+
+// latch blocks the log until it is opened again.
+func (l *Log) latch(cause error) error {
+	err := fmt.Errorf("%w until it is opened again: %w", ErrBlocked, cause)
+	l.log.Error("audit log: blocked until it is opened again", "error", cause)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.latched = err
+	return err
+}
+
+// build makes the frame of a batch, adds its entries to the tree and returns
+// the root after it.
+func (l *Log) build(batch []*request) tlog.Hash {
+	h := batchHeader{first: l.tree.size}
+	frame := append(l.frame[:0], make([]byte, headerSize)...)
+	for _, r := range batch {
+		r.first = l.tree.size
+		payload := len(frame)
+		frame = append(frame, r.entries...)
+		for rest := frame[payload:]; len(rest) > 0; {
+			var entry []byte
+			entry, rest, _ = nextEntry(rest) // add made it
+			binary.BigEndian.PutUint64(entry[1:], l.tree.size)
+			leaf := tlog.RecordHash(entry)
+			l.tree.add(leaf)
+			r.leaves = append(r.leaves, leaf)
+		}
+		h.count += r.n
+	}
+	h.payload = len(frame) - headerSize
+	h.root = l.tree.root()
+	frame = append(frame, zeros[:h.padded()-h.payload]...)
+	h.sum = crc32.Checksum(frame[headerSize:], crcTable)
+	frame = append(frame, batchTrailer...)
+	h.encode(frame, l.id)
+	l.frame = frame
+	return h.root
+}
+
+// write returns nil when the frame is on disk, in the file that is the log.
+func (l *Log) write() error {
+	n, err := l.file.WriteAt(l.frame, l.end)
+	if err == nil && n < len(l.frame) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return fmt.Errorf("write at offset %d: %w", l.end, err)
+	}
+	if err := l.file.Sync(); err != nil {
+		return fmt.Errorf("sync: %w", err)
+	}
+	return l.checkFile()
+}
+
+// checkFile reports a file that was taken away behind our back.
+func (l *Log) checkFile() error {
+	var open, named unix.Stat_t
+	if err := unix.Fstat(int(l.os.Fd()), &open); err != nil {
+		return fmt.Errorf("stat: %w", err)
+	}
+	if open.Size < l.alloc {
+		return fmt.Errorf("the file was cut to %d bytes", open.Size)
+	}
+	if err := unix.Lstat(l.path, &named); err != nil {
+		return fmt.Errorf("the file is gone: %w", err)
+	}
+	if open.Dev != named.Dev || open.Ino != named.Ino {
+		return errors.New("another file is in its place")
+	}
+	return nil
+}
