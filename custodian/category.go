@@ -77,6 +77,9 @@ func (c *Custodian) createCategory(ctx context.Context, d Decision, req CreateCa
 			return Category{}, invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%q is not configured", p))
 		}
 	}
+	if req.ReissueWindow == 0 && !req.Live {
+		req.ReissueWindow = DefaultReissueWindow
+	}
 	kek, err := c.newKEK(ctx, set, KEKID{req.Name, 1}, providers)
 	if err != nil {
 		return Category{}, err

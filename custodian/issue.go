@@ -337,7 +337,7 @@ func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Calle
 	if d.Allow && !c.withinWindow(set.categories[k.Key.Category], k.Key.CreateTime) {
 		d = c.decide(who, ActionReissue, res)
 		if !d.Allow {
-			return d, fmt.Errorf("content key %s: it was issued more than %s ago, and a reissue grant is needed to have it again: %w", k.Key.KID, reissueWindow(set.categories[k.Key.Category]), d.Err)
+			return d, fmt.Errorf("content key %s: it was issued more than %s ago, and a reissue grant is needed to have it again: %w", k.Key.KID, set.categories[k.Key.Category].ReissueWindow, d.Err)
 		}
 	}
 	if !d.Allow {
@@ -349,13 +349,6 @@ func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Calle
 	return d, err
 }
 
-func reissueWindow(cat Category) time.Duration {
-	if cat.ReissueWindow == 0 {
-		return DefaultReissueWindow
-	}
-	return cat.ReissueWindow
-}
-
 func (c *Custodian) withinWindow(cat Category, created time.Time) bool {
-	return cat.Live || c.now().Before(created.Add(reissueWindow(cat)))
+	return cat.Live || c.now().Before(created.Add(cat.ReissueWindow))
 }
