@@ -84,7 +84,10 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 		r.KID = req.KIDs[i]
 		c.release(ctx, set, who, req, contentCategory, sealed[i], r)
 		about := ref{contentID: req.ContentID, kid: r.KID}
-		if r.Err == nil || r.Info.KID == r.KID {
+		if _, ok := set.categories[sealed[i].Key.Category]; ok {
+			about.category = sealed[i].Key.Category
+		}
+		if r.Err == nil { // else nothing has proved what the record says
 			about.key = &r.Info
 		}
 		entries[i] = c.entry(who, r.decision, ActionRelease, req.RequestID, about, r.Err)
@@ -126,13 +129,11 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 	r.decision = c.decide(who, ActionRelease, resourceOf(set, k.Key))
 	if !r.decision.Allow {
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
-		if !errors.Is(r.Err, ErrDenied) {
-			r.Info = k.Key
-		}
 		return
 	}
-	r.Info = k.Key
-	r.Key, r.Err = c.openCEK(ctx, set, k)
+	if r.Key, r.Err = c.openCEK(ctx, set, k); r.Err == nil {
+		r.Info = k.Key
+	}
 }
 
 // decideUnread is the decision about a key whose record could not be read.
@@ -171,8 +172,14 @@ func resourceOf(set *controlSet, k ContentKey) Resource {
 	return r
 }
 
+// tagSize is that of AES-256-GCM as it is used here, 128 bits.
+const tagSize = 16
+
 // openCEK opens one CEK into the arena: one operation of the token.
 func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (secret.Secret, error) {
+	if len(k.Sealed) != CEKSize+tagSize {
+		return secret.Secret{}, corrupt("content key "+k.Key.KID.String(), fmt.Errorf("sealed in %d bytes, not %d", len(k.Sealed), CEKSize+tagSize))
+	}
 	slot, err := c.arena.Get()
 	if err != nil {
 		return secret.Secret{}, fmt.Errorf("content key %s: %w: %w", k.Key.KID, err, ErrRate)
