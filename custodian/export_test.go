@@ -1,0 +1,139 @@
+package custodian
+
+import (
+	"fmt"
+	"reflect"
+	"time"
+)
+
+// An Alteration is a record's body with one field changed.
+type Alteration struct {
+	Field string
+	Body  []byte
+}
+
+// AlterControl returns the body of a control record in every version in
+// which one field differs. The fields are found by reflection, so that one
+// that is added later is among them. A field whose change does not show in
+// the encoding is an error: nothing would authenticate it.
+func AlterControl(r ControlRecord) ([]Alteration, error) {
+	switch r.Kind {
+	case 0:
+		return alter(r.Body, decodeHead, encodeHead)
+	case ControlMEK:
+		return alter(r.Body, decodeMEK, encodeMEK)
+	case ControlKEK:
+		return alter(r.Body, decodeKEK, encodeKEK)
+	case ControlHelper:
+		return alter(r.Body, decodeHelper, encodeHelper)
+	case ControlSigner:
+		return alter(r.Body, decodeSigner, encodeSigner)
+	case ControlCategory:
+		return alter(r.Body, decodeCategory, encodeCategory)
+	case ControlException:
+		return alter(r.Body, decodeException, encodeException)
+	}
+	return nil, fmt.Errorf("kind %d has no decoder here", r.Kind)
+}
+
+// AlterContentKey is AlterControl for content keys.
+func AlterContentKey(body []byte) ([]Alteration, error) {
+	return alter(body, DecodeContentKey, EncodeContentKey)
+}
+
+func alter[T any](body []byte, decode func([]byte) (T, error), encode func(T) []byte) ([]Alteration, error) {
+	decoded, err := decode(body)
+	if err != nil {
+		return nil, err
+	}
+	if string(encode(decoded)) != string(body) {
+		return nil, fmt.Errorf("%T: decoded and encoded again, it is another", decoded)
+	}
+	var out []Alteration
+	for n := 0; ; n++ {
+		v, err := decode(append([]byte(nil), body...))
+		if err != nil {
+			return nil, err
+		}
+		left, name := n, ""
+		if !changeLeaf(reflect.ValueOf(&v).Elem(), "", &left, &name) {
+			return out, nil
+		}
+		changed := encode(v)
+		if string(changed) == string(body) {
+			return nil, fmt.Errorf("%T: field %s is not in the encoding", v, name)
+		}
+		out = append(out, Alteration{name, changed})
+	}
+}
+
+// changeLeaf changes the field that comes after left others, and says
+// whether there is one.
+func changeLeaf(v reflect.Value, path string, left *int, name *string) bool {
+	if t, ok := v.Interface().(time.Time); ok {
+		return mine(left, name, path, func() { v.Set(reflect.ValueOf(laterTime(t))) })
+	}
+	switch v.Kind() {
+	case reflect.Struct:
+		for i := range v.NumField() {
+			if changeLeaf(v.Field(i), path+"."+v.Type().Field(i).Name, left, name) {
+				return true
+			}
+		}
+		return false
+	case reflect.Bool:
+		return mine(left, name, path, func() { v.SetBool(!v.Bool()) })
+	case reflect.Uint8, reflect.Uint32, reflect.Uint64:
+		return mine(left, name, path, func() { v.SetUint(v.Uint() + 1) })
+	case reflect.Int64:
+		return mine(left, name, path, func() { v.SetInt(v.Int() + 1) })
+	case reflect.String:
+		return mine(left, name, path, func() { v.SetString(v.String() + "x") })
+	case reflect.Array: // of bytes
+		return mine(left, name, path, func() { v.Index(v.Len() - 1).SetUint(v.Index(v.Len()-1).Uint() ^ 1) })
+	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.Uint8 {
+			return changeBytes(v, path, left, name)
+		}
+		for i := range v.Len() {
+			if changeLeaf(v.Index(i), fmt.Sprintf("%s[%d]", path, i), left, name) {
+				return true
+			}
+		}
+		if mine(left, name, path+" longer", func() { v.Set(reflect.Append(v, reflect.Zero(v.Type().Elem()))) }) {
+			return true
+		}
+		return v.Len() > 0 && mine(left, name, path+" shorter", func() { v.SetLen(v.Len() - 1) })
+	}
+	panic(fmt.Sprintf("%s: no way to change a %s", path, v.Kind()))
+}
+
+func changeBytes(v reflect.Value, path string, left *int, name *string) bool {
+	b := v.Bytes()
+	if mine(left, name, path+" longer", func() { v.SetBytes(append(append([]byte(nil), b...), 0)) }) {
+		return true
+	}
+	if len(b) == 0 {
+		return false
+	}
+	return mine(left, name, path+" shorter", func() { v.SetBytes(b[:len(b)-1]) }) ||
+		mine(left, name, path, func() { b = append([]byte(nil), b...); b[0] ^= 1; v.SetBytes(b) })
+}
+
+func laterTime(t time.Time) time.Time {
+	if t.IsZero() {
+		return time.Unix(1, 0)
+	}
+	return t.Add(time.Nanosecond)
+}
+
+// mine counts a field, and changes it where it is its turn.
+func mine(left *int, name *string, path string, change func()) bool {
+	if *left > 0 {
+		*left--
+		return false
+	}
+	*name = path
+	change()
+	return true
+}
