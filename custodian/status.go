@@ -265,6 +265,6 @@ func (c *Custodian) DescribeContentKey(ctx context.Context, who Caller, kid KID)
 	return ContentKeyInfo{k.Key, resourceOf(c.set.Load(), k.Key).State}, nil
 }
 
-// AuditReceipt is the receipt type of results, so that a front door need not
-// know the log.
-type AuditReceipt = audit.Receipt
+// A Receipt says where in the audit log a decision is written down. It is the
+// log's own, under a name that a front door can use without knowing the log.
+type Receipt = audit.Receipt

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os/signal"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -13,6 +14,7 @@ import (
 // their own; mlockall would pin the pages of the store.
 func harden() error {
 	syscall.Umask(0o077)
+	signal.Ignore(syscall.SIGXFSZ) // a file at its size limit is an error of a write, not the end
 	none := unix.Rlimit{}
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &none); err != nil {
 		return fmt.Errorf("switch core dumps off: %w", err)
