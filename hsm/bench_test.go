@@ -38,6 +38,17 @@ func BenchmarkOpenParallel(b *testing.B) {
 	})
 }
 
+// Without the hand-over to a worker, for comparison.
+func BenchmarkOpenInline(b *testing.B) {
+	s := seal(b, benchKey(b, hsm.UseGCM))
+	var dst [16]byte
+	for b.Loop() {
+		if _, err := s.key.OpenInline(b.Context(), s.iv, s.ct, dst[:]); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func BenchmarkSeal(b *testing.B) {
 	k := benchKey(b, hsm.UseGCM)
 	text := make([]byte, 16)

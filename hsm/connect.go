@@ -69,6 +69,10 @@ func (t *Token) attach() (pkcs11.TokenInfo, error) {
 		if t.signers, err = t.configure(); err == nil {
 			break
 		}
+		if t.epoch > 0 && hasCode(faultOf(callInit, err), ckrInitialized) {
+			// Our own finalisation failed. No call is under way: do it again.
+			_ = t.lib.p.Finalize()
+		}
 	}
 	if err != nil {
 		return pkcs11.TokenInfo{}, t.absent(faultOf(callInit, err))
@@ -245,11 +249,8 @@ func (t *Token) makeWorkers(ti pkcs11.TokenInfo) error {
 
 // login logs the application in, once per connection, under the latch.
 func (t *Token) login(session pkcs11.SessionHandle, ti pkcs11.TokenInfo) error {
-	if ti.Flags&pkcs11.CKF_USER_PIN_INITIALIZED == 0 {
-		return fmt.Errorf("login: the token has no user PIN yet: %w", ErrUnfit)
-	}
-	if ti.Flags&(pkcs11.CKF_USER_PIN_LOCKED|pkcs11.CKF_USER_PIN_FINAL_TRY) != 0 {
-		return fmt.Errorf("login: the PIN is locked or has one try left, which is not used up here: %w", ErrPIN)
+	if err := mayLogin(ti.Flags); err != nil {
+		return fmt.Errorf("login: %w", err)
 	}
 	if ti.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0 {
 		t.c.Log.Warn("somebody tried a wrong PIN since the last login", "token", t.c.Token)
@@ -276,6 +277,22 @@ func (t *Token) login(session pkcs11.SessionHandle, ti pkcs11.TokenInfo) error {
 		return errors.Join(err, l.clear())
 	}
 	return fmt.Errorf("login: %w", err)
+}
+
+// mayLogin refuses a login that the token's flags advise against. The last try
+// before the PIN is locked is for a person.
+func mayLogin(flags uint) error {
+	switch {
+	case flags&pkcs11.CKF_USER_PIN_INITIALIZED == 0:
+		return fmt.Errorf("the token has no user PIN yet: %w", ErrUnfit)
+	case flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
+		return fmt.Errorf("the PIN is locked: %w", ErrPIN)
+	case flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
+		return fmt.Errorf("one wrong PIN more locks the token, which is not risked: %w", ErrPIN)
+	case flags&pkcs11.CKF_USER_PIN_TO_BE_CHANGED != 0:
+		return fmt.Errorf("the PIN has to be changed first: %w", ErrPIN)
+	}
+	return nil
 }
 
 // neverTried tells the codes that say that the token was not reached, so that

@@ -54,6 +54,10 @@ type MEK struct {
 	checked    Epoch  // in which it was right
 }
 
+// makeTimeout is the least time that the making of a token object gets: to
+// settle its files can take long on a busy disk.
+const makeTimeout = 30 * time.Second
+
 // GenerateMEK makes a MEK. If one with this label and ID is there already, with
 // exactly the right attributes, that is the result: a retry after a crash. It
 // is ErrUnfit if its attributes differ, and ErrDuplicate if the label or the ID
@@ -67,7 +71,7 @@ func (t *Token) GenerateMEK(ctx context.Context, s MEKSpec) error {
 		return t.named(what, fmt.Errorf("profile %q: neither %s nor %s: %w", s.Profile, Sealed, Rotatable, ErrPolicy))
 	}
 	err := t.again(ctx, func() error {
-		return t.do(ctx, t.control, func(w *worker) error { return w.generateMEK(s) })
+		return t.doWithin(ctx, makeTimeout, t.control, func(w *worker) error { return w.generateMEK(s) })
 	})
 	return t.named(what, err)
 }
@@ -175,7 +179,7 @@ func (m *MEK) find(ctx context.Context) (found, error) {
 		return nil
 	})
 	if err != nil {
-		return f, err
+		return found{}, err // an abandoned job may still write f
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -246,3 +246,92 @@ func TestReconnectChecksTheCanaryAgain(t *testing.T) {
 	_, err := m.Generate(t.Context(), hsm.UseGCM, nil)
 	wantErr(t, "generate under another MEK", err, hsm.ErrWrongKey)
 }
+
+// What somebody else in the process can do to the connection. The next
+// operations find out, and everything works again without a restart.
+func TestConnectionHarmedFromOutside(t *testing.T) {
+	for _, row := range []struct {
+		name string
+		harm func(raw) error
+	}{
+		{"logged out", func(r raw) error { return r.Logout(r.session) }},
+		{"all sessions closed", func(r raw) error {
+			info, err := r.GetSessionInfo(r.session)
+			if err != nil {
+				return err
+			}
+			return r.CloseAllSessions(info.SlotID)
+		}},
+		{"finalised", func(r raw) error { return r.Finalize() }},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			c := softhsm.Test(t)
+			tok := open(t, c)
+			m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+			k, w := newKey(t, m, hsm.UseGCM)
+			s := seal(t, k)
+			id := randomID(t)
+			if err := tok.GenerateSigner(t.Context(), "audit-v1", id); err != nil {
+				t.Fatal(err)
+			}
+			signer, err := tok.Signer(t.Context(), "audit-v1", id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := row.harm(openRaw(t, c)); err != nil {
+				t.Fatal(err)
+			}
+			err = s.open(t.Context())
+			if !errors.Is(err, hsm.ErrStale) && !errors.Is(err, hsm.ErrDevice) {
+				t.Errorf("open with the old key: %v, want %v or %v", err, hsm.ErrStale, hsm.ErrDevice)
+			}
+			again, err := m.Load(t.Context(), hsm.UseGCM, []byte("movies/1"), w)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.key = again
+			if err := s.open(t.Context()); err != nil {
+				t.Error(err)
+			}
+			digest := sha256.Sum256(nil)
+			if sig, err := signer.Sign(nil, digest[:], crypto.SHA256); err != nil || !verify(signer.Public(), digest[:], sig) {
+				t.Errorf("sign: %v", err)
+			}
+			if got, want := tok.Epoch(), hsm.Epoch(2); got != want {
+				t.Errorf("epoch %d, want %d", got, want)
+			}
+		})
+	}
+}
+
+// A MEK that somebody destroyed is not found, but only after a new connection
+// has shown that the token itself is the right one.
+func TestMEKDestroyedFromOutside(t *testing.T) {
+	c := softhsm.Test(t)
+	tok := open(t, c)
+	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	_, w := newKey(t, m, hsm.UseGCM)
+	r := openRaw(t, c)
+	if err := r.DestroyObject(r.session, r.find(t, "mek-v1")); err != nil {
+		t.Fatal(err)
+	}
+	_, err := m.Load(t.Context(), hsm.UseGCM, []byte("movies/1"), w)
+	wantErr(t, "load", err, hsm.ErrNotFound)
+	if got, want := tok.Epoch(), hsm.Epoch(2); got != want {
+		t.Errorf("epoch %d, want %d", got, want)
+	}
+	wantErr(t, "health", tok.Health(t.Context()), nil)
+}
+
+func TestFinalisationThatFailed(t *testing.T) {
+	c, f := faulty(t)
+	tok := open(t, c)
+	f.Fail("C_Finalize", 0x6, 1)
+	f.Fail("C_GenerateRandom", 0x32, 1)
+	if err := tok.Random(t.Context(), make([]byte, 8)); err != nil {
+		t.Errorf("random, after a reconnect: %v", err)
+	}
+	if got, want := tok.Epoch(), hsm.Epoch(2); got != want {
+		t.Errorf("epoch %d, want %d", got, want)
+	}
+}

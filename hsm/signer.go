@@ -25,7 +25,7 @@ func (t *Token) GenerateSigner(ctx context.Context, label string, id [16]byte) e
 		return t.named(what, fmt.Errorf("label and ID must be set: %w", ErrPolicy))
 	}
 	err := t.again(ctx, func() error {
-		return t.do(ctx, t.control, func(w *worker) error { return w.generateSigner(label, id) })
+		return t.doWithin(ctx, makeTimeout, t.control, func(w *worker) error { return w.generateSigner(label, id) })
 	})
 	return t.named(what, err)
 }

@@ -66,6 +66,24 @@ func TestCodeNames(t *testing.T) {
 	}
 }
 
+func TestMayLogin(t *testing.T) {
+	const ready = pkcs11.CKF_TOKEN_INITIALIZED | pkcs11.CKF_USER_PIN_INITIALIZED
+	for _, row := range []struct {
+		name  string
+		flags uint
+		want  error
+	}{
+		{"ready", ready, nil},
+		{"wrong PIN tried", ready | pkcs11.CKF_USER_PIN_COUNT_LOW, nil},
+		{"final try", ready | pkcs11.CKF_USER_PIN_COUNT_LOW | pkcs11.CKF_USER_PIN_FINAL_TRY, hsm.ErrPIN},
+		{"locked", ready | pkcs11.CKF_USER_PIN_LOCKED, hsm.ErrPIN},
+		{"to be changed", ready | pkcs11.CKF_USER_PIN_TO_BE_CHANGED, hsm.ErrPIN},
+		{"no PIN", pkcs11.CKF_TOKEN_INITIALIZED, hsm.ErrUnfit},
+	} {
+		wantErr(t, row.name, hsm.MayLogin(row.flags), row.want)
+	}
+}
+
 // The known answers of the self-test, against code that shares nothing with a
 // module: the standard library, and RFC 5649 and SP 800-38B written out here.
 func TestKnownAnswers(t *testing.T) {

@@ -42,12 +42,13 @@ type worker struct {
 	session pkcs11.SessionHandle
 
 	// Inputs and results of the job.
-	job  func(*worker) error
-	err  error
-	key  *Key // held until the job ends
-	undo func()
-	n    int    // bytes of result in out
-	made handle // key that the job made
+	job   func(*worker) error
+	err   error
+	limit time.Duration // CallTimeout if zero
+	key   *Key          // held until the job ends
+	undo  func()
+	n     int    // bytes of result in out
+	made  handle // key that the job made
 
 	slot    []byte // locked memory, divided into the four below
 	in, out []byte // scratchText each
@@ -108,7 +109,7 @@ func (w *worker) release() {
 	if w.key != nil {
 		w.key.unref()
 	}
-	w.job, w.key, w.undo, w.message, w.err = nil, nil, nil, nil, nil
+	w.job, w.key, w.undo, w.message, w.err, w.limit = nil, nil, nil, nil, nil, 0
 	w.inLen, w.aadLen, w.n, w.made = 0, 0, 0, 0
 	w.t.inFlight.Add(-1)
 	w.home <- w
@@ -168,7 +169,7 @@ func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 	case <-ctx.Done():
 		why = fmt.Errorf("call abandoned: %w", ctx.Err())
 	case <-timeout:
-		why = fmt.Errorf("no answer within %s: %w", w.t.c.CallTimeout, ErrDevice)
+		why = fmt.Errorf("no answer within %s: %w", w.patience(), ErrDevice)
 	}
 	if timeout != nil {
 		w.timer.Stop()
@@ -192,14 +193,17 @@ func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 	return nil
 }
 
-// arm starts the timer of CallTimeout, unless the context ends before that.
+// arm starts the timer of a call, unless the context ends before that.
 func (w *worker) arm(ctx context.Context) <-chan time.Time {
-	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= w.t.c.CallTimeout {
+	limit := w.patience()
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= limit {
 		return nil
 	}
-	w.timer.Reset(w.t.c.CallTimeout)
+	w.timer.Reset(limit)
 	return w.timer.C
 }
+
+func (w *worker) patience() time.Duration { return max(w.limit, w.t.c.CallTimeout) }
 
 // attempt does the job, a second time in a new session if the first one was
 // broken, and finds out what an unclear error means.
@@ -298,10 +302,16 @@ func (w *worker) forget() {
 // do runs a job whose results stay in variables that the job alone writes
 // before it ends; the caller reads them only after success.
 func (t *Token) do(ctx context.Context, home chan *worker, job func(*worker) error) error {
+	return t.doWithin(ctx, 0, home, job)
+}
+
+// doWithin is do with a limit longer than CallTimeout.
+func (t *Token) doWithin(ctx context.Context, limit time.Duration, home chan *worker, job func(*worker) error) error {
 	w, err := t.take(ctx, home)
 	if err != nil {
 		return err
 	}
+	w.limit = limit
 	if err := w.run(ctx, job); err != nil {
 		return err
 	}

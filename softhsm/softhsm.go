@@ -71,6 +71,9 @@ func Provision(ctx context.Context, o Options) (Token, error) {
 	if o.Label == "" {
 		o.Label = "custodian"
 	}
+	if filepath.Base(o.Label) != o.Label {
+		return Token{}, fmt.Errorf("provision: label %q: is part of file names, so no path", o.Label)
+	}
 	dir, err := filepath.Abs(o.Dir)
 	if err != nil {
 		return Token{}, fmt.Errorf("provision: %w", err)
