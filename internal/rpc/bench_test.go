@@ -3,6 +3,7 @@ package rpc_test
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/client"
@@ -40,7 +41,7 @@ func parallel(b *testing.B, k *kit, who string, call func(*client.Client, int) e
 func BenchmarkGetContentKeys(b *testing.B) {
 	for _, n := range []int{1, 8} {
 		b.Run(fmt.Sprintf("kids=%d", n), func(b *testing.B) {
-			k := newKit(b, options{config: func(c *rpcConfig) { c.RetrieveDeadline = c.Deadline }})
+			k := newKit(b, options{config: func(c *rpcConfig) { c.RetrieveDeadline = time.Minute }})
 			k.createCategory(b, "movies")
 			var tracks []string
 			for i := range 128 {

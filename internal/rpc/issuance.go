@@ -46,7 +46,8 @@ func (s *issuance) encode(c *call, keys []custodian.IssuedKey) *v1.IssueContentK
 	created := 0
 	for i := range keys {
 		from, to := &keys[i], &parts[i]
-		to.issued.Key = to.key.encode(&from.ContentKey, from.Key.Lend(), &from.Receipt)
+		to.issued.Key = to.key.encode(&from.ContentKey, from.Key.Lend())
+		to.key.attest(from.Receipt.Index, from.Receipt.LeafHash[:], from.Receipt.Checkpoint)
 		to.issued.Created = from.Created
 		resp.Keys[i] = &to.issued
 		if from.Created {

@@ -55,6 +55,7 @@ type kit struct {
 	metrics *prometheus.Registry
 	log     *syncBuffer
 	addr    string
+	stop    func() error // of the server; the rest goes on
 	closers []func() error
 }
 
@@ -93,7 +94,17 @@ func openKit(ctx context.Context, dir string, o options) (k *kit, err error) {
 	if !o.starting {
 		k.server.SetCustody(k.core)
 	}
-	return k, k.serve(ctx)
+	k.closers = append(k.closers, func() error { return k.stop() })
+	return k, k.serve(ctx, "127.0.0.1:0")
+}
+
+// restart puts a new server where the one was that stopped.
+func (k *kit) restart(ctx context.Context) (err error) {
+	if k.server, err = rpc.NewServer(rpc.Config{Certs: k.certs}); err != nil {
+		return err
+	}
+	k.server.SetCustody(k.core)
+	return k.serve(ctx, k.addr)
 }
 
 func (k *kit) openCerts(o options) (err error) {
@@ -195,16 +206,18 @@ func (k *kit) spki(who string) ([32]byte, error) {
 	return sha256.Sum256(cert.RawSubjectPublicKeyInfo), nil
 }
 
-func (k *kit) serve(ctx context.Context) error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+func (k *kit) serve(ctx context.Context, addr string) error {
+	k.stop = func() error { return nil }
+	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		return err
 	}
 	k.addr = l.Addr().String()
 	ctx, stop := context.WithCancel(ctx)
 	served := make(chan error, 1)
-	go func() { served <- k.server.Serve(ctx, l, 5*time.Second) }()
-	k.closers = append(k.closers, func() error { stop(); return <-served })
+	server := k.server
+	go func() { served <- server.Serve(ctx, l, 5*time.Second) }()
+	k.stop = sync.OnceValue(func() error { stop(); return <-served })
 	return nil
 }
 
@@ -240,10 +253,17 @@ func (k *kit) config(who string) (client.Config, error) {
 
 func (k *kit) dial(t testing.TB, who string) *client.Client {
 	t.Helper()
+	return k.dialAttempts(t, who, 1)
+}
+
+// dialAttempts is dial for a client that tries again.
+func (k *kit) dialAttempts(t testing.TB, who string, attempts int) *client.Client {
+	t.Helper()
 	c, err := k.config(who)
 	if err != nil {
 		t.Fatal(err)
 	}
+	c.Attempts = attempts
 	cl, err := client.Dial(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -457,6 +458,13 @@ func TestDeadline(t *testing.T) {
 	if took := time.Since(start); took > 2*time.Second {
 		t.Errorf("took %v, want about 50 ms", took)
 	}
+	// A client with attempts to spare tries once more, and no third time.
+	before := k.counter(t, "custodian_calls_total")
+	_, err = k.dialAttempts(t, provider, 4).GetContentKeys(t.Context(), &v1.GetContentKeysRequest{Kids: [][]byte{kid}})
+	wantRefused(t, err, "DEADLINE")
+	if got, want := k.counter(t, "custodian_calls_total")-before, 3.0; got != want { // one is Dial's
+		t.Errorf("calls: got %v, want %v", got, want)
+	}
 	close(until)
 	if _, err := callback.GetContentKeys(t.Context(), &v1.GetContentKeysRequest{Kids: [][]byte{kid}}); err != nil {
 		t.Errorf("afterwards: got %v, want the key", err)
@@ -471,16 +479,7 @@ func TestClientRetries(t *testing.T) {
 	k.createCategory(t, "movies")
 	kid := k.issue(t, "clip", "HD")[0].GetKid()
 	get := &v1.GetContentKeysRequest{Kids: [][]byte{kid}}
-	c, err := k.config(provider)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.Attempts = 2
-	twice, err := client.Dial(t.Context(), c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer twice.Close()
+	twice := k.dialAttempts(t, provider, 2)
 	calls := func() float64 { return k.counter(t, "custodian_calls_total") }
 
 	k.hsm.Fail("Open", custodian.ErrHSMUnavailable, 1)
@@ -500,7 +499,7 @@ func TestClientRetries(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	start = time.Now()
-	_, err = twice.GetContentKeys(ctx, get)
+	_, err := twice.GetContentKeys(ctx, get)
 	if e := wantRefused(t, err, "HSM_UNAVAILABLE"); e.Retry != 2*time.Second {
 		t.Errorf("retry: got %v, want 2s", e.Retry)
 	}
@@ -514,6 +513,37 @@ func TestClientRetries(t *testing.T) {
 	wantRefused(t, err, "DENIED")
 	if got, want := calls()-before, 1.0; got != want {
 		t.Errorf("calls after DENIED: got %v, want %v", got, want)
+	}
+}
+
+// TestClientOutlastsARestart: calls that find nobody there come back.
+func TestClientOutlastsARestart(t *testing.T) {
+	k := newKit(t, options{})
+	k.createCategory(t, "movies")
+	key := k.issue(t, "clip", "HD")[0]
+	get := &v1.GetContentKeysRequest{Kids: [][]byte{key.GetKid()}}
+	patient, hasty := k.dialAttempts(t, provider, 6), k.dial(t, provider)
+	if err := k.stop(); err != nil {
+		t.Fatal(err)
+	}
+	_, err := hasty.GetContentKeys(t.Context(), get)
+	if e := wantRefused(t, err, ""); e.Code != codes.Unavailable {
+		t.Errorf("nobody there: got %v, want %v", e.Code, codes.Unavailable)
+	}
+	got := make(chan error, 1)
+	go func() {
+		resp, err := patient.GetContentKeys(t.Context(), get)
+		if err == nil && !bytes.Equal(resp.GetResults()[0].GetKey().GetKey(), key.GetKey()) {
+			err = errors.New("it is another key")
+		}
+		got <- err
+	}()
+	time.Sleep(150 * time.Millisecond)
+	if err := k.restart(context.WithoutCancel(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-got; err != nil {
+		t.Errorf("after the restart: got %v, want the key", err)
 	}
 }
 

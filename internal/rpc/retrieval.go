@@ -8,7 +8,6 @@ import (
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/custodian"
-	"github.com/keycustody/custodian/internal/audit"
 )
 
 // retrieval is the KeyRetrievalService.
@@ -52,7 +51,8 @@ func (r *retrieval) encode(ctx context.Context, c *call, results []custodian.Ret
 			to.result.Result = &v1.GetContentKeysResult_Error{Error: r.refused(ctx, c, from)}
 			continue
 		}
-		to.success.Key = to.key.encode(&from.Info, from.Key.Lend(), &from.Receipt)
+		to.success.Key = to.key.encode(&from.Info, from.Key.Lend())
+		to.key.attest(from.Receipt.Index, from.Receipt.LeafHash[:], from.Receipt.Checkpoint)
 		to.result.Result = &to.success
 		released++
 	}
@@ -100,7 +100,7 @@ type keyParts struct {
 }
 
 // encode fills the parts and returns the key.
-func (p *keyParts) encode(k *custodian.ContentKey, key []byte, receipt *audit.Receipt) *v1.ContentKey {
+func (p *keyParts) encode(k *custodian.ContentKey, key []byte) *v1.ContentKey {
 	p.material.Key = key
 	p.key.Kid = k.KID[:]
 	p.key.KeyMaterial = &p.material
@@ -117,9 +117,13 @@ func (p *keyParts) encode(k *custodian.ContentKey, key []byte, receipt *audit.Re
 		p.period.StartTime, p.period.EndTime = timestamp(k.PeriodStart), timestamp(k.PeriodEnd)
 		p.key.Period = &p.period
 	}
-	p.receipt.Index = receipt.Index
-	p.receipt.LeafHash = receipt.LeafHash[:]
-	p.receipt.Checkpoint = receipt.Checkpoint
-	p.key.Receipt = &p.receipt
 	return &p.key
+}
+
+// attest adds the receipt of the key's audit entry.
+func (p *keyParts) attest(index uint64, leafHash, checkpoint []byte) {
+	p.receipt.Index = index
+	p.receipt.LeafHash = leafHash
+	p.receipt.Checkpoint = checkpoint
+	p.key.Receipt = &p.receipt
 }

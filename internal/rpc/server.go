@@ -50,7 +50,14 @@ const (
 	maxResponseSize = 4 << 20
 	// maxHeaderSize in bytes, of all headers of a call.
 	maxHeaderSize = 16 << 10
-	bufferSize    = 32 << 10
+	// Buffers of a connection, in bytes. Requests are small, and 10,000 idle
+	// connections each keep one for reading; those for writing are shared.
+	readBufferSize  = 8 << 10
+	writeBufferSize = 32 << 10
+	// streamWorkers serve calls on stacks that have grown already. A worker waits
+	// with its call for the audit log, so there are as many as calls are under
+	// way at once; with more calls than that, gRPC starts goroutines.
+	streamWorkers = 128
 )
 
 // Config is what a Server stands on.
@@ -161,9 +168,9 @@ func NewServer(c Config) (*Server, error) {
 		grpc.MaxSendMsgSize(maxResponseSize),
 		grpc.MaxHeaderListSize(maxHeaderSize),
 		grpc.MaxConcurrentStreams(c.MaxStreams),
-		grpc.NumStreamWorkers(uint32(4*runtime.GOMAXPROCS(0))),
-		grpc.ReadBufferSize(bufferSize),
-		grpc.WriteBufferSize(bufferSize), // wipingCreds needs it above zero
+		grpc.NumStreamWorkers(streamWorkers),
+		grpc.ReadBufferSize(readBufferSize),
+		grpc.WriteBufferSize(writeBufferSize), // wipingCreds needs it above zero
 		grpc.SharedWriteBuffer(true),
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"filippo.io/age"
 	"google.golang.org/grpc/codes"
@@ -293,7 +294,7 @@ func (*failingWriter) Write([]byte) (int, error) { return 0, errDiskFull }
 // TestConcurrentCallsGetTheirOwnKeys would see a key that was wiped, or given to
 // another call, before it was encoded.
 func TestConcurrentCallsGetTheirOwnKeys(t *testing.T) {
-	k := newKit(t, options{config: func(c *rpcConfig) { c.RetrieveDeadline = c.Deadline }})
+	k := newKit(t, options{config: func(c *rpcConfig) { c.RetrieveDeadline = time.Minute }})
 	k.createCategory(t, "movies")
 	var tracks []string
 	for i := range 16 {
