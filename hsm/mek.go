@@ -130,10 +130,7 @@ func (w *worker) settleFiles() {
 // itself says about its birth. Dates are left out, because modules do not
 // give them back.
 func mekWanted(pr profile, label string, id [16]byte, p MEKProfile) template {
-	var tpl template
-	for _, a := range mekTemplate(pr, MEKSpec{Label: label, ID: id, Profile: p}) {
-		tpl = append(tpl, a)
-	}
+	tpl := mekTemplate(pr, MEKSpec{Label: label, ID: id, Profile: p})
 	return append(tpl, flag(pkcs11.CKA_ALWAYS_SENSITIVE, true), flag(pkcs11.CKA_NEVER_EXTRACTABLE, true), flag(pkcs11.CKA_LOCAL, true))
 }
 
@@ -299,8 +296,7 @@ func (m *MEK) Profile() MEKProfile {
 	return m.profile
 }
 
-// Epoch is the connection in which the MEK was found last, and Checked the one
-// in which its canary was right last (0: never).
+// Epoch is the connection in which the MEK was found last.
 func (m *MEK) Epoch() Epoch {
 	m.mu.Lock()
 	defer m.mu.Unlock()

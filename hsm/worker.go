@@ -146,7 +146,7 @@ func (t *Token) wait(ctx context.Context, home chan *worker) (*worker, error) {
 		return w, nil
 	case <-ctx.Done():
 		if err := t.check(); err != nil {
-			return nil, errors.Join(err, ctx.Err())
+			return nil, fmt.Errorf("%w: %w", err, ctx.Err())
 		}
 		return nil, fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
 	case <-timer.C:
@@ -248,7 +248,7 @@ func (w *worker) settle(err error) error {
 		return err
 	}
 	if perr := w.probe(); perr != nil {
-		return w.lost(errors.Join(err, perr))
+		return w.lost(fmt.Errorf("%w; probe: %w", err, perr))
 	}
 	if f.call == callDecrypt || f.call == callUnwrap {
 		f.class = classAuth
