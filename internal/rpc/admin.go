@@ -2,7 +2,9 @@ package rpc
 
 import (
 	"io"
+	"math"
 	"net/http"
+	"strconv"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -21,7 +23,10 @@ func (s *Server) AdminHandler(metrics prometheus.Gatherer) http.Handler {
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		if err := s.ready(r.Context()); err != nil {
 			refusal := Explain(r.Context(), err)
-			http.Error(w, string(refusal.Reason)+": "+refusal.Message, http.StatusServiceUnavailable)
+			if refusal.RetryAfter > 0 {
+				w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(refusal.RetryAfter.Seconds()))))
+			}
+			http.Error(w, string(refusal.Reason)+": "+refusal.Message, refusal.HTTPStatus)
 			return
 		}
 		io.WriteString(w, "ok\n")

@@ -429,22 +429,70 @@ func (f slowFile) Sync() error {
 	return f.File.Sync()
 }
 
+// blockable makes the next sync of the audit log wait for the channel that is
+// sent.
+func blockable(block <-chan chan struct{}) func(*audit.Options) {
+	return func(o *audit.Options) {
+		o.WrapFile = func(f audit.File) audit.File {
+			return slowFile{f, func() {
+				select {
+				case until := <-block:
+					<-until
+				default:
+				}
+			}}
+		}
+	}
+}
+
+// TestDrain: a call that is under way when the daemon is told to stop gets its
+// answer, and a new one does not.
+func TestDrain(t *testing.T) {
+	block := make(chan chan struct{}, 1)
+	k := newKit(t, options{config: func(c *rpcConfig) { c.RetrieveDeadline = time.Minute }, audit: blockable(block)})
+	k.createCategory(t, "movies")
+	get := &v1.GetContentKeysRequest{Kids: [][]byte{k.issue(t, "clip", "HD")[0].GetKid()}}
+	callback := k.dial(t, provider)
+	until := make(chan struct{})
+	block <- until
+	answer := make(chan error, 1)
+	go func() { _, err := callback.GetContentKeys(t.Context(), get); answer <- err }()
+	for len(block) > 0 { // until the call waits for the disk
+		time.Sleep(time.Millisecond)
+	}
+	stopped := make(chan error, 1)
+	go func() { stopped <- k.stop() }()
+	c, err := k.config(provider)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := false
+	for deadline := time.Now().Add(5 * time.Second); !refused && time.Now().Before(deadline); {
+		late, err := client.Dial(t.Context(), c)
+		if refused = err != nil; !refused {
+			late.Close()
+		}
+	}
+	if !refused {
+		t.Error("a new caller is still served")
+	}
+	select {
+	case err := <-stopped:
+		t.Fatalf("the server stopped with a call under way: %v", err)
+	default:
+	}
+	close(until)
+	if err := <-answer; err != nil {
+		t.Errorf("the call under way: got %v, want the key", err)
+	}
+	if err := <-stopped; err != nil {
+		t.Errorf("stop: %v", err)
+	}
+}
+
 func TestDeadline(t *testing.T) {
 	block := make(chan chan struct{}, 1)
-	k := newKit(t, options{
-		config: func(c *rpcConfig) { c.RetrieveDeadline = 50 * time.Millisecond },
-		audit: func(o *audit.Options) {
-			o.WrapFile = func(f audit.File) audit.File {
-				return slowFile{f, func() {
-					select {
-					case until := <-block:
-						<-until
-					default:
-					}
-				}}
-			}
-		},
-	})
+	k := newKit(t, options{config: func(c *rpcConfig) { c.RetrieveDeadline = 50 * time.Millisecond }, audit: blockable(block)})
 	k.createCategory(t, "movies")
 	kid := k.issue(t, "clip", "HD")[0].GetKid()
 	callback := k.dial(t, provider)

@@ -51,7 +51,7 @@ const (
 	// maxHeaderSize in bytes, of all headers of a call.
 	maxHeaderSize = 16 << 10
 	// Buffers of a connection, in bytes. Requests are small, and 10,000 idle
-	// connections each keep one for reading; those for writing are shared.
+	// connections each keep one for reading; gRPC shares those for writing.
 	readBufferSize  = 8 << 10
 	writeBufferSize = 32 << 10
 	// streamWorkers serve calls on stacks that have grown already. A worker waits
@@ -171,7 +171,7 @@ func NewServer(c Config) (*Server, error) {
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.ReadBufferSize(readBufferSize),
 		grpc.WriteBufferSize(writeBufferSize), // wipingCreds needs it above zero
-		grpc.SharedWriteBuffer(true),
+		grpc.WaitForHandlers(true), // whoever closes the custody next may unmap its keys
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionAge:      c.MaxConnectionAge,
@@ -242,7 +242,9 @@ func (s *Server) ready(ctx context.Context) error {
 }
 
 // Serve serves on l until ctx ends. Then it takes no new calls, waits up to
-// drain for those under way, and closes all connections. It closes l.
+// drain for those under way, cancels the others, and closes all connections. It
+// closes l. When it returns no call is left, so that the custody can be closed:
+// a call that neither ends nor heeds its context keeps it from returning.
 func (s *Server) Serve(ctx context.Context, l net.Listener, drain time.Duration) error {
 	served := make(chan error, 1)
 	go func() { served <- s.grpc.Serve(l) }()
