@@ -171,7 +171,7 @@ func NewServer(c Config) (*Server, error) {
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.ReadBufferSize(readBufferSize),
 		grpc.WriteBufferSize(writeBufferSize), // wipingCreds needs it above zero
-		grpc.WaitForHandlers(true), // whoever closes the custody next may unmap its keys
+		grpc.WaitForHandlers(true),            // whoever closes the custody next may unmap its keys
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionAge:      c.MaxConnectionAge,
