@@ -422,7 +422,8 @@ type breaker struct {
 	mu    sync.Mutex
 	calls map[string]int
 	op    string
-	left  int // calls of op until the one that fails
+	left  int  // calls of op until the one that fails
+	all   bool // every call of op fails
 	after bool
 	hit   bool
 	hold  map[string]chan struct{}
@@ -432,7 +433,14 @@ type breaker struct {
 func (b *breaker) arm(op string, nth int, after bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.op, b.left, b.after, b.hit = op, nth, after, false
+	b.op, b.left, b.all, b.after, b.hit = op, nth, false, after, false
+}
+
+// down makes every call of op fail until it is disarmed.
+func (b *breaker) down(op string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.op, b.all, b.after, b.hit = op, true, false, false
 }
 
 // disarm ends that, and reports whether the call came.
@@ -476,8 +484,8 @@ func (b *breaker) do(op string, err error, f func() error) error {
 	}
 	b.calls[op]++
 	before, after := false, false
-	if b.op == op && !b.hit {
-		if b.left--; b.left == 0 {
+	if b.op == op && (b.all || !b.hit) {
+		if b.left--; b.all || b.left == 0 {
 			b.hit, before, after = true, !b.after, b.after
 		}
 	}
@@ -508,7 +516,7 @@ var (
 var (
 	hsmOps   = []string{"hsm.Random", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.CMAC"}
 	kmsOps   = []string{"kms.Wrap", "kms.Unwrap"}
-	storeOps = []string{"store.View", "store.Update"}
+	storeOps = []string{"store.View", "store.ContentKey", "store.Update"}
 	auditOps = []string{"audit.WriteAt", "audit.Sync"}
 	allOps   = slices.Concat(hsmOps, kmsOps, storeOps, auditOps)
 )
@@ -589,10 +597,22 @@ type brokenStore struct {
 }
 
 func (s brokenStore) View(ctx context.Context, f func(custodian.Tx) error) error {
-	return s.b.do("store.View", errStore, func() error { return s.Store.View(ctx, f) })
+	return s.b.do("store.View", errStore, func() error {
+		return s.Store.View(ctx, func(tx custodian.Tx) error { return f(brokenTx{tx, s.b}) })
+	})
 }
 func (s brokenStore) Update(ctx context.Context, f func(custodian.UpdateTx) error) error {
 	return s.b.do("store.Update", errStore, func() error { return s.Store.Update(ctx, f) })
+}
+
+type brokenTx struct {
+	custodian.Tx
+	b *breaker
+}
+
+func (tx brokenTx) ContentKey(kid custodian.KID) (k custodian.SealedKey, err error) {
+	err = tx.b.do("store.ContentKey", errStore, func() error { k, err = tx.Tx.ContentKey(kid); return err })
+	return k, err
 }
 
 type brokenFile struct {
