@@ -584,7 +584,6 @@ func TestTokenLosesMEK(t *testing.T) {
 	w.refused("the token holds another MEK", custodian.ErrWrongMEK)
 	w.hsm.RemoveMEK(mek.Label, [16]byte(mek.ID))
 	w.refused("the token holds no MEK", custodian.ErrNoObject)
-	w.close()
 	w.openParts()
 	if err := custodian.Init(t.Context(), w.cfg, custodian.InitSpec{}); err == nil {
 		t.Error("init makes a new MEK for a store whose MEK is lost")

@@ -132,25 +132,33 @@ func (w *world) close() {
 // openParts opens what lies in the folder, and no custody on it.
 func (w *world) openParts() {
 	w.t.Helper()
-	var err error
-	if w.st, err = store.Open(w.t.Context(), w.storePath(), store.Options{}); err != nil {
+	if err := w.tryParts(); err != nil {
 		w.t.Fatal(err)
+	}
+}
+
+func (w *world) tryParts() (err error) {
+	w.t.Helper()
+	w.close()
+	if w.st, err = store.Open(w.t.Context(), w.storePath(), store.Options{}); err != nil {
+		return err
 	}
 	w.logged = custodian.Logged{TrackKIDs: true}
 	wrap := func(f audit.File) audit.File { return brokenFile{f, w.breaker} }
 	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap}); err != nil {
-		w.t.Fatal(err)
+		return err
 	}
 	w.cfg.Store, w.cfg.Audit, w.cfg.Logged = brokenStore{w.st, w.breaker}, w.log, w.logged
+	return nil
 }
 
 // open opens the folder as a start of the daemon does.
 func (w *world) open() error {
 	w.t.Helper()
-	w.close()
-	w.openParts()
-	var err error
-	w.c, err = custodian.Open(w.t.Context(), w.cfg)
+	err := w.tryParts()
+	if err == nil {
+		w.c, err = custodian.Open(w.t.Context(), w.cfg)
+	}
 	return err
 }
 
@@ -422,9 +430,9 @@ type breaker struct {
 	mu    sync.Mutex
 	calls map[string]int
 	op    string
-	left  int  // calls of op until the one that fails
-	all   bool // every call of op fails
+	left  int // calls of op until the one that fails
 	after bool
+	away  map[string]bool // every call of them fails
 	hit   bool
 	hold  map[string]chan struct{}
 }
@@ -433,21 +441,24 @@ type breaker struct {
 func (b *breaker) arm(op string, nth int, after bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.op, b.left, b.all, b.after, b.hit = op, nth, false, after, false
+	b.op, b.left, b.after, b.hit = op, nth, after, false
 }
 
 // down makes every call of op fail until it is disarmed.
 func (b *breaker) down(op string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.op, b.all, b.after, b.hit = op, true, false, false
+	if b.away == nil {
+		b.away = map[string]bool{}
+	}
+	b.away[op], b.hit = true, false
 }
 
-// disarm ends that, and reports whether the call came.
+// disarm ends both, and reports whether a call came.
 func (b *breaker) disarm() (hit bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.op = ""
+	b.op, b.away = "", nil
 	return b.hit
 }
 
@@ -483,9 +494,10 @@ func (b *breaker) do(op string, err error, f func() error) error {
 		b.calls = map[string]int{}
 	}
 	b.calls[op]++
-	before, after := false, false
-	if b.op == op && (b.all || !b.hit) {
-		if b.left--; b.all || b.left == 0 {
+	before, after := b.away[op], false
+	b.hit = b.hit || before
+	if b.op == op && b.left > 0 {
+		if b.left--; b.left == 0 {
 			b.hit, before, after = true, !b.after, b.after
 		}
 	}
