@@ -42,13 +42,16 @@ func BenchmarkContentKey(b *testing.B) {
 	const keys = 100_000
 	s := create(b, filepath.Join(b.TempDir(), "keys.db"))
 	seed(b, s, 0, keys, 10_000)
+	kids := make([]custodian.KID, keys)
+	for n := range kids {
+		kids[n] = benchKid(uint32(n))
+	}
 	b.ReportAllocs()
-	n := uint32(0)
+	n := 0
 	for b.Loop() {
 		n = (n + 7919) % keys
-		kid := benchKid(n)
 		err := s.View(b.Context(), func(tx custodian.Tx) error {
-			_, err := tx.ContentKey(kid)
+			_, err := tx.ContentKey(kids[n])
 			return err
 		})
 		if err != nil {

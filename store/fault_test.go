@@ -54,8 +54,10 @@ func TestChild(t *testing.T) {
 		childInserts(t, path)
 	case "sync":
 		childSyncFails(t, path)
-	case "limit":
-		childMeetsLimit(t, path)
+	case "limit-write":
+		childMeetsLimit(t, path, 1<<20, 50, 6_000)
+	case "limit-grow":
+		childMeetsLimit(t, path, 0, 5_000, 25_000)
 	default:
 		t.Fatalf("unknown %q", does)
 	}
@@ -259,60 +261,23 @@ func childSyncFails(t *testing.T, path string) {
 	}
 }
 
-// fill inserts keys until the store takes no more, and returns the error and
-// how many it took.
-func fill(t *testing.T, s *store.Store, limit uint32) (uint32, error) {
+// fill inserts keys until the store takes no more, and returns how many it
+// took and the error.
+func fill(t *testing.T, s *store.Store, batch uint32) (uint32, error) {
 	t.Helper()
-	const batch = 50
-	for n := uint32(0); n < limit; n += batch {
-		err := s.Update(t.Context(), func(tx custodian.UpdateTx) error {
-			for i := range uint32(batch) {
-				if err := tx.InsertContentKey(benchKey(n + i)); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
+	for n := uint32(0); n < 200_000; n += batch {
+		if err := insertMany(t, s, n, batch); err != nil {
 			return n, err
 		}
 	}
-	return limit, nil
+	t.Fatal("the disk did not fill")
+	return 0, nil
 }
 
-// wantFull demands what a store does that has met the end of its disk: the
-// update failed, all before it are there, readers go on, and it tries again.
-func wantFull(t *testing.T, s *store.Store, stored uint32, err error) {
-	t.Helper()
-	if !errors.Is(err, custodian.ErrStoreUnavailable) || errors.Is(err, store.ErrStopped) {
-		t.Fatalf("update on a full disk: got %v after %d keys, want %v", err, stored, custodian.ErrStoreUnavailable)
-	}
-	if _, err := fill(t, s, 0); err != nil {
-		t.Errorf("empty fill: %v", err)
-	}
-	for range 3 {
-		if err := insertMany(t, s, 100_000); !errors.Is(err, custodian.ErrStoreUnavailable) || errors.Is(err, store.ErrStopped) {
-			t.Errorf("another update on a full disk: got %v, want %v", err, custodian.ErrStoreUnavailable)
-		}
-	}
-	for n := range stored {
-		if err := readKey(t, s, n); err != nil {
-			t.Fatalf("read of key %d of %d: %v", n, stored, err)
-		}
-	}
-	if err := readKey(t, s, stored); !errors.Is(err, custodian.ErrNotFound) {
-		t.Errorf("read of what did not fit: got %v, want %v", err, custodian.ErrNotFound)
-	}
-	if err := s.Check(t.Context()); err != nil {
-		t.Errorf("check on a full disk: %v", err)
-	}
-}
-
-// insertMany inserts more than free pages of earlier updates could hold.
-func insertMany(t *testing.T, s *store.Store, first uint32) error {
+func insertMany(t *testing.T, s *store.Store, first, n uint32) error {
 	t.Helper()
 	return s.Update(t.Context(), func(tx custodian.UpdateTx) error {
-		for i := range uint32(6_000) {
+		for i := range n {
 			if err := tx.InsertContentKey(benchKey(first + i)); err != nil {
 				return err
 			}
@@ -321,17 +286,51 @@ func insertMany(t *testing.T, s *store.Store, first uint32) error {
 	})
 }
 
-// wantRoom demands that a store whose disk has space again works.
-func wantRoom(t *testing.T, s *store.Store, stored uint32) {
+// A full store is one that has met the end of its disk.
+type full struct {
+	*store.Store
+	stored uint32 // keys that fitted
+	many   uint32 // keys that surely do not
+}
+
+// want demands that the update failed and all before it are there, that
+// readers go on, and that the store tries again.
+func (f full) want(t *testing.T, err error) {
 	t.Helper()
-	if err := insertMany(t, s, 100_000); err != nil {
+	if !errors.Is(err, custodian.ErrStoreUnavailable) || errors.Is(err, store.ErrStopped) {
+		t.Fatalf("update on a full disk: got %v after %d keys, want %v", err, f.stored, custodian.ErrStoreUnavailable)
+	}
+	for range 3 {
+		err := insertMany(t, f.Store, 1_000_000, f.many)
+		if !errors.Is(err, custodian.ErrStoreUnavailable) || errors.Is(err, store.ErrStopped) {
+			t.Errorf("another update on a full disk: got %v, want %v", err, custodian.ErrStoreUnavailable)
+		}
+	}
+	for n := range f.stored {
+		if err := readKey(t, f, n); err != nil {
+			t.Fatalf("read of key %d of %d: %v", n, f.stored, err)
+		}
+	}
+	if err := readKey(t, f, f.stored); !errors.Is(err, custodian.ErrNotFound) {
+		t.Errorf("read of what did not fit: got %v, want %v", err, custodian.ErrNotFound)
+	}
+	if err := f.Check(t.Context()); err != nil {
+		t.Errorf("check on a full disk: %v", err)
+	}
+}
+
+// wantRoom demands that the store works when its disk has space again.
+func (f full) wantRoom(t *testing.T) {
+	t.Helper()
+	if err := insertMany(t, f.Store, 1_000_000, f.many); err != nil {
 		t.Errorf("update when there is space again: %v", err)
 	}
-	if err := s.Check(t.Context()); err != nil {
+	if err := f.Check(t.Context()); err != nil {
 		t.Errorf("check when there is space again: %v", err)
 	}
-	if stats, err := s.Stats(t.Context()); err != nil || stats.ContentKeys != uint64(stored)+6_000 {
-		t.Errorf("stats: got %+v, %v, want %d content keys", stats, err, stored+6_000)
+	want := uint64(f.stored + f.many)
+	if stats, err := f.Stats(t.Context()); err != nil || stats.ContentKeys != want {
+		t.Errorf("stats: got %+v, %v, want %d content keys", stats, err, want)
 	}
 }
 
@@ -349,15 +348,16 @@ func TestDiskFull(t *testing.T) {
 	})
 	path := filepath.Join(dir, "keys.db")
 	s := create(t, path)
-	stored, err := fill(t, s, 50_000)
+	stored, err := fill(t, s, 50)
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("update on a full disk: got %v, want %v", err, syscall.ENOSPC)
 	}
-	wantFull(t, s, stored, err)
+	f := full{s, stored, 6_000}
+	f.want(t, err)
 	if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_REMOUNT, "size=64m"); err != nil {
 		t.Fatal(err)
 	}
-	wantRoom(t, s, stored)
+	f.wantRoom(t)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -370,34 +370,46 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
-// TestFileLimit lets the file meet RLIMIT_FSIZE, in a process of its own: the
-// file cannot be made longer.
+// TestFileLimit lets the file meet RLIMIT_FSIZE in a process of its own, in
+// two ways: pages cannot be written, and the file cannot be made longer.
 func TestFileLimit(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "keys.db")
-	runChild(t, child(t, "limit", path))
-	if err := open(t, path).Check(t.Context()); err != nil {
-		t.Errorf("check: %v", err)
+	for _, does := range []string{"limit-write", "limit-grow"} {
+		t.Run(does, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "keys.db")
+			runChild(t, child(t, does, path))
+			if err := open(t, path).Check(t.Context()); err != nil {
+				t.Errorf("check: %v", err)
+			}
+		})
 	}
 }
 
-func childMeetsLimit(t *testing.T, path string) {
+// childMeetsLimit limits the file to size bytes, zero for the size that it
+// has, which is more than it uses.
+func childMeetsLimit(t *testing.T, path string, size uint64, batch, many uint32) {
 	signal.Ignore(syscall.SIGXFSZ)
 	s := create(t, path)
+	if size == 0 {
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		size = uint64(info.Size())
+	}
 	var old unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_FSIZE, &old); err != nil {
 		t.Fatal(err)
 	}
-	limit := old
-	limit.Cur = 1 << 20
-	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: size, Max: old.Max}); err != nil {
 		t.Fatal(err)
 	}
-	stored, err := fill(t, s, 50_000)
-	wantFull(t, s, stored, err)
+	stored, err := fill(t, s, batch)
+	f := full{s, stored, many}
+	f.want(t, err)
 	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &old); err != nil {
 		t.Fatal(err)
 	}
-	wantRoom(t, s, stored)
+	f.wantRoom(t)
 }
 
 // TestKilled kills a process that inserts, at random moments. Whatever it

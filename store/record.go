@@ -167,8 +167,8 @@ var (
 	errMissing = errors.New("is empty")
 )
 
-func openRecord(kind recordKind, b []byte) *reader {
-	r := &reader{kind: kind, b: b}
+func openRecord(kind recordKind, b []byte) reader {
+	r := reader{kind: kind, b: b}
 	switch {
 	case len(b) == 0:
 		r.fail(errMissing)
