@@ -26,7 +26,8 @@ func (c *Custodian) Backup(ctx context.Context, who Caller, recipient string, w 
 	}
 	to, err := age.ParseX25519Recipient(recipient)
 	if err != nil {
-		return invalid("recipient", fmt.Errorf("it must be an age X25519 recipient, age1…: %w", err))
+		// Not err: it repeats what was given, which may be the private identity.
+		return invalid("recipient", errors.New("it must be an age X25519 recipient, age1…"))
 	}
 	e := c.entry(who, d, ActionBackup, "", ref{}, nil)
 	e.Detail = "to " + recipient
@@ -53,6 +54,9 @@ type RestoreReport struct {
 	// exceptions among them must be made again.
 	LostChanges []ControlChange `json:"lost_control_changes"`
 	Rotated     []KEKID         `json:"rotated_keks"`
+	// Closed KEKs have no successor, because the MEK is past its year. They
+	// release, and nothing is issued under them until the MEK is rotated.
+	Closed []KEKID `json:"closed_keks,omitempty"`
 }
 
 // A MissingKey is a KID that the audit log knows and the store does not.
@@ -78,11 +82,8 @@ func Restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 	if err := c.adoptRevision(ctx, cfg.Logged.Revision); err != nil {
 		return rep, err
 	}
-	for name, cat := range c.set.Load().categories {
-		if err := c.rotateKEK(ctx, name, cat.ActiveKEK, "restore"); err != nil {
-			return rep, fmt.Errorf("category %s: %w", name, err)
-		}
-		rep.Rotated = append(rep.Rotated, KEKID{name, cat.ActiveKEK + 1})
+	if err := c.retireKEKs(ctx, &rep); err != nil {
+		return rep, err
 	}
 	err = c.store.View(ctx, func(tx Tx) error {
 		for kid, kek := range cfg.Logged.KIDs {
@@ -101,8 +102,43 @@ func Restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 	}
 	rep.Revision = c.set.Load().head.Revision
 	slices.SortFunc(rep.MissingKIDs, func(a, b MissingKey) int { return strings.Compare(a.KID.String(), b.KID.String()) })
-	slices.SortFunc(rep.Rotated, func(a, b KEKID) int { return strings.Compare(a.String(), b.String()) })
+	for _, ids := range [][]KEKID{rep.Rotated, rep.Closed} {
+		slices.SortFunc(ids, func(a, b KEKID) int { return strings.Compare(a.String(), b.String()) })
+	}
 	return rep, err
+}
+
+// retireKEKs sees to it that nothing more is sealed under a KEK of the
+// backup: each category gets a new version. Where the MEK is past its year
+// and none can be made, the old one counts as exhausted; issuing then makes
+// the successor as soon as there is a MEK for it.
+func (c *Custodian) retireKEKs(ctx context.Context, rep *RestoreReport) error {
+	for name, cat := range c.set.Load().categories {
+		id := KEKID{name, cat.ActiveKEK}
+		err := c.rotateKEK(ctx, name, id.Version, "restore")
+		if errors.Is(err, ErrMEKExpired) {
+			if err := c.closeKEK(ctx, id); err != nil {
+				return fmt.Errorf("category %s: %w", name, err)
+			}
+			rep.Closed = append(rep.Closed, id)
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("category %s: %w", name, err)
+		}
+		rep.Rotated = append(rep.Rotated, KEKID{name, id.Version + 1})
+	}
+	return nil
+}
+
+// closeKEK leaves no GCM invocation of a KEK to be reserved.
+func (c *Custodian) closeKEK(ctx context.Context, id KEKID) error {
+	return c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+		k := old.keks[id]
+		k.Reserved, k.Revision = max(k.Reserved, c.limits.Hard), k.Revision+1
+		return change{put: []ControlRecord{kekRecord(k)}, entry: audit.Entry{Action: "kek.close", Category: string(id.Category),
+			KeyVersion: id.String(), Detail: "restore under a MEK that is past its year"}}, nil
+	})
 }
 
 // adoptRevision lifts the store's control revision beyond the log's and tells

@@ -166,7 +166,7 @@ func (c *Custodian) Arena() *secret.Arena { return c.arena }
 // audit log first.
 func (c *Custodian) SetPolicy(ctx context.Context, p *Policy) error {
 	d := p.Digest()
-	if _, err := c.record(ctx, audit.Entry{Action: "policy.load", Outcome: audit.Allowed, Detail: "policy " + hex.EncodeToString(d[:])}); err != nil {
+	if _, err := c.record(ctx, audit.Entry{Action: "policy.load", Outcome: audit.Allowed, ControlRevision: c.set.Load().head.Revision, Detail: "policy " + hex.EncodeToString(d[:])}); err != nil {
 		return err
 	}
 	c.policy.Store(p)
