@@ -41,6 +41,11 @@ type HSM interface {
 	Signer(ctx context.Context, label string, id [16]byte) (crypto.Signer, error)
 	// Objects lists what lies in the token.
 	Objects(ctx context.Context) ([]TokenObject, error)
+	// DestroyLeftovers destroys what an interrupted init has left in the token:
+	// the objects with one of the IDs, and those without ID that have one of the
+	// labels or none. It is called only while nothing can have been used under
+	// these names. It returns how many objects there were.
+	DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (int, error)
 	// Health makes one real operation.
 	Health(ctx context.Context) error
 	// Status describes the token.

@@ -19,10 +19,11 @@ type InitSpec struct {
 // Init makes MEK v1, the helper and signing keys, and the first head, in a
 // store that Create has just made, and writes the first entries of the audit
 // log. It is safe to run again after a crash: the journal names the token
-// objects before they exist, and a second run adopts them.
+// objects before they exist, so a second run can clear them away and make
+// them again.
 //
-// It refuses a store that has a head, and a token that holds objects under
-// our prefix that the journal does not name.
+// It refuses a store that has a head, and without a journal a token that
+// holds objects under our prefix.
 func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
 	c, err := newCustodian(cfg)
 	if err != nil {
@@ -77,7 +78,10 @@ func (c *Custodian) journal(ctx context.Context, spec InitSpec) (InitJournal, er
 	if err != nil {
 		return j, err
 	}
-	if err := c.refuseForeign(ctx, j, found); err != nil || found {
+	if found {
+		return j, c.clearLeftovers(ctx, j)
+	}
+	if err := c.refuseForeign(ctx); err != nil {
 		return j, err
 	}
 	if p := spec.Profile; p != "" && p != ProfileSealed && p != ProfileRotatable {
@@ -100,17 +104,31 @@ func (c *Custodian) journal(ctx context.Context, spec InitSpec) (InitJournal, er
 	return j, c.store.Update(ctx, func(tx UpdateTx) error { return tx.PutInitJournal(j) })
 }
 
-// refuseForeign refuses a token in which another custody of our prefix lives.
-func (c *Custodian) refuseForeign(ctx context.Context, j InitJournal, found bool) error {
+// clearLeftovers removes what the interrupted init has made: there is no head,
+// so nothing was ever kept under these objects, and a module that is killed in
+// the middle leaves objects that are no whole keys.
+func (c *Custodian) clearLeftovers(ctx context.Context, j InitJournal) error {
+	n, err := c.hsm.DestroyLeftovers(ctx, []string{j.MEKLabel, j.SignLbl}, [][16]byte{j.MEKID, j.SignID})
+	if err == nil && n > 0 {
+		c.log.Warn("removed what an interrupted init had left in the token", "objects", n)
+	}
+	return err
+}
+
+// refuseForeign refuses a token in which another custody of our prefix lives,
+// and one with nameless objects: after a crash they could not be told from
+// those that the module left.
+func (c *Custodian) refuseForeign(ctx context.Context) error {
 	objects, err := c.hsm.Objects(ctx)
 	if err != nil {
 		return err
 	}
 	for _, o := range objects {
-		ours := strings.HasPrefix(o.Label, c.prefix+"-")
-		named := found && (string(o.ID) == string(j.MEKID[:]) && o.Label == j.MEKLabel || string(o.ID) == string(j.SignID[:]) && o.Label == j.SignLbl)
-		if ours && !named {
+		if strings.HasPrefix(o.Label, c.prefix+"-") {
 			return fmt.Errorf("the token holds %s %q (CKA_ID %x), but this store does not know it: a MEK without its store. Restore the store (custodiand restore), or choose another hsm.label_prefix", o.Class, o.Label, o.ID)
+		}
+		if o.Label == "" && len(o.ID) == 0 {
+			return fmt.Errorf("the token holds a %s without label and ID; name it or remove it first", o.Class)
 		}
 	}
 	return nil

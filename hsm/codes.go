@@ -14,6 +14,7 @@ const (
 	ckrInitialized      = 0x191
 	ckrLoggedIn         = 0x100
 	ckrTypeInvalid      = 0x12
+	ckrValueInvalid     = 0x13
 	ckrTemplateMismatch = 0xD1
 )
 

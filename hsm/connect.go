@@ -9,6 +9,8 @@ import (
 
 	"github.com/ThalesIgnite/crypto11"
 	"github.com/miekg/pkcs11"
+
+	"github.com/keycustody/custodian/internal/secret"
 )
 
 // claim makes t the one owner of the module in this process.
@@ -174,6 +176,15 @@ func (t *Token) establish(ti pkcs11.TokenInfo) error {
 	if err := t.login(anchor.session, ti); err != nil {
 		return err
 	}
+	// Nobody has made a session object yet, so what looks like one is what the
+	// module left when a process was killed while it made a token object.
+	strays, err := control.find(template{flag(pkcs11.CKA_TOKEN, false)})
+	if err != nil {
+		return err
+	}
+	if len(strays) > 0 {
+		t.c.Log.Warn("the token holds incomplete objects of a process that was killed", "token", t.c.Token, "objects", len(strays))
+	}
 	if err := t.lib.needs(t.slot, pr); err != nil {
 		return err
 	}
@@ -226,7 +237,7 @@ func (t *Token) makeWorkers(ti pkcs11.TokenInfo) error {
 		n = int(room)
 	}
 	pool := n - fixedSessions
-	arena, err := NewArena(workerSlot, pool+4) // one slot is for the PIN
+	arena, err := secret.NewArena(workerSlot, pool+4) // one slot is for the PIN
 	if err != nil {
 		return err
 	}
@@ -265,7 +276,7 @@ func (t *Token) login(session pkcs11.SessionHandle, ti pkcs11.TokenInfo) error {
 		return err
 	}
 	l := latch(t.c.LatchFile)
-	if err := l.set(); err != nil {
+	if err := l.set(ti.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0); err != nil {
 		return err
 	}
 	rv := t.lib.login(session, pkcs11.CKU_USER, pin)
@@ -276,7 +287,7 @@ func (t *Token) login(session pkcs11.SessionHandle, ti pkcs11.TokenInfo) error {
 	if neverTried(rv) {
 		return errors.Join(err, l.clear())
 	}
-	return fmt.Errorf("login: %w", err)
+	return errors.Join(fmt.Errorf("login: %w", err), l.fail())
 }
 
 // mayLogin refuses a login that the token's flags advise against. The last try

@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/keycustody/custodian/internal/secret"
 )
 
 // A TokenSpec says which token InitToken makes.
@@ -33,13 +35,13 @@ func InitToken(ctx context.Context, s TokenSpec) (serial string, err error) {
 		return "", err
 	}
 	defer lib.unclaim(owner)
-	pins, err := NewArena(512, 2)
+	pins, err := secret.NewArena(512, 2)
 	if err != nil {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, pins.Close()) }()
 
-	for _, step := range []func(TokenSpec, *Arena) error{lib.makeToken, lib.makeUserPIN} {
+	for _, step := range []func(TokenSpec, *secret.Arena) error{lib.makeToken, lib.makeUserPIN} {
 		if err := ctx.Err(); err != nil {
 			return "", fmt.Errorf("token %s: initialise: %w", s.Label, err)
 		}
@@ -69,7 +71,7 @@ func (l *library) initialized(f func() error) (err error) {
 	return f()
 }
 
-func (l *library) makeToken(s TokenSpec, pins *Arena) error {
+func (l *library) makeToken(s TokenSpec, pins *secret.Arena) error {
 	_, _, err := l.findToken(URI{Token: s.Label}, "")
 	if err == nil || errors.Is(err, ErrDuplicate) {
 		return err
@@ -106,7 +108,7 @@ func (l *library) freeSlot() (uint, error) {
 	return 0, fmt.Errorf("module %s has no slot without a token: %w", l.path, ErrUnfit)
 }
 
-func (l *library) makeUserPIN(s TokenSpec, pins *Arena) (err error) {
+func (l *library) makeUserPIN(s TokenSpec, pins *secret.Arena) (err error) {
 	slot, ti, err := l.findToken(URI{Token: s.Label}, "")
 	if err != nil {
 		return err

@@ -164,6 +164,9 @@ func (m *MEK) find(ctx context.Context) (found, error) {
 			return err
 		}
 		p, err := w.profileOf(h)
+		if errors.Is(err, ErrUnfit) { // of neither profile: say all that is wrong
+			p, err = Sealed, nil
+		}
 		if err != nil {
 			return err
 		}

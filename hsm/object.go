@@ -51,6 +51,42 @@ func (t *Token) Objects(ctx context.Context) ([]Object, error) {
 	return list, t.named("list objects", err)
 }
 
+// DestroyLeftovers destroys what a module leaves in the token when its process
+// is killed while it makes an object: the objects with one of the IDs, those
+// without ID that have one of the labels or none. It is for a caller who knows
+// that nothing was ever used under these names, and that has loaded no Key yet.
+// It returns how many objects there were.
+func (t *Token) DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (int, error) {
+	n := 0
+	err := t.do(ctx, t.control, func(w *worker) error {
+		// An object that is half made may not even say that it is a token object.
+		handles, err := w.find(nil)
+		if err != nil {
+			return err
+		}
+		for _, h := range handles {
+			if h == w.t.probing.key {
+				continue // the one session object there is while no Key is loaded
+			}
+			o, err := w.object(h)
+			if err != nil && !hasCode(err, ckrValueInvalid) { // that of an object without any attribute
+				return err
+			}
+			named := slices.ContainsFunc(ids, func(id [16]byte) bool { return bytes.Equal(o.ID, id[:]) })
+			unnamed := len(o.ID) == 0 && (o.Label == "" || slices.Contains(labels, o.Label))
+			if !named && !unnamed {
+				continue
+			}
+			if err := w.t.lib.p.DestroyObject(w.session, pkcs11.ObjectHandle(h)); err != nil {
+				return faultOf(callDestroy, err)
+			}
+			n++
+		}
+		return w.probe()
+	})
+	return n, t.named("destroy what was left of an interrupted start", err)
+}
+
 func (w *worker) object(h handle) (Object, error) {
 	var o Object
 	class, err := w.attribute(h, pkcs11.CKA_CLASS)

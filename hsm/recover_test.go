@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -126,26 +125,6 @@ func initToken(t *testing.T, c hsm.Config, label string, replace bool) {
 			t.Fatalf("%s: %s", args[0], out)
 		}
 	}
-}
-
-// vmLocked is the locked memory of this process in kB.
-func vmLocked(t *testing.T) int {
-	t.Helper()
-	b, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(b)) {
-		if fields := strings.Fields(line); len(fields) == 3 && fields[0] == "VmLck:" {
-			n, err := strconv.Atoi(fields[1])
-			if err != nil {
-				t.Fatal(err)
-			}
-			return n
-		}
-	}
-	t.Fatal("no VmLck in /proc/self/status")
-	return 0
 }
 
 func TestTokenReinitialisedByAnotherProcess(t *testing.T) {

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/ThalesIgnite/crypto11"
+
+	"github.com/keycustody/custodian/internal/secret"
 )
 
 // An Epoch counts the connections to a token, from 1. Handles belong to one.
@@ -24,7 +26,7 @@ type Token struct {
 	c     Config
 	uri   URI
 	lib   *library
-	arena *Arena
+	arena *secret.Arena
 
 	life  context.Context // ends with Close
 	stop  context.CancelFunc
@@ -103,7 +105,7 @@ func Open(ctx context.Context, c Config) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := latch(c.LatchFile).check(); err != nil {
+	if _, err := latch(c.LatchFile).tries(); err != nil {
 		return nil, fmt.Errorf("token %s: %w", c.Token, err)
 	}
 	lib, err := loadLibrary(c.Module)

@@ -171,6 +171,15 @@ func (t *token) Signer(ctx context.Context, label string, id [16]byte) (crypto.S
 	return signer{s}, nil
 }
 
+// DestroyLeftovers clears away what an interrupted init has left.
+func (t *token) DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (n int, err error) {
+	err = t.run(ctx, func() error {
+		n, err = t.t.DestroyLeftovers(ctx, labels, ids)
+		return err
+	})
+	return n, err
+}
+
 func (t *token) Objects(ctx context.Context) (objects []custodian.TokenObject, err error) {
 	err = t.run(ctx, func() error {
 		found, err := t.t.Objects(ctx)

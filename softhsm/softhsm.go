@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 
 	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/internal/secret"
 )
 
 // ConfEnv is the environment variable from which SoftHSM learns where its
@@ -139,7 +140,7 @@ func writePIN(path string) (err error) {
 
 // writeRandomHex writes 32 random bytes as hex, by way of locked memory.
 func writeRandomHex(f *os.File) (err error) {
-	a, err := hsm.NewArena(96, 1)
+	a, err := secret.NewArena(96, 1)
 	if err != nil {
 		return err
 	}

@@ -166,7 +166,7 @@ func TestExtractableMEK(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
-	if out, code := c.run("-config", c.dev.configFile()); code != exitIntegrity || !strings.Contains(out, "EXTRACTABLE") {
+	if out, code := c.run("-config", c.dev.configFile()); code != exitIntegrity || !strings.Contains(out, "extractable is true") {
 		t.Errorf("extractable MEK: exit %d, want %d and a sentence that names the attribute\n%s", code, exitIntegrity, out)
 	}
 }

@@ -220,8 +220,9 @@ func (c *custody) tokenLabels() []string {
 		}
 		for _, o := range objects {
 			a, err := m.GetAttributeValue(s, o, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil)})
-			if err != nil {
-				t.Fatal(err)
+			if err != nil { // an object that is not whole has no label to read
+				labels = append(labels, "("+err.Error()+")")
+				continue
 			}
 			labels = append(labels, string(a[0].Value))
 		}
@@ -313,7 +314,9 @@ func TestCrashInit(t *testing.T) {
 		if code := c.stop(); code != 0 {
 			t.Errorf("stop after a kill before step %d: exit %d", step, code)
 		}
-		c.checkAtRest(&ledger{})
+		if c.checkAtRest(&ledger{}); t.Failed() {
+			t.Fatalf("that was after a kill before step %d", step)
+		}
 	}
 }
 

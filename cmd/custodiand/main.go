@@ -98,7 +98,7 @@ func report(err error, stderr io.Writer) int {
 // isIntegrity tells the faults that no restart mends.
 func isIntegrity(err error) bool {
 	for _, fault := range []error{custodian.ErrRecordCorrupt, custodian.ErrWrongMEK, custodian.ErrNoObject, hsm.ErrUnfit, hsm.ErrDuplicate,
-		store.ErrForeign, store.ErrTruncated, store.ErrNewerSchema, store.ErrOlderSchema} {
+		store.ErrForeign, store.ErrTruncated, store.ErrDamaged, store.ErrNewerSchema, store.ErrOlderSchema} {
 		if errors.Is(err, fault) {
 			return true
 		}

@@ -282,6 +282,35 @@ func (h *HSM) Signer(ctx context.Context, label string, id [16]byte) (s crypto.S
 	return s, nil
 }
 
+// DestroyLeftovers removes MEKs, signers and foreign objects by name.
+func (h *HSM) DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (n int, err error) {
+	err = h.do(ctx, "DestroyLeftovers", func() error {
+		leftover := func(label string, id []byte) bool {
+			if len(id) == 0 {
+				return label == "" || slices.Contains(labels, label)
+			}
+			return slices.ContainsFunc(ids, func(want [16]byte) bool { return string(id) == string(want[:]) })
+		}
+		for k := range h.meks {
+			if leftover(k.label, k.id[:]) {
+				delete(h.meks, k)
+				n++
+			}
+		}
+		for k := range h.signers {
+			if leftover(k.label, k.id[:]) {
+				delete(h.signers, k)
+				n++
+			}
+		}
+		before := len(h.foreign)
+		h.foreign = slices.DeleteFunc(h.foreign, func(o custodian.TokenObject) bool { return leftover(o.Label, o.ID) })
+		n += before - len(h.foreign)
+		return nil
+	})
+	return n, err
+}
+
 // Objects lists the MEKs, both halves of the key pairs, and what AddObject
 // put in, ordered by label.
 func (h *HSM) Objects(ctx context.Context) (objects []custodian.TokenObject, err error) {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -101,4 +103,42 @@ func TestSecretShowsNothing(t *testing.T) {
 	if got := a.InUse(); got != 0 {
 		t.Errorf("in use after destroy: got %d, want 0", got)
 	}
+}
+
+// The kernel's view of the arena: locked and left out of core dumps.
+func TestArenaIsLocked(t *testing.T) {
+	before := vmLocked(t)
+	a, err := secret.NewArena(4096, 16)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := vmLocked(t)-before, 64; got < want {
+		t.Errorf("%d kB locked, want %d", got, want)
+	}
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := vmLocked(t) - before; got > 0 {
+		t.Errorf("%d kB still locked after close", got)
+	}
+}
+
+// vmLocked is the locked memory of this process in kB.
+func vmLocked(t *testing.T) int {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if fields := strings.Fields(line); len(fields) == 3 && fields[0] == "VmLck:" {
+			n, err := strconv.Atoi(fields[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatal("no VmLck in /proc/self/status")
+	return 0
 }
