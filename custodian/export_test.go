@@ -1,9 +1,12 @@
 package custodian
 
 import (
+	"context"
 	"fmt"
 	"reflect"
 	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
 )
 
 // An Alteration is a record's body with one field changed.
@@ -136,4 +139,18 @@ func mine(left *int, name *string, path string, change func()) bool {
 	*name = path
 	change()
 	return true
+}
+
+// PutException records the state of a content key, as a ceremony will.
+func (c *Custodian) PutException(ctx context.Context, x Exception) error {
+	return c.change(ctx, func(*controlSet, time.Time) (change, error) {
+		return change{put: []ControlRecord{exceptionRecord(x)}, entry: audit.Entry{Action: "test.exception"}}, nil
+	})
+}
+
+// RemoveException takes it away again.
+func (c *Custodian) RemoveException(ctx context.Context, kid KID) error {
+	return c.change(ctx, func(*controlSet, time.Time) (change, error) {
+		return change{remove: []controlKey{{ControlException, kid.String()}}, entry: audit.Entry{Action: "test.exception"}}, nil
+	})
 }
