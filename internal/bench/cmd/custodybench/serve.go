@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"runtime/pprof"
 	"time"
 
@@ -98,10 +97,9 @@ func serveBare(ctx context.Context, f serverFlags, e *echo) error {
 		grpc.Creds(credentials.NewTLS(tls.TLSConfig())),
 		grpc.MaxRecvMsgSize(rpc.MaxRequestSize),
 		grpc.MaxConcurrentStreams(512),
-		grpc.NumStreamWorkers(uint32(4*runtime.GOMAXPROCS(0))),
-		grpc.ReadBufferSize(32<<10),
+		grpc.NumStreamWorkers(128),
+		grpc.ReadBufferSize(8<<10),
 		grpc.WriteBufferSize(32<<10),
-		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 	)
 	v1.RegisterKeyRetrievalServiceServer(s, e)
