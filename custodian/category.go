@@ -26,7 +26,7 @@ func (r CreateCategoryRequest) Check() error {
 		return invalid("request_id", err)
 	}
 	if err := r.Name.Check(); err != nil {
-		return invalid("category", err)
+		return invalid("name", err)
 	}
 	if r.ReissueWindow < 0 || r.ReissueWindow > 100*365*24*time.Hour {
 		return invalid("reissue_window", fmt.Errorf("%s: must be positive, a hundred years at most", r.ReissueWindow))

@@ -19,8 +19,8 @@ func TestCreateCategoryRefusals(t *testing.T) {
 		field string
 		want  error
 	}{
-		{"no name", officer, custodian.CreateCategoryRequest{}, "category", custodian.ErrInvalid},
-		{"65 letters", officer, custodian.CreateCategoryRequest{Name: custodian.CategoryName(strings.Repeat("x", 65))}, "category", custodian.ErrInvalid},
+		{"no name", officer, custodian.CreateCategoryRequest{}, "name", custodian.ErrInvalid},
+		{"65 letters", officer, custodian.CreateCategoryRequest{Name: custodian.CategoryName(strings.Repeat("x", 65))}, "name", custodian.ErrInvalid},
 		{"a window of less than nothing", officer, custodian.CreateCategoryRequest{Name: "series", ReissueWindow: -1}, "reissue_window", custodian.ErrInvalid},
 		{"a window of two hundred years", officer, custodian.CreateCategoryRequest{Name: "series", ReissueWindow: 200 * 365 * 24 * time.Hour}, "reissue_window", custodian.ErrInvalid},
 		{"a provider twice", officer, custodian.CreateCategoryRequest{Name: "series", Providers: []string{"local", "local"}}, "providers[1]", custodian.ErrInvalid},

@@ -97,6 +97,11 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
+	// probeMu guards what the last probe of the KMS has shown.
+	probeMu  sync.Mutex
+	probedAt time.Time
+	probed   error
+
 	// reserveMu guards the map below.
 	reserveMu sync.Mutex
 	budgets   map[KEKID]*budget

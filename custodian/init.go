@@ -81,7 +81,7 @@ func (c *Custodian) journal(ctx context.Context, spec InitSpec) (InitJournal, er
 	if found {
 		return j, c.clearLeftovers(ctx, j)
 	}
-	if err := c.refuseForeign(ctx); err != nil {
+	if err := RefuseForeign(ctx, c.hsm, c.prefix); err != nil {
 		return j, err
 	}
 	if p := spec.Profile; p != "" && p != ProfileSealed && p != ProfileRotatable {
@@ -115,16 +115,16 @@ func (c *Custodian) clearLeftovers(ctx context.Context, j InitJournal) error {
 	return err
 }
 
-// refuseForeign refuses a token in which another custody of our prefix lives,
+// RefuseForeign refuses a token in which another custody of the prefix lives,
 // and one with nameless objects: after a crash they could not be told from
 // those that the module left.
-func (c *Custodian) refuseForeign(ctx context.Context) error {
-	objects, err := c.hsm.Objects(ctx)
+func RefuseForeign(ctx context.Context, hsm HSM, prefix string) error {
+	objects, err := hsm.Objects(ctx)
 	if err != nil {
 		return err
 	}
 	for _, o := range objects {
-		if strings.HasPrefix(o.Label, c.prefix+"-") {
+		if strings.HasPrefix(o.Label, prefix+"-") {
 			return fmt.Errorf("the token holds %s %q (CKA_ID %x), but this store does not know it: a MEK without its store. Restore the store (custodiand restore), or choose another hsm.label_prefix", o.Class, o.Label, o.ID)
 		}
 		if o.Label == "" && len(o.ID) == 0 {

@@ -93,6 +93,12 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 		}
 	}
 	c.checkClock(set.head.HighestNow, cfg.ConfirmTime)
+	if cfg.ConfirmTime && c.believesClock() == nil {
+		// Kept now, so that the confirmation is needed once.
+		if err := c.keepTime(ctx); err != nil {
+			return err
+		}
+	}
 	policy := [32]byte{}
 	if p := c.policy.Load(); p != nil {
 		policy = p.Digest()
@@ -240,17 +246,18 @@ func (c *Custodian) checkClock(highest time.Time, confirmed bool) {
 	c.log.Error("nothing is issued or changed", "err", fault)
 }
 
-// Tick keeps the highest time seen up to date. Call it about once an hour; it
-// writes at most once a day.
+// Tick looks at the clock again and keeps the highest time seen up to date.
+// Call it about once an hour; it writes at most once a day.
 func (c *Custodian) Tick(ctx context.Context) error {
-	set := c.set.Load()
-	if f := c.clockFault.Load(); f != nil {
-		c.checkClock(set.head.HighestNow, false)
+	highest := c.set.Load().head.HighestNow
+	c.checkClock(highest, false)
+	if c.believesClock() != nil || c.now().Sub(highest) < 24*time.Hour {
 		return nil
 	}
-	if c.now().Sub(set.head.HighestNow) < 24*time.Hour {
-		return nil
-	}
+	return c.keepTime(ctx)
+}
+
+func (c *Custodian) keepTime(ctx context.Context) error {
 	return c.change(ctx, func(*controlSet, time.Time) (change, error) {
 		return change{entry: audit.Entry{Action: "time"}}, nil
 	})

@@ -36,7 +36,7 @@ func (r RetrieveRequest) Check() error {
 		return invalid("request_id", err)
 	}
 	if len(r.KIDs) == 0 || len(r.KIDs) > MaxKIDsPerCall {
-		return invalid("key_ids", fmt.Errorf("%d KIDs: must be 1 to %d", len(r.KIDs), MaxKIDsPerCall))
+		return invalid("kids", fmt.Errorf("%d KIDs: must be 1 to %d", len(r.KIDs), MaxKIDsPerCall))
 	}
 	if len(r.ContentID) > 0 {
 		if err := r.ContentID.Check(); err != nil {
@@ -45,7 +45,7 @@ func (r RetrieveRequest) Check() error {
 	}
 	for i, kid := range r.KIDs {
 		if kid.IsZero() {
-			return invalid(fmt.Sprintf("key_ids[%d]", i), errors.New("the zero KID names no key"))
+			return invalid(fmt.Sprintf("kids[%d]", i), errors.New("the zero KID names no key"))
 		}
 	}
 	return nil

@@ -70,10 +70,10 @@ func TestRetrieveLimits(t *testing.T) {
 		req   custodian.RetrieveRequest
 		field string
 	}{
-		{"no KID", custodian.RetrieveRequest{}, "key_ids"},
+		{"no KID", custodian.RetrieveRequest{}, "kids"},
 		{"64 KIDs", custodian.RetrieveRequest{KIDs: kids[:64]}, ""},
-		{"65 KIDs", custodian.RetrieveRequest{KIDs: kids}, "key_ids"},
-		{"the zero KID", custodian.RetrieveRequest{KIDs: []custodian.KID{kids[0], {}}}, "key_ids[1]"},
+		{"65 KIDs", custodian.RetrieveRequest{KIDs: kids}, "kids"},
+		{"the zero KID", custodian.RetrieveRequest{KIDs: []custodian.KID{kids[0], {}}}, "kids[1]"},
 		{"a content ID of 301 bytes", custodian.RetrieveRequest{KIDs: kids[:1], ContentID: make([]byte, 301)}, "content_id"},
 		{"a request ID that the log does not take", custodian.RetrieveRequest{KIDs: kids[:1], RequestID: "\xff"}, "request_id"},
 	} {

@@ -129,7 +129,35 @@ func (c *Custodian) Ready(ctx context.Context) error {
 	if b := c.audit.Stats().Blocked; b != "" {
 		return fmt.Errorf("%s: %w", b, ErrAuditBlocked)
 	}
-	return c.hsm.Health(ctx)
+	if err := c.hsm.Health(ctx); err != nil {
+		return err
+	}
+	return c.probeKMS(ctx)
+}
+
+// kmsProbeInterval is how often a provider is asked just to see whether it
+// answers.
+const kmsProbeInterval = time.Minute
+
+// probeKMS sees whether one of the providers that wrap the record helper, and
+// so the next start, can be reached: once a minute at most, or every five
+// seconds while none can.
+func (c *Custodian) probeKMS(ctx context.Context) error {
+	set := c.set.Load()
+	h, err := set.latestHelper(HelperRecord)
+	if err != nil {
+		return err
+	}
+	c.probeMu.Lock()
+	defer c.probeMu.Unlock()
+	if c.now().Before(c.probedAt.Add(kmsProbeInterval)) {
+		return c.probed
+	}
+	_, c.probed = c.keys.openOuter(ctx, keyID{helper: HelperRecord, version: h.Version}, h.Wrapped, helperIdentity(set.head.StoreID, HelperRecord, h.Version))
+	if c.probedAt = c.now(); c.probed != nil {
+		c.probedAt = c.probedAt.Add(-kmsProbeInterval + 5*time.Second)
+	}
+	return c.probed
 }
 
 // Categories lists the categories that who may see.

@@ -211,6 +211,9 @@ func (c *Config) check() error {
 		}
 	}
 	private("hsm.pin_file", c.HSM.PINFile)
+	if n := c.HSM.MaxSessions; n != 0 && n < hsm.MinSessions {
+		fault("hsm.max_sessions", "%d: must be 0, for the profile's own, or at least %d", n, hsm.MinSessions)
+	}
 	switch custodian.MEKProfile(c.HSM.MEKProfile) {
 	case "", custodian.ProfileSealed, custodian.ProfileRotatable:
 	default:

@@ -115,7 +115,7 @@ func (d *daemon) explainStart(err error, wait time.Duration) error {
 	switch {
 	case errors.Is(err, custodian.ErrUninitialised):
 		d.server.SetUnavailable(custodian.ErrUninitialised)
-		d.log.Warn("not initialised; run custodiand init -config "+d.path, "again_in", wait)
+		d.log.Warn("not initialised; run custodiand init -config "+d.path, "again_in", wait.String())
 	case errors.Is(err, hsm.ErrPIN), errors.Is(err, hsm.ErrLatched):
 		// Never again by itself: another try could lock the token for good.
 		d.server.SetUnavailable(custodian.ErrSealed)
@@ -125,7 +125,7 @@ func (d *daemon) explainStart(err error, wait time.Duration) error {
 		return err
 	default:
 		d.server.SetUnavailable(custodian.ErrStarting)
-		d.log.Error("not serving yet", "err", err, "again_in", wait)
+		d.log.Error("not serving yet", "err", err, "again_in", wait.String())
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/kms"
 	"github.com/keycustody/custodian/store"
 )
 
@@ -25,13 +26,13 @@ func initCustody(ctx context.Context, c *Config, log *slog.Logger) (err error) {
 	}
 	var p parts
 	defer func() { err = errors.Join(err, p.close(context.WithoutCancel(ctx))) }()
-	if err := p.createStore(ctx, c, log); err != nil {
-		return err
-	}
 	if err := p.openProviders(ctx, c); err != nil {
 		return err
 	}
 	if p.token, err = openToken(ctx, c, log); err != nil {
+		return err
+	}
+	if err := p.createStore(ctx, c, log); err != nil {
 		return err
 	}
 	return custodian.Init(ctx, p.config(c, policy, log), custodian.InitSpec{Profile: custodian.MEKProfile(c.HSM.MEKProfile)})
@@ -44,6 +45,19 @@ func (p *parts) createStore(ctx context.Context, c *Config, log *slog.Logger) er
 	have, err := exists(c.storePath())
 	if err != nil {
 		return err
+	}
+	haveLog, err := exists(c.auditFile())
+	if err != nil {
+		return err
+	}
+	if !have {
+		// What is refused is refused before anything is made.
+		if haveLog {
+			return fmt.Errorf("%s is the audit log of a custody whose store is not here; restore the store (custodiand restore), or move the log away", c.auditDir())
+		}
+		if err := custodian.RefuseForeign(ctx, kms.Token(p.token), c.HSM.LabelPrefix); err != nil {
+			return err
+		}
 	}
 	if have {
 		p.store, err = store.Open(ctx, c.storePath(), store.Options{Log: log})
@@ -63,10 +77,7 @@ func (p *parts) createStore(ctx context.Context, c *Config, log *slog.Logger) er
 	if !errors.Is(err, custodian.ErrNotFound) {
 		return err
 	}
-	if have, err = exists(c.auditFile()); err != nil {
-		return err
-	}
-	if have {
+	if haveLog {
 		p.log, err = audit.Open(c.auditDir(), audit.Options{Visit: p.logged.Visit, Log: log})
 	} else {
 		p.log, err = audit.Create(c.auditDir(), audit.Options{Log: log})

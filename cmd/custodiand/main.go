@@ -14,8 +14,10 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/internal/audit"
 	"github.com/keycustody/custodian/store"
 )
 
@@ -97,13 +99,15 @@ func report(err error, stderr io.Writer) int {
 
 // isIntegrity tells the faults that no restart mends.
 func isIntegrity(err error) bool {
-	for _, fault := range []error{custodian.ErrRecordCorrupt, custodian.ErrWrongMEK, custodian.ErrNoObject, hsm.ErrUnfit, hsm.ErrDuplicate,
+	for _, fault := range []error{custodian.ErrRecordCorrupt, custodian.ErrWrongMEK, custodian.ErrNoObject, custodian.ErrLogRollback,
+		hsm.ErrUnfit, hsm.ErrDuplicate,
 		store.ErrForeign, store.ErrTruncated, store.ErrDamaged, store.ErrNewerSchema, store.ErrOlderSchema} {
 		if errors.Is(err, fault) {
 			return true
 		}
 	}
-	return false
+	var damage *audit.DamageError
+	return errors.As(err, &damage)
 }
 
 // flags is a flag set with our error handling and the -config flag.
@@ -152,6 +156,9 @@ func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	log := c.logger(stderr)
 	if *checkOnly {
+		if _, err := certs.NewServer(c.serverCerts(log)); err != nil {
+			return usageError{fmt.Errorf("config %s: tls: %w", *path, err)}
+		}
 		fmt.Fprintf(stderr, "%s: good\n", *path)
 		return nil
 	}

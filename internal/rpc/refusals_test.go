@@ -110,7 +110,7 @@ func TestBadInput(t *testing.T) {
 		{"content of another category", issue(func(r *v1.IssueContentKeysRequest) { r.Category, r.ContentId = "frozen", []byte("clip") }), codes.AlreadyExists, "CONTENT_CATEGORY", ""},
 		{"a KID of other content", issue(func(r *v1.IssueContentKeysRequest) { r.Keys[0].Kid = existing.GetKid() }), codes.AlreadyExists, "KID_CONFLICT", ""},
 		{"a category that exists", create(&v1.CreateCategoryRequest{Name: "movies"}), codes.AlreadyExists, "CATEGORY_EXISTS", ""},
-		{"a bad category name", create(&v1.CreateCategoryRequest{Name: "Movies!"}), codes.InvalidArgument, "INVALID", "category"},
+		{"a bad category name", create(&v1.CreateCategoryRequest{Name: "Movies!"}), codes.InvalidArgument, "INVALID", "name"},
 		{"an unknown provider", create(&v1.CreateCategoryRequest{Name: "new", Providers: []string{"vault"}}), codes.InvalidArgument, "INVALID", "providers[0]"},
 		{"a negative window", create(&v1.CreateCategoryRequest{Name: "new", ReissueWindow: durationpb.New(-time.Hour)}), codes.InvalidArgument, "INVALID", "reissue_window"},
 		{"a mode that is none", func(ctx context.Context) error {
