@@ -102,6 +102,12 @@ func TestReadsAreGranted(t *testing.T) {
 		wantErr(t, "describe from a broken store as "+who.ID, err, custodian.ErrDenied)
 		w.breaker.disarm()
 	}
+	for _, who := range []custodian.Caller{operator, officer} {
+		_, _, err := w.c.ListContentKeys(t.Context(), who, custodian.ListRequest{Category: "movies"})
+		wantErr(t, "list as "+who.ID, err, custodian.ErrDenied)
+		_, err = w.c.DescribeContentKey(t.Context(), who, kid)
+		wantErr(t, "describe as "+who.ID, err, custodian.ErrDenied)
+	}
 	_, err := w.c.DescribeContentKey(t.Context(), auditor, custodian.KID{9})
 	wantErr(t, "describe an unknown key", err, custodian.ErrKeyNotFound)
 	_, err = w.c.KeyVersions(t.Context(), auditor, "series")

@@ -108,6 +108,12 @@ func TestEncodingRoundTrip(t *testing.T) {
 					t.Errorf("%s: %d of %d bytes: got %v, want ErrRecordCorrupt", f.name, n, len(b), err)
 				}
 			}
+			if b[2] == 0 { // an empty length in more bytes than it needs
+				long := append([]byte{b[0], b[1], 0x80, 0}, b[3:]...)
+				if _, _, err := f.again(long); !errors.Is(err, ErrRecordCorrupt) {
+					t.Errorf("%s: a number in a longer form: got %v, want ErrRecordCorrupt", f.name, err)
+				}
+			}
 			if _, _, err := f.again(append(b, 0)); !errors.Is(err, ErrRecordCorrupt) {
 				t.Errorf("%s: a byte too many: got %v, want ErrRecordCorrupt", f.name, err)
 			}

@@ -283,6 +283,21 @@ func TestOutcomeUnknown(t *testing.T) {
 	}
 }
 
+// What the store did counts as done, even where it answered an error.
+func TestStoreDidIt(t *testing.T) {
+	w := newWorld(t)
+	small(w)
+	from := w.log.Size()
+	w.breaker.arm("store.Update", 1, true)
+	_, err := w.c.CreateCategory(t.Context(), officer, custodian.CreateCategoryRequest{Name: "series"})
+	wantErr(t, "create a category", err, nil)
+	if entries := w.entries(from); !w.breaker.disarm() || len(entries) != 1 || entries[0].ControlDigest == nil {
+		t.Errorf("got %d entries, want the one of the change", len(entries))
+	}
+	w.whole()
+	w.consistent()
+}
+
 func TestInitFaults(t *testing.T) {
 	faults := 0
 	everyFault(func(op string, nth int, after bool) (hit bool) {
