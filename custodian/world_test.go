@@ -526,7 +526,7 @@ var (
 
 // The operations that a breaker knows.
 var (
-	hsmOps   = []string{"hsm.Random", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.CMAC"}
+	hsmOps   = []string{"hsm.Random", "hsm.DestroyLeftovers", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.CMAC"}
 	kmsOps   = []string{"kms.Wrap", "kms.Unwrap"}
 	storeOps = []string{"store.View", "store.ContentKey", "store.Update"}
 	auditOps = []string{"audit.WriteAt", "audit.Sync"}
@@ -565,6 +565,10 @@ func (h brokenHSM) GenerateSigner(ctx context.Context, label string, id [16]byte
 func (h brokenHSM) Signer(ctx context.Context, label string, id [16]byte) (s crypto.Signer, err error) {
 	err = h.b.do("hsm.Signer", errHSM, func() error { s, err = h.HSM.Signer(ctx, label, id); return err })
 	return s, err
+}
+func (h brokenHSM) DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (n int, err error) {
+	err = h.b.do("hsm.DestroyLeftovers", errHSM, func() error { n, err = h.HSM.DestroyLeftovers(ctx, labels, ids); return err })
+	return n, err
 }
 func (h brokenHSM) Objects(ctx context.Context) (o []custodian.TokenObject, err error) {
 	err = h.b.do("hsm.Objects", errHSM, func() error { o, err = h.HSM.Objects(ctx); return err })
