@@ -72,6 +72,7 @@ func Dial(ctx context.Context, c Config) (*Client, error) {
 		grpc.WithTransportCredentials(credentials.NewTLS(tls.TLSConfig())),
 		grpc.WithUnaryInterceptor(retries.unary),
 		grpc.WithDisableServiceConfig(),
+		grpc.WithNoProxy(),      // keys take no way that the environment names
 		grpc.WithDisableRetry(), // the interceptor knows the rules
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 	)

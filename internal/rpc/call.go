@@ -76,7 +76,7 @@ func (s *Server) begin(ctx context.Context, fullMethod string, req any) (context
 	s.metrics.inFlight.Inc()
 	ctx, cancel := s.bound(ctx, fullMethod)
 	ctx = context.WithValue(ctx, callKey{}, c)
-	caller, err := identify(ctx, s.config.Certs)
+	caller, err := s.identify(ctx)
 	if err != nil {
 		return ctx, c, cancel, err
 	}

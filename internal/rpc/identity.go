@@ -7,7 +7,6 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 
-	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 )
 
@@ -16,7 +15,7 @@ var errNoTLS = errors.New("the connection has no TLS state")
 // identify says who is calling, from the verified chain of the connection and
 // nothing else. It asks the certificates anew for each call, so that one that is
 // revoked or expires while it is connected loses its next call.
-func identify(ctx context.Context, server *certs.Server) (custodian.Caller, error) {
+func (s *Server) identify(ctx context.Context) (custodian.Caller, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return custodian.Caller{}, &identityError{errNoTLS}
@@ -25,10 +24,11 @@ func identify(ctx context.Context, server *certs.Server) (custodian.Caller, erro
 	if !ok {
 		return custodian.Caller{}, &identityError{errNoTLS}
 	}
-	who, err := server.Peer(info.State)
+	who, err := s.config.Certs.Peer(info.State)
 	if err != nil {
 		return custodian.Caller{}, &identityError{err}
 	}
+	s.metrics.peer(who)
 	caller := custodian.Caller{ID: who.Name, CA: who.CA, SPKI: who.SPKI, Roles: make([]custodian.Role, len(who.Roles))}
 	for i, role := range who.Roles {
 		caller.Roles[i] = custodian.Role(role)

@@ -1,15 +1,18 @@
 package rpc
 
 import (
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 )
 
 // metrics count calls and keys. Their labels have few values: methods of the
-// contract and reasons of the table, never a caller or a KID.
+// contract and reasons of the table, never a KID. Only the expiry of
+// certificates is told by caller.
 type metrics struct {
 	calls    *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
@@ -18,6 +21,8 @@ type metrics struct {
 	issued   *prometheus.CounterVec
 	results  *prometheus.CounterVec
 	missing  prometheus.Counter
+	peerEnd  *prometheus.GaugeVec
+	peerEnds sync.Map // caller's name to the NotAfter that peerEnd shows
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -37,7 +42,9 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		missing: prometheus.NewCounter(prometheus.CounterOpts{Name: "custodian_data_integrity_alerts_total",
 			Help: "KIDs that a caller who may know asked for and that do not exist: a key is lost, or a title was packaged elsewhere. Page."}),
 	}
-	for _, c := range []prometheus.Collector{m.calls, m.latency, m.inFlight, m.released, m.issued, m.results, m.missing} {
+	m.peerEnd = prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "custodian_peer_cert_end_timestamp_seconds",
+		Help: "End of validity of the certificate that a caller showed last."}, []string{"caller"})
+	for _, c := range []prometheus.Collector{m.calls, m.latency, m.inFlight, m.released, m.issued, m.results, m.missing, m.peerEnd} {
 		if err := r.Register(c); err != nil {
 			return nil, err
 		}
@@ -57,4 +64,14 @@ func (m *metrics) refused(reason custodian.Reason) {
 	if reason == reasonOf(custodian.ErrKeyNotFound) {
 		m.missing.Inc()
 	}
+}
+
+// peer shows when the caller's certificate ends. A caller's certificate seldom
+// changes, so mostly this is one look.
+func (m *metrics) peer(who certs.Peer) {
+	if shown, ok := m.peerEnds.Load(who.Name); ok && shown == who.NotAfter {
+		return
+	}
+	m.peerEnds.Store(who.Name, who.NotAfter)
+	m.peerEnd.WithLabelValues(who.Name).Set(float64(who.NotAfter.Unix()))
 }

@@ -48,7 +48,7 @@ func (r *retrieval) encode(ctx context.Context, c *call, results []custodian.Ret
 		resp.Results[i] = &to.result
 		to.result.Kid = from.KID[:]
 		if from.Err != nil {
-			to.result.Result = &v1.GetContentKeysResult_Error{Error: r.refused(ctx, c, from)}
+			to.result.Result = &v1.GetContentKeysResult_Error{Error: r.refused(ctx, from)}
 			continue
 		}
 		to.success.Key = to.key.encode(&from.Info, from.Key.Lend())
@@ -58,16 +58,20 @@ func (r *retrieval) encode(ctx context.Context, c *call, results []custodian.Ret
 	}
 	r.server.metrics.released.Add(float64(released))
 	if released == 0 && len(results) > 0 {
-		return nil, results[0].Err
+		return nil, results[0].Err // unary logs it
+	}
+	for i := range results {
+		if err := results[i].Err; err != nil {
+			r.server.report(ctx, c, explain(ctx, err), err)
+		}
 	}
 	return resp, nil
 }
 
 // refused tells why one key is not there.
-func (r *retrieval) refused(ctx context.Context, c *call, result *custodian.RetrieveResult) *v1.KeyError {
+func (r *retrieval) refused(ctx context.Context, result *custodian.RetrieveResult) *v1.KeyError {
 	row := explain(ctx, result.Err)
 	r.server.metrics.refused(row.reason)
-	r.server.report(ctx, c, row, result.Err)
 	return row.keyErrorOf(result.Err)
 }
 
