@@ -396,10 +396,16 @@ func TestBeforeService(t *testing.T) {
 	_, err := callback.GetContentKeys(t.Context(), get)
 	wantRefused(t, err, "DENIED")
 
-	k.hsm.Fail("Health", custodian.ErrHSMUnavailable, 1)
+	k.hsm.Fail("Health", custodian.ErrHSMUnavailable, 1000)
+	for limit := time.Now().Add(5 * time.Second); time.Now().Before(limit); time.Sleep(50 * time.Millisecond) {
+		if ready, err := callback.Ready(t.Context()); err != nil || !ready {
+			break // what was said before is good for a second
+		}
+	}
 	wantHTTP(t, admin.URL+"/readyz", http.StatusServiceUnavailable, "HSM_UNAVAILABLE")
 	wantHTTP(t, admin.URL+"/livez", http.StatusOK, "ok")
 	wantHTTP(t, admin.URL+"/metrics", http.StatusOK, `custodian_calls_total{method="KeyRetrievalService/GetContentKeys",reason="DENIED"} 1`)
+	wantHTTP(t, admin.URL+"/metrics", http.StatusOK, `custodian_peer_cert_end_timestamp_seconds{caller="spiffe://`)
 }
 
 func wantHTTP(t *testing.T, address string, code int, text string) {
