@@ -608,13 +608,14 @@ func TestDial(t *testing.T) {
 		t.Fatal(err)
 	}
 	tests := []struct {
-		name   string
-		change func(*client.Config)
-		want   string
+		name    string
+		change  func(*client.Config)
+		want    string
+		refused bool // by the daemon or on the way there: a *client.Error
 	}{
-		{"nobody listens", func(c *client.Config) { c.Address = "127.0.0.1:1" }, "connection refused"},
-		{"another name", func(c *client.Config) { c.ServerName = "vault.test" }, "vault.test"},
-		{"no certificate", func(c *client.Config) { c.CertFile = filepath.Join(k.dir, "none.pem") }, "none.pem"},
+		{"nobody listens", func(c *client.Config) { c.Address = "127.0.0.1:1" }, "connection refused", true},
+		{"another name", func(c *client.Config) { c.ServerName = "vault.test" }, "vault.test", true},
+		{"no certificate", func(c *client.Config) { c.CertFile = filepath.Join(k.dir, "none.pem") }, "none.pem", false},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -627,6 +628,9 @@ func TestDial(t *testing.T) {
 			}
 			if !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got %v, want it to name %q", err, test.want)
+			}
+			if _, refused := errors.AsType[*client.Error](err); refused != test.refused {
+				t.Errorf("a *client.Error: got %v, want %v", refused, test.refused)
 			}
 		})
 	}
