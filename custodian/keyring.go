@@ -198,6 +198,9 @@ func (s *controlSet) wrapped(id keyID) (w Wrapped, ident []byte, use KeyUse, err
 		if !ok {
 			return w, nil, 0, corrupt(id.String(), errors.New("it is not recorded"))
 		}
+		if err := Usable(h.State, Process, false); err != nil {
+			return w, nil, 0, fmt.Errorf("%s: state %s: %w", id, h.State, err)
+		}
 		return h.Wrapped, helperIdentity(s.head.StoreID, h.Purpose, h.Version), UseMAC, nil
 	}
 	kid := KEKID{id.kek, id.version}
@@ -219,6 +222,19 @@ func (r *keyring) drop(id keyID, l *loadedKey) {
 	}
 	r.mu.Unlock()
 	l.key.Release()
+}
+
+// sweep releases the KEKs whose time is up, so that a key that nobody asks for
+// any more does not stay in the token.
+func (r *keyring) sweep() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, l := range r.loaded {
+		if !l.until.IsZero() && !r.now().Before(l.until) {
+			delete(r.loaded, id)
+			l.key.Release()
+		}
+	}
 }
 
 // close releases every key.

@@ -1,6 +1,7 @@
 package custodian
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -55,7 +56,7 @@ type AuditStatus struct {
 func (c *Custodian) Status(ctx context.Context, who Caller) (Status, error) {
 	d := c.decide(who, ActionReadStatus, Resource{})
 	if !d.Allow {
-		_, err := c.record(ctx, c.entry(who, d, ActionReadStatus, "", ref{}, d.Err))
+		_, err := c.record(ctx, c.entry(c.set.Load(), who, d, ActionReadStatus, "", ref{}, d.Err))
 		return Status{}, errors.Join(d.Err, err)
 	}
 	return c.Snapshot(ctx)
@@ -153,8 +154,12 @@ func (c *Custodian) probeKMS(ctx context.Context) error {
 	if c.now().Before(c.probedAt.Add(kmsProbeInterval)) {
 		return c.probed
 	}
-	_, c.probed = c.keys.openOuter(ctx, keyID{helper: HelperRecord, version: h.Version}, h.Wrapped, helperIdentity(set.head.StoreID, HelperRecord, h.Version))
-	if c.probedAt = c.now(); c.probed != nil {
+	_, err = c.keys.openOuter(ctx, keyID{helper: HelperRecord, version: h.Version}, h.Wrapped, helperIdentity(set.head.StoreID, HelperRecord, h.Version))
+	if ctx.Err() != nil {
+		return err // it says more of the asker's time than of the KMS
+	}
+	c.probed = err
+	if c.probedAt = c.now(); err != nil {
 		c.probedAt = c.probedAt.Add(-kmsProbeInterval + 5*time.Second)
 	}
 	return c.probed
@@ -178,7 +183,7 @@ func (c *Custodian) Categories(ctx context.Context, who Caller) ([]Category, err
 
 // refuse writes a refusal to the audit log and returns it.
 func (c *Custodian) refuse(ctx context.Context, who Caller, d Decision, a Action, about ref) error {
-	if _, err := c.record(ctx, c.entry(who, d, a, "", about, d.Err)); err != nil {
+	if _, err := c.record(ctx, c.entry(c.set.Load(), who, d, a, "", about, d.Err)); err != nil {
 		return err
 	}
 	return d.Err
@@ -242,6 +247,9 @@ func (c *Custodian) ListContentKeys(ctx context.Context, who Caller, req ListReq
 		k, err := DecodeContentKey(b)
 		if err != nil {
 			return nil, "", invalid("page_token", errors.New("it is not one that we gave"))
+		}
+		if k.Category != req.Category || len(req.ContentID) > 0 && !bytes.Equal(k.ContentID, req.ContentID) {
+			return nil, "", invalid("page_token", errors.New("it belongs to another list"))
 		}
 		after = &k.NaturalKey
 	}
