@@ -55,7 +55,7 @@ var house = []rule{
 	{pkg: "custodian/custodiantest", ours: []string{"custodian"}},
 	{pkg: "store", ours: []string{"custodian"}},
 	{pkg: "kms", ours: []string{"custodian", "hsm"}},
-	{pkg: "softhsm", ours: []string{"hsm"}},
+	{pkg: "softhsm", ours: []string{"hsm", "internal/secret"}},
 	{pkg: "softhsm/fault"},
 	{pkg: "client", ours: []string{"api/...", "certs"}},
 	{pkg: "internal/rpc", ours: []string{"custodian", "api/...", "certs", "internal/secret"}},
