@@ -598,6 +598,52 @@ func TestTokenLosesMEK(t *testing.T) {
 	}
 }
 
+// A head that is taken away, and a journal in its place that names the MEK in
+// use, do not make init destroy that MEK.
+func TestInitKeepsMEKInUse(t *testing.T) {
+	w := newWorld(t)
+	w.category("movies")
+	w.issue("movies", "film-1", "SD")
+	mek := w.mek()
+	journal := custodian.InitJournal{StoreID: [16]byte{1}, MEKLabel: mek.Label, MEKID: [16]byte(mek.ID), Profile: custodian.ProfileSealed,
+		Start: w.now(), End: w.now().Add(custodian.MEKPeriod), SignLbl: "mek-audit-v1", SignID: [16]byte{2}}
+	putBack := w.saveStore()
+	for _, test := range []struct {
+		what   string
+		tamper func()
+		logged bool // the audit log is there
+	}{
+		{"the head is gone", func() {}, true},
+		{"the head and the log are gone", func() {}, false},
+		{"all control records and the head are gone", func() {
+			w.tamper(func(tx *bolt.Tx) error {
+				if err := tx.DeleteBucket([]byte(bucketControl)); err != nil {
+					return err
+				}
+				_, err := tx.CreateBucket([]byte(bucketControl))
+				return err
+			})
+		}, true},
+	} {
+		w.rewrite(func(tx custodian.UpdateTx) error { return tx.PutInitJournal(journal) })
+		w.tamper(func(tx *bolt.Tx) error { return tx.Bucket([]byte(bucketMeta)).Delete([]byte("head")) })
+		test.tamper()
+		w.refused(test.what, custodian.ErrUninitialised)
+		w.openParts()
+		cfg := w.cfg
+		if !test.logged {
+			cfg.Logged = custodian.Logged{}
+		}
+		if err := custodian.Init(t.Context(), cfg, custodian.InitSpec{}); err == nil {
+			t.Errorf("%s: init begins anew", test.what)
+		}
+		putBack()
+		w.reopen()
+	}
+	w.whole()
+	w.consistent()
+}
+
 // mek is the token object of MEK v1.
 func (w *world) mek() custodian.TokenObject {
 	w.t.Helper()

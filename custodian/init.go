@@ -30,6 +30,9 @@ func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
 		return err
 	}
 	defer c.Close()
+	if cfg.Logged.Revision > 0 {
+		return fmt.Errorf("the audit log is that of a custody at control revision %d; restore its store (custodiand restore), or begin a new log", cfg.Logged.Revision)
+	}
 	j, err := c.journal(ctx, spec)
 	if err != nil {
 		return err
@@ -65,6 +68,13 @@ func (c *Custodian) journal(ctx context.Context, spec InitSpec) (InitJournal, er
 			if err == nil {
 				err = errors.New("the store is initialised already; init makes a new custody and never touches an old one")
 			}
+			return err
+		}
+		// A head that is lost is no init that was interrupted: what a journal
+		// names is destroyed below, and here it would be the MEK in use.
+		if err := tx.Controls(func(r ControlRecord) error {
+			return corrupt(fmt.Sprintf("control record %q", r.Name), errors.New("the store has no head to it; restore the store (custodiand restore)"))
+		}); err != nil {
 			return err
 		}
 		var err error

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"time"
 
 	"github.com/keycustody/custodian/custodian"
 )
@@ -122,4 +123,26 @@ func reason(err error) string {
 		return "nothing"
 	}
 	return err.Error()
+}
+
+// Readiness asks token and KMS, the KMS once a minute at most.
+func TestReady(t *testing.T) {
+	w := newWorld(t)
+	wantErr(t, "all in order", w.c.Ready(t.Context()), nil)
+	calls := w.breaker.count("kms.Unwrap")
+	for range 5 {
+		wantErr(t, "asked again", w.c.Ready(t.Context()), nil)
+	}
+	if got := w.breaker.count("kms.Unwrap") - calls; got != 0 {
+		t.Errorf("within a minute the KMS was asked %d times again", got)
+	}
+	w.breaker.down("kms.Unwrap")
+	wantErr(t, "the KMS went away just now", w.c.Ready(t.Context()), nil)
+	w.advance(time.Minute)
+	wantErr(t, "the KMS is away", w.c.Ready(t.Context()), custodian.ErrKMSUnavailable)
+	w.breaker.disarm()
+	w.advance(6 * time.Second)
+	wantErr(t, "the KMS is back", w.c.Ready(t.Context()), nil)
+	w.hsm.Fail("Health", custodian.ErrHSMUnavailable, 1)
+	wantErr(t, "the token is away", w.c.Ready(t.Context()), custodian.ErrHSMUnavailable)
 }

@@ -93,8 +93,9 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 		}
 	}
 	c.checkClock(set.head.HighestNow, cfg.ConfirmTime)
-	if cfg.ConfirmTime && c.believesClock() == nil {
-		// Kept now, so that the confirmation is needed once.
+	if cfg.ConfirmTime && !cfg.Restored && c.believesClock() == nil {
+		// Kept now, so that the confirmation is needed once. A restore keeps it
+		// with its first change, which lifts the revision above the log's.
 		if err := c.keepTime(ctx); err != nil {
 			return err
 		}

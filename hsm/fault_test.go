@@ -420,6 +420,78 @@ func TestCallTimeoutBoundsTheWait(t *testing.T) {
 	}
 }
 
+// Callers whose own deadlines are shorter than CallTimeout never time a call
+// out. The token's outage is noticed all the same, and ends with the hang.
+func TestHangUnderShortDeadlinesIsNoticed(t *testing.T) {
+	c, f := faulty(t)
+	c.CallTimeout = 300 * time.Millisecond
+	tok := open(t, c)
+	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	k, w := newKey(t, m, hsm.UseGCM)
+	s := seal(t, k)
+	f.Hang("C_Decrypt")
+	eventually(t, "outage", func() bool {
+		if err := s.open(within(t, 20*time.Millisecond)); err == nil {
+			t.Error("opened while the module hangs")
+		}
+		return tok.Info().Outage != nil
+	})
+	f.Resume("C_Decrypt")
+	eventually(t, "recovery", func() bool {
+		k, err := m.Load(within(t, time.Second), hsm.UseGCM, []byte("movies/1"), w)
+		if err == nil {
+			s.key = k
+		}
+		return err == nil
+	})
+	if err := s.open(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// With few calls the pool has free sessions left, and one call that hangs is
+// no outage.
+func TestOneHangingCallIsNoOutage(t *testing.T) {
+	c, f := faulty(t)
+	c.CallTimeout = 100 * time.Millisecond
+	tok := open(t, c)
+	s := seal(t, first(newKey(t, newMEK(t, tok, "mek-v1", hsm.Sealed), hsm.UseGCM)))
+	f.Delay("C_Decrypt", time.Second)
+	wantErr(t, "open", s.open(within(t, 20*time.Millisecond)), context.DeadlineExceeded)
+	f.Delay("C_Decrypt", 0) // for the others
+	time.Sleep(5 * c.CallTimeout)
+	if got, want := tok.Info().Abandoned, 1; got != want {
+		t.Fatalf("%d calls abandoned, want %d", got, want)
+	}
+	if err := tok.Info().Outage; err != nil {
+		t.Errorf("outage: %v, want none", err)
+	}
+	eventually(t, "abandoned call ends", func() bool { return tok.Info().Abandoned == 0 })
+}
+
+// Nobody waits for a pool that is all abandoned, and it is good again by itself.
+func TestAbandonedPoolRefusesAtOnce(t *testing.T) {
+	c, f := faulty(t)
+	c.CallTimeout = time.Minute
+	tok := open(t, c)
+	s := seal(t, first(newKey(t, newMEK(t, tok, "mek-v1", hsm.Sealed), hsm.UseGCM)))
+	pool := tok.Info().MaxSessions - 5
+	f.Hang("C_Decrypt")
+	for range pool {
+		wantErr(t, "open", s.open(within(t, 20*time.Millisecond)), context.DeadlineExceeded)
+	}
+	start := time.Now()
+	wantErr(t, "open with every session abandoned", s.open(within(t, 10*time.Second)), hsm.ErrDevice)
+	if d := time.Since(start); d > time.Second {
+		t.Errorf("refused after %s, want at once", d)
+	}
+	f.Resume("C_Decrypt")
+	eventually(t, "a session free", func() bool { return s.open(t.Context()) == nil })
+	if got, want := tok.Epoch(), hsm.Epoch(1); got != want {
+		t.Errorf("epoch %d, want still %d", got, want)
+	}
+}
+
 func TestCloseMissesItsDrain(t *testing.T) {
 	c, f := faulty(t)
 	c.DrainTimeout = 200 * time.Millisecond
@@ -463,7 +535,7 @@ func TestReconnectMissesItsDrain(t *testing.T) {
 	for range tok.Info().MaxSessions {
 		_ = s.open(within(t, 20*time.Millisecond))
 	}
-	wantErr(t, "health", tok.Health(within(t, 5*time.Second)), hsm.ErrBusy)
+	wantErr(t, "health", tok.Health(within(t, 5*time.Second)), hsm.ErrDevice)
 	eventually(t, "OnFatal", func() bool { return fatal.Load() == 1 })
 	f.Resume("C_Decrypt")
 	eventually(t, "recovery, if the process goes on all the same", func() bool { return tok.Health(within(t, time.Second)) == nil })

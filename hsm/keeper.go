@@ -25,7 +25,7 @@ func (t *Token) keep(connected chan<- error) {
 	}
 	t.sendHome(t.workers)
 	connected <- nil
-	backoff, due, timer := firstBackoff, time.Time{}, time.NewTimer(time.Hour)
+	backoff, due, examined, timer := firstBackoff, time.Time{}, time.Time{}, time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
 		select {
@@ -36,13 +36,17 @@ func (t *Token) keep(connected chan<- error) {
 		case <-t.wake:
 		case <-timer.C:
 		}
-		if t.doubt.Swap(false) {
+		if wait, ok := t.nextLook(examined); t.doubt.Swap(false) || (ok && wait <= 0) {
 			t.examine()
+			examined = time.Now()
 		}
 		o := t.down.Load()
 		if o == nil {
 			backoff, due = firstBackoff, time.Time{}
 			t.destroyDoomed()
+			if wait, ok := t.nextLook(examined); ok {
+				timer.Reset(wait)
+			}
 			continue
 		}
 		if urgent := t.now.Swap(false); o.final || (!urgent && time.Now().Before(due)) {
@@ -134,6 +138,27 @@ func (t *Token) finish() {
 	t.closing = err
 }
 
+// nextLook tells in what time the keeper has to examine the token again: when
+// the oldest call whose caller has left is overdue, but CallTimeout after the
+// last time at the earliest. Callers whose own deadlines are shorter than
+// CallTimeout never time a call out, so that nobody else would notice. ok is
+// false if there is nothing to look at.
+func (t *Token) nextLook(examined time.Time) (wait time.Duration, ok bool) {
+	var first int64
+	for _, w := range t.workers {
+		if w.state.Load() != stateAbandoned {
+			continue
+		}
+		if due := w.due.Load(); !ok || due < first {
+			first, ok = due, true
+		}
+	}
+	if !ok {
+		return 0, false
+	}
+	return max(time.Until(t.born.Add(time.Duration(first))), time.Until(examined.Add(t.c.CallTimeout))), true
+}
+
 // examine runs the probe in every kind of session after a call timed out. One
 // stuck session of several does no harm; a kind that is all stuck does.
 func (t *Token) examine() {
@@ -142,13 +167,29 @@ func (t *Token) examine() {
 	}
 	for _, home := range []chan *worker{t.pool, t.control, t.anchor, t.signing} {
 		ctx, cancel := context.WithTimeout(t.life, t.c.CallTimeout)
-		err := t.do(ctx, home, (*worker).probe)
+		err := t.ask(ctx, home)
 		cancel()
 		if err != nil {
 			t.lose(fmt.Errorf("calls hang: %w", err))
 			return
 		}
 	}
+}
+
+// ask runs the probe in a session of one kind, and waits where take gives up.
+func (t *Token) ask(ctx context.Context, home chan *worker) error {
+	w, err := t.wait(ctx, home)
+	if err != nil {
+		return err
+	}
+	if err := t.admit(w); err != nil {
+		return err
+	}
+	if err := w.run(ctx, (*worker).probe); err != nil {
+		return err
+	}
+	w.release()
+	return nil
 }
 
 // destroyDoomed destroys session objects that were released. Those of an older

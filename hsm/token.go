@@ -20,14 +20,16 @@ type Epoch uint64
 // itself after the token was lost. It is safe for concurrent use.
 //
 // Errors of all its operations: ErrDevice if the token is gone, did not answer
-// within CallTimeout, or is being reconnected; ErrBusy if no session came free;
-// ErrPIN and ErrLatched if a login did not succeed and a person has to look.
+// within CallTimeout, is being reconnected, or has every session of the pool in
+// a call whose caller gave up; ErrBusy if no session came free; ErrPIN and
+// ErrLatched if a login did not succeed and a person has to look.
 type Token struct {
 	c     Config
 	uri   URI
 	lib   *library
 	arena *secret.Arena
 
+	born  time.Time
 	life  context.Context // ends with Close
 	stop  context.CancelFunc
 	ended chan struct{} // closed when the keeper has ended
@@ -112,7 +114,7 @@ func Open(ctx context.Context, c Config) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &Token{c: c, uri: uri, lib: lib, wake: make(chan struct{}, 1), ended: make(chan struct{}), attempt: make(chan struct{})}
+	t := &Token{c: c, uri: uri, lib: lib, born: time.Now(), wake: make(chan struct{}, 1), ended: make(chan struct{}), attempt: make(chan struct{})}
 	if err := lib.claim(t); err != nil {
 		return nil, err
 	}

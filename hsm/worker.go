@@ -34,6 +34,7 @@ type worker struct {
 	start chan struct{}
 	done  chan struct{}
 	state atomic.Int32 // of one job: running, then finished or abandoned
+	due   atomic.Int64 // when the job ought to have ended, on the clock of the token's life
 	timer *time.Timer
 
 	// keep says that the session must outlive errors: keys live in it.
@@ -109,13 +110,15 @@ func (w *worker) release() {
 	if w.key != nil {
 		w.key.unref()
 	}
+	w.state.Store(stateFinished)
 	w.job, w.key, w.undo, w.message, w.err, w.limit = nil, nil, nil, nil, nil, 0
 	w.inLen, w.aadLen, w.n, w.made = 0, 0, 0, 0
 	w.t.inFlight.Add(-1)
 	w.home <- w
 }
 
-// take waits for a free worker, the caller's context or CallTimeout.
+// take waits for a free worker, the caller's context or CallTimeout. It does
+// not wait for a pool that no call came back from in the time of its caller.
 func (t *Token) take(ctx context.Context, home chan *worker) (*worker, error) {
 	if err := t.check(); err != nil {
 		return nil, err
@@ -124,18 +127,39 @@ func (t *Token) take(ctx context.Context, home chan *worker) (*worker, error) {
 	select {
 	case w = <-home:
 	default:
+		if home == t.pool && t.poolAbandoned() {
+			return nil, fmt.Errorf("every session of the pool is in a call that its caller gave up: %w", ErrDevice)
+		}
 		var err error
 		if w, err = t.wait(ctx, home); err != nil {
 			return nil, err
 		}
 	}
-	// The token may have been lost while we waited.
-	if err := t.check(); err != nil {
-		home <- w
+	if err := t.admit(w); err != nil {
 		return nil, err
 	}
-	t.inFlight.Add(1)
 	return w, nil
+}
+
+// admit sends a worker home again if the token was lost while we waited.
+func (t *Token) admit(w *worker) error {
+	if err := t.check(); err != nil {
+		w.home <- w
+		return err
+	}
+	t.inFlight.Add(1)
+	return nil
+}
+
+// poolAbandoned tells whether all workers of the pool are in a call whose
+// caller has left.
+func (t *Token) poolAbandoned() bool {
+	for _, w := range t.workers {
+		if w.home == t.pool && w.state.Load() != stateAbandoned {
+			return false
+		}
+	}
+	return true
 }
 
 func (t *Token) wait(ctx context.Context, home chan *worker) (*worker, error) {
@@ -148,6 +172,7 @@ func (t *Token) wait(ctx context.Context, home chan *worker) (*worker, error) {
 		if err := t.check(); err != nil {
 			return nil, fmt.Errorf("%w: %w", err, ctx.Err())
 		}
+		t.poke() // to look at the calls that we waited for
 		return nil, fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
 	case <-timer.C:
 		t.suspect()
@@ -161,6 +186,7 @@ func (t *Token) wait(ctx context.Context, home chan *worker) (*worker, error) {
 func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 	w.job = job
 	w.state.Store(stateRunning)
+	w.due.Store(int64(time.Since(w.t.born) + w.patience()))
 	w.start <- struct{}{}
 	timeout := w.arm(ctx)
 	var why error
@@ -180,6 +206,8 @@ func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 		if w.state.CompareAndSwap(stateRunning, stateAbandoned) {
 			if errors.Is(why, ErrDevice) {
 				t.suspect()
+			} else {
+				t.poke() // to look again when the call is overdue
 			}
 			return why
 		}
