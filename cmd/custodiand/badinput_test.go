@@ -303,8 +303,9 @@ func (c *custody) listenFromLog() {
 	c.t.Helper()
 	limit := time.Now().Add(10 * time.Second)
 	for time.Now().Before(limit) {
-		if m := listeningLine.FindStringSubmatch(c.logText()); m != nil {
-			c.listen, c.admin = m[1], m[2]
+		if m := listeningLine.FindAllStringSubmatch(c.logText(), -1); m != nil {
+			last := m[len(m)-1]
+			c.listen, c.admin = last[1], last[2]
 			return
 		}
 		time.Sleep(10 * time.Millisecond)
