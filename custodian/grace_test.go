@@ -152,7 +152,7 @@ func (w *world) wantGrace(what string, kid custodian.KID, left time.Duration, wa
 	}
 	detail := ""
 	if left > 0 {
-		detail = fmt.Sprintf("kms away; %d s of grace left", custodian.GraceSeconds(left))
+		detail = fmt.Sprintf("kms grace: %d s left", custodian.GraceSeconds(left))
 	}
 	outcome, cause := audit.Allowed, ""
 	if want != nil {
@@ -498,7 +498,7 @@ func TestIssueOnGrace(t *testing.T) {
 	}
 	marked := 0
 	for _, e := range w.entries(from) {
-		if e.Action == "issue" && strings.Contains(e.Detail, "grace left") {
+		if e.Action == "issue" && strings.HasPrefix(e.Detail, "kms grace: ") {
 			marked++
 		}
 	}

@@ -185,7 +185,7 @@ func graceDetail(left time.Duration) string {
 	if left == 0 {
 		return ""
 	}
-	return fmt.Sprintf("kms away; %d s of grace left", GraceSeconds(left))
+	return fmt.Sprintf("kms grace: %d s left", GraceSeconds(left))
 }
 
 // GraceSeconds is what is left of a grace in whole seconds, rounded up: it is
