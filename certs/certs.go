@@ -56,11 +56,12 @@ type CA struct {
 	// issuer. Empty: nothing is ever revoked.
 	CRLFile string
 
-	// TrustDomain is the SPIFFE trust domain that the CA may vouch for.
+	// TrustDomain is the SPIFFE trust domain that the CA, and no other one, may
+	// vouch for.
 	TrustDomain string
 
-	// DNSNames are the DNS names that the CA may vouch for, for outside parties
-	// whose certificates carry no SPIFFE ID. They are compared whole, without
+	// DNSNames are the DNS names that the CA, and no other one, may vouch for, for
+	// outside parties whose certificates carry no SPIFFE ID. They are compared whole, without
 	// regard to case; wildcards are refused.
 	DNSNames []string
 

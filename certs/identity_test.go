@@ -337,6 +337,42 @@ func TestNewServerNamesAllFaults(t *testing.T) {
 	}
 }
 
+// Two CAs that may vouch for one name could each take the other's callers.
+func TestCAsShareNoNames(t *testing.T) {
+	b := newBench(t)
+	other := openAuthority(t, "other.test", b.clk)
+	own := certs.CA{Name: "own", File: b.ca.CertFile(), TrustDomain: trustDomain, DNSNames: []string{"drm.example", "a.example"}}
+	for _, test := range []struct {
+		name string
+		ca   certs.CA
+		want string
+	}{
+		{"nothing", certs.CA{TrustDomain: "other.test", DNSNames: []string{"b.example", "b.example"}}, ""},
+		{"no trust domain twice", certs.CA{DNSNames: []string{"b.example"}}, ""},
+		{"trust domain", certs.CA{TrustDomain: trustDomain}, "client cas own and other: both vouch for the trust domain " + trustDomain},
+		{"DNS name", certs.CA{TrustDomain: "other.test", DNSNames: []string{"b.example", "DRM.example"}}, "client cas own and other: both vouch for the DNS name drm.example"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.ca.Name, test.ca.File = "other", other.CertFile()
+			o := b.opts
+			o.CAs = []certs.CA{own, test.ca}
+			_, err := certs.NewServer(o)
+			check := certs.CheckCAs(o.CAs)
+			if test.want == "" {
+				if err != nil || check != nil {
+					t.Errorf("got %v and %v, want neither", err, check)
+				}
+				return
+			}
+			for _, err := range []error{err, check} {
+				if err == nil || !strings.Contains(err.Error(), test.want) {
+					t.Errorf("got %v, want %q", err, test.want)
+				}
+			}
+		})
+	}
+}
+
 func TestNewServerNeedsCAs(t *testing.T) {
 	b := newBench(t)
 	b.opts.CAs = nil

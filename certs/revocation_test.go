@@ -293,7 +293,7 @@ func TestTwoCAsVerifyOneCertificate(t *testing.T) {
 	b.clk, b.opts.Now = clk, clk.Now
 	dir := t.TempDir()
 	b.opts.CAs = []certs.CA{
-		{Name: "root", File: filepath.Join(dir, "root.pem"), TrustDomain: trustDomain},
+		{Name: "root", File: filepath.Join(dir, "root.pem"), TrustDomain: "root.test"},
 		{Name: "inter", File: filepath.Join(dir, "inter.pem"), TrustDomain: trustDomain},
 	}
 	writeFile(t, b.opts.CAs[0].File, certPEM(root.cert))

@@ -23,7 +23,7 @@ type ServerOptions struct {
 	KeyFile  string
 
 	// CAs are the client CAs. There is at least one, and two of them never share
-	// a certificate.
+	// a certificate, a trust domain or a DNS name.
 	CAs []CA
 
 	// MinVersion is the lowest TLS version, TLS 1.3 if zero.
@@ -130,7 +130,33 @@ func checkCAs(configured []CA) ([]CA, []error) {
 		}
 		cas = append(cas, ca)
 	}
-	return cas, faults
+	return cas, append(faults, overlaps(cas)...)
+}
+
+// overlaps reports each name that two CAs may vouch for: either of them could
+// give itself the other's callers, under its own roles.
+func overlaps(cas []CA) []error {
+	var faults []error
+	for i, ca := range cas {
+		for _, other := range cas[:i] {
+			if ca.TrustDomain != "" && ca.TrustDomain == other.TrustDomain {
+				faults = append(faults, fmt.Errorf("client cas %s and %s: both vouch for the trust domain %s: only one CA may", other.Name, ca.Name, ca.TrustDomain))
+			}
+			for j, name := range ca.DNSNames {
+				if slices.Contains(other.DNSNames, name) && !slices.Contains(ca.DNSNames[:j], name) {
+					faults = append(faults, fmt.Errorf("client cas %s and %s: both vouch for the DNS name %s: only one CA may", other.Name, ca.Name, name))
+				}
+			}
+		}
+	}
+	return faults
+}
+
+// CheckCAs tells what is wrong with the client CAs of a configuration, without
+// a look at their files. NewServer checks the same.
+func CheckCAs(cas []CA) error {
+	_, faults := checkCAs(cas)
+	return errors.Join(faults...)
 }
 
 // TLSConfig returns the server's TLS configuration. Each handshake uses the

@@ -48,7 +48,8 @@ type Config struct {
 }
 
 // A Client is a connection to a daemon, made anew whenever it breaks. It is safe
-// for concurrent use. All errors of its methods are *Error.
+// for concurrent use. The error of each call is an *Error, but for Backup's where
+// its writer fails.
 type Client struct {
 	conn      *grpc.ClientConn
 	retrieval v1.KeyRetrievalServiceClient
@@ -58,7 +59,9 @@ type Client struct {
 }
 
 // Dial connects and makes sure that the daemon accepts the certificate. It does
-// not ask whether the daemon serves keys yet: Ready does.
+// not ask whether the daemon serves keys yet: Ready does. Its error wraps an
+// *Error where the daemon, or the way there, refused; a fault of the address or
+// of one of the three files is none.
 func Dial(ctx context.Context, c Config) (*Client, error) {
 	tls, err := certs.NewClient(certs.ClientOptions{CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile, ServerName: c.ServerName, Log: c.Log})
 	if err != nil {
@@ -153,7 +156,8 @@ func (c *Client) Status(ctx context.Context) (*v1.Status, error) {
 }
 
 // Backup writes a backup of the store to w, encrypted to the age X25519 public
-// key of the request. After an error, what w has is not a backup.
+// key of the request. After an error, what w has is not a backup. An error of w
+// is wrapped, and no *Error.
 func (c *Client) Backup(ctx context.Context, req *v1.BackupRequest, w io.Writer) error {
 	// A write error ends the stream.
 	ctx, cancel := context.WithCancel(ctx)

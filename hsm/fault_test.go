@@ -6,6 +6,7 @@ import (
 	"crypto"
 	"crypto/sha256"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -651,6 +652,58 @@ func TestReleaseWaitsForCallsInFlight(t *testing.T) {
 		t.Errorf("call in flight: %v", err)
 	}
 	eventually(t, "key destroyed", func() bool { return f.Calls("C_DestroyObject") == destroyed+1 })
+}
+
+// A key that was released while the anchor was busy is destroyed later.
+func TestReleaseWhileTheAnchorIsBusy(t *testing.T) {
+	c, f := faulty(t)
+	c.CallTimeout = time.Second
+	lines := make(lineWriter, 64)
+	c.Log = slog.New(slog.NewTextHandler(lines, nil))
+	tok := open(t, c)
+	m := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	before := f.Calls("C_DestroyObject")
+	k, w := newKey(t, m, hsm.UseGCM)
+	// The key that was wrapped, and the one that it was verified with.
+	eventually(t, "keys of the set-up destroyed", func() bool { return f.Calls("C_DestroyObject") == before+2 })
+	f.Hang("C_UnwrapKey")
+	if _, err := m.Load(within(t, 20*time.Millisecond), hsm.UseGCM, []byte("movies/1"), w); err == nil {
+		t.Error("loaded while the module hangs")
+	}
+	k.Release()
+	lines.await(t, "released keys not destroyed")
+	f.Resume("C_UnwrapKey")
+	// One is the key, the other what the abandoned load made.
+	eventually(t, "both keys destroyed", func() bool { return f.Calls("C_DestroyObject") == before+4 })
+	if got, want := tok.Epoch(), hsm.Epoch(1); got != want {
+		t.Errorf("epoch %d, want still %d", got, want)
+	}
+}
+
+// A lineWriter is a log whose lines a test waits for; it drops what has no room.
+type lineWriter chan string
+
+func (l lineWriter) Write(p []byte) (int, error) {
+	select {
+	case l <- string(p):
+	default:
+	}
+	return len(p), nil
+}
+
+func (l lineWriter) await(t testing.TB, text string) {
+	t.Helper()
+	limit := time.After(10 * time.Second)
+	for {
+		select {
+		case line := <-l:
+			if strings.Contains(line, text) {
+				return
+			}
+		case <-limit:
+			t.Fatalf("the log does not say %q within 10 s", text)
+		}
+	}
 }
 
 func TestOpenHonoursTheContext(t *testing.T) {

@@ -43,7 +43,9 @@ func (t *Token) keep(connected chan<- error) {
 		o := t.down.Load()
 		if o == nil {
 			backoff, due = firstBackoff, time.Time{}
-			t.destroyDoomed()
+			if !t.destroyDoomed() {
+				timer.Reset(t.c.CallTimeout)
+			}
 			if wait, ok := t.nextLook(examined); ok {
 				timer.Reset(wait)
 			}
@@ -193,16 +195,25 @@ func (t *Token) ask(ctx context.Context, home chan *worker) error {
 }
 
 // destroyDoomed destroys session objects that were released. Those of an older
-// epoch ended with it, and their numbers may name other objects now.
-func (t *Token) destroyDoomed() {
+// epoch ended with it, and their numbers may name other objects now. false says
+// that the anchor was not free, so that they wait for another try.
+func (t *Token) destroyDoomed() bool {
 	t.mu.Lock()
 	list := t.doomed
 	t.doomed = nil
 	t.mu.Unlock()
 	if len(list) == 0 {
-		return
+		return true
 	}
-	err := t.do(t.life, t.anchor, func(w *worker) error {
+	w, err := t.take(t.life, t.anchor)
+	if err != nil {
+		t.mu.Lock()
+		t.doomed = append(list, t.doomed...)
+		t.mu.Unlock()
+		t.warnDoomed(list, err)
+		return false
+	}
+	err = w.run(t.life, func(w *worker) error {
 		for _, d := range list {
 			if d.epoch == t.epoch {
 				w.destroy(d.key)
@@ -210,7 +221,18 @@ func (t *Token) destroyDoomed() {
 		}
 		return nil
 	})
-	if err != nil && t.life.Err() == nil {
-		t.c.Log.Warn("released keys not destroyed", "token", t.c.Token, "keys", len(list), "error", err.Error())
+	if err != nil {
+		// The job goes on without us, or the epoch has ended: destroying a second
+		// time could hit what has the number now.
+		t.warnDoomed(list, err)
+		return true
+	}
+	w.release()
+	return true
+}
+
+func (t *Token) warnDoomed(list []doomed, err error) {
+	if t.life.Err() == nil {
+		t.c.Log.Warn("released keys not destroyed yet", "token", t.c.Token, "keys", len(list), "error", err.Error())
 	}
 }

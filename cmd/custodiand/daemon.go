@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 
@@ -36,6 +37,11 @@ type daemon struct {
 	webhook *webhook // nil: nobody is told of incidents
 	custody *custodian.Custodian
 	parts   parts
+
+	// mu guards the fields below.
+	mu      sync.Mutex
+	policy  *custodian.Policy // of the grants that were loaded last
+	adopted bool              // custody has the policy, and takes a new one
 }
 
 // run is the order of start and stop. Listeners first: while token, KMS or
@@ -43,16 +49,21 @@ type daemon struct {
 // process. Then the parts, again and again until they open. Stop goes
 // backwards: no new calls, calls drained, then the domain, then the parts.
 func (d *daemon) run(ctx context.Context) (err error) {
+	// From here on, long before there is service, SIGHUP does not end the process.
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
 	policy, err := d.config.policy()
 	if err != nil {
 		return err
 	}
+	d.policy = policy
 	if d.certs, err = certs.NewServer(d.config.serverCerts(d.log)); err != nil {
 		return err
 	}
 	d.metrics = prometheus.NewRegistry()
 	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Metrics: d.metrics, Log: d.log, Version: version,
-		EarlyStatus: d.earlyStatus(policy), RetrieveDeadline: d.config.Limits.CallbackDeadline})
+		EarlyStatus: d.earlyStatus(), RetrieveDeadline: d.config.Limits.CallbackDeadline})
 	if err != nil {
 		return err
 	}
@@ -76,6 +87,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	g.Go(func() error { return d.server.Serve(gctx, listener, d.config.Limits.DrainTimeout) })
 	g.Go(func() error { return d.serveAdmin(gctx, admin) })
 	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
+	g.Go(func() error { d.heedHangups(gctx, hup); return nil })
 	if d.webhook != nil {
 		g.Go(func() error { d.webhook.run(gctx); return nil })
 	}
@@ -174,8 +186,10 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 	if d.webhook != nil {
 		cfg.OnIncident = d.webhook.tell
 	}
-	d.custody, err = custodian.Open(ctx, cfg)
-	return err
+	if d.custody, err = custodian.Open(ctx, cfg); err != nil {
+		return err
+	}
+	return d.adopt(ctx, policy)
 }
 
 // storeMissing tells an uninitialised place from one that has lost its store:
@@ -201,23 +215,14 @@ func (d *daemon) closeParts(ctx context.Context) error {
 	return errors.Join(err, d.parts.close(ctx))
 }
 
-// keepHouse reloads on SIGHUP and keeps the highest time seen.
+// keepHouse keeps the highest time seen.
 func (d *daemon) keepHouse(ctx context.Context) error {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
 	tick := time.NewTicker(time.Hour)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-hup:
-			if err := d.reload(ctx); err != nil {
-				d.log.Error("reload: the last good configuration stays", "err", err)
-			} else {
-				d.log.Info("reloaded grants and certificates")
-			}
 		case <-tick.C:
 			if err := d.custody.Tick(ctx); err != nil {
 				d.log.Error("keeping the highest time seen", "err", err)
@@ -226,30 +231,13 @@ func (d *daemon) keepHouse(ctx context.Context) error {
 	}
 }
 
-// reload takes grants and certificates anew. Everything else of the file
-// needs a restart.
-func (d *daemon) reload(ctx context.Context) error {
-	if err := d.certs.Reload(); err != nil {
-		return err
-	}
-	c, err := LoadConfig(d.path)
-	if err != nil {
-		return err
-	}
-	policy, err := c.policy()
-	if err != nil {
-		return err
-	}
-	return d.custody.SetPolicy(ctx, policy)
-}
-
 // earlyStatus answers GetStatus before there is a custody, to whom the
 // configuration lets see it.
-func (d *daemon) earlyStatus(policy *custodian.Policy) func(context.Context, custodian.Caller) (custodian.Status, error) {
+func (d *daemon) earlyStatus() func(context.Context, custodian.Caller) (custodian.Status, error) {
 	started := time.Now().UTC()
 	return func(_ context.Context, who custodian.Caller) (custodian.Status, error) {
 		now := time.Now().UTC()
-		if dec := policy.Decide(custodian.Request{Caller: who, Action: custodian.ActionReadStatus, Now: now}); !dec.Allow {
+		if dec := d.lastPolicy().Decide(custodian.Request{Caller: who, Action: custodian.ActionReadStatus, Now: now}); !dec.Allow {
 			return custodian.Status{}, dec.Err
 		}
 		return custodian.Status{Time: now, Started: started, Warnings: []string{"no keys are served yet; the daemon's log says why"}}, nil

@@ -162,6 +162,32 @@ func TestCallThatHangs(t *testing.T) {
 	}
 }
 
+// TestHangUnderCallbacksOnly: the token hangs, and nobody but callers with
+// their 250 ms asks it for anything. They hear that the token is away before
+// long, and get their keys again when it is back.
+func TestHangUnderCallbacksOnly(t *testing.T) {
+	c, f := withFaults(t)
+	s := serve(c)
+	f.Hang("C_Decrypt")
+	began := time.Now()
+	limit := 2*time.Second + 1500*time.Millisecond // twice hsm.call_timeout, and one callback per session
+	for got := ""; got != "HSM_UNAVAILABLE"; got = s.get() {
+		if got != "" && got != "DEADLINE" {
+			t.Fatalf("callback while the token hangs: got %s, want DEADLINE or HSM_UNAVAILABLE", got)
+		}
+		if time.Since(began) > limit {
+			t.Fatalf("callbacks %s after the token began to hang: got %s, want HSM_UNAVAILABLE", time.Since(began), got)
+		}
+	}
+	f.Resume("C_Decrypt")
+	s.wantRecovery("HSM_UNAVAILABLE", "DEADLINE")
+	for range 20 {
+		if got := s.get(); got != "" {
+			t.Errorf("callback after the token is back: got %s", got)
+		}
+	}
+}
+
 // TestTokenTakenAway: the token's files go and come back. Readiness follows,
 // no key is called unknown, and service returns without a restart.
 func TestTokenTakenAway(t *testing.T) {

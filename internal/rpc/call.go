@@ -142,7 +142,7 @@ func (s *Server) end(ctx context.Context, c *call, err error) error {
 	// gRPC's own refusals, such as a broken stream, pass as they are.
 	if st, ok := transportStatus(err); ok {
 		s.metrics.observe(c.method, st.Code().String(), took)
-		return err
+		return st.Err()
 	}
 	r := explain(ctx, err)
 	s.metrics.observe(c.method, string(r.reason), took)
@@ -150,14 +150,29 @@ func (s *Server) end(ctx context.Context, c *call, err error) error {
 	return r.statusOf(err, c.requestID).Err()
 }
 
-// transportStatus is the status of an error that gRPC itself made.
+// transportStatus is the status of an error that gRPC itself made on the way to
+// or from the caller. A status inside of another error is somebody else's, such
+// as a KMS's, and its words are not for the caller.
 func transportStatus(err error) (*status.Status, bool) {
-	var grpcErr interface{ GRPCStatus() *status.Status }
-	if !errors.As(err, &grpcErr) || grpcErr.GRPCStatus().Code() == codes.OK {
+	if reasonOf(err) != reasonInternal {
+		return nil, false
+	}
+	if send, ok := errors.AsType[*sendError](err); ok {
+		err = send.err
+	}
+	grpcErr, ok := err.(interface{ GRPCStatus() *status.Status })
+	if !ok || grpcErr.GRPCStatus().Code() == codes.OK {
 		return nil, false
 	}
 	return grpcErr.GRPCStatus(), true
 }
+
+// A sendError is a stream to the caller that broke, on its way through the
+// domain.
+type sendError struct{ err error }
+
+func (e *sendError) Error() string { return e.err.Error() }
+func (e *sendError) Unwrap() error { return e.err }
 
 // report writes the real error of our own faults, and of refused certificates,
 // to the log: the caller hears neither.

@@ -162,7 +162,7 @@ func (w chunkWriter) Write(p []byte) (int, error) {
 	for sent < len(p) {
 		n := min(len(p)-sent, maxChunk)
 		if err := w.stream.Send(&v1.BackupResponse{Chunk: p[sent : sent+n]}); err != nil {
-			return sent, err
+			return sent, &sendError{err}
 		}
 		sent += n
 	}

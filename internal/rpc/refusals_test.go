@@ -396,10 +396,16 @@ func TestBeforeService(t *testing.T) {
 	_, err := callback.GetContentKeys(t.Context(), get)
 	wantRefused(t, err, "DENIED")
 
-	k.hsm.Fail("Health", custodian.ErrHSMUnavailable, 1)
+	k.hsm.Fail("Health", custodian.ErrHSMUnavailable, 1000)
+	for limit := time.Now().Add(5 * time.Second); time.Now().Before(limit); time.Sleep(50 * time.Millisecond) {
+		if ready, err := callback.Ready(t.Context()); err != nil || !ready {
+			break // what was said before is good for a second
+		}
+	}
 	wantHTTP(t, admin.URL+"/readyz", http.StatusServiceUnavailable, "HSM_UNAVAILABLE")
 	wantHTTP(t, admin.URL+"/livez", http.StatusOK, "ok")
 	wantHTTP(t, admin.URL+"/metrics", http.StatusOK, `custodian_calls_total{method="KeyRetrievalService/GetContentKeys",reason="DENIED"} 1`)
+	wantHTTP(t, admin.URL+"/metrics", http.StatusOK, `custodian_peer_cert_end_timestamp_seconds{caller="spiffe://`)
 }
 
 func wantHTTP(t *testing.T, address string, code int, text string) {
@@ -602,13 +608,14 @@ func TestDial(t *testing.T) {
 		t.Fatal(err)
 	}
 	tests := []struct {
-		name   string
-		change func(*client.Config)
-		want   string
+		name    string
+		change  func(*client.Config)
+		want    string
+		refused bool // by the daemon or on the way there: a *client.Error
 	}{
-		{"nobody listens", func(c *client.Config) { c.Address = "127.0.0.1:1" }, "connection refused"},
-		{"another name", func(c *client.Config) { c.ServerName = "vault.test" }, "vault.test"},
-		{"no certificate", func(c *client.Config) { c.CertFile = filepath.Join(k.dir, "none.pem") }, "none.pem"},
+		{"nobody listens", func(c *client.Config) { c.Address = "127.0.0.1:1" }, "connection refused", true},
+		{"another name", func(c *client.Config) { c.ServerName = "vault.test" }, "vault.test", true},
+		{"no certificate", func(c *client.Config) { c.CertFile = filepath.Join(k.dir, "none.pem") }, "none.pem", false},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -621,6 +628,9 @@ func TestDial(t *testing.T) {
 			}
 			if !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got %v, want it to name %q", err, test.want)
+			}
+			if _, refused := errors.AsType[*client.Error](err); refused != test.refused {
+				t.Errorf("a *client.Error: got %v, want %v", refused, test.refused)
 			}
 		})
 	}

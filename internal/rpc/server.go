@@ -132,10 +132,11 @@ type Server struct {
 	serving atomic.Pointer[serving]
 }
 
-// A serving is a custody, or why there is none.
+// A serving is a custody and what it last said of itself, or why there is none.
 type serving struct {
-	custody Custody
-	err     error
+	custody   Custody
+	err       error
+	readiness readiness
 }
 
 // NewServer makes a server that is STARTING.
@@ -232,20 +233,13 @@ func (s *Server) custody() (Custody, error) {
 	return now.custody, now.err
 }
 
-// ready says whether the daemon should get calls.
-func (s *Server) ready(ctx context.Context) error {
-	custody, err := s.custody()
-	if err != nil {
-		return err
-	}
-	return custody.Ready(ctx)
-}
-
 // Serve serves on l until ctx ends. Then it takes no new calls, waits up to
 // drain for those under way, cancels the others, and closes all connections. It
-// closes l. When it returns no call is left, so that the custody can be closed:
-// a call that neither ends nor heeds its context keeps it from returning.
+// closes l. When it returns no call is left, nor a look at the readiness, so
+// that the custody can be closed: a call that neither ends nor heeds its context
+// keeps it from returning.
 func (s *Server) Serve(ctx context.Context, l net.Listener, drain time.Duration) error {
+	defer func() { s.serving.Load().readiness.close() }()
 	served := make(chan error, 1)
 	go func() { served <- s.grpc.Serve(l) }()
 	select {

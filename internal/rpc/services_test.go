@@ -2,9 +2,9 @@ package rpc_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -280,8 +280,9 @@ func TestBackup(t *testing.T) {
 	wantRefused(t, ops.Backup(t.Context(), &v1.BackupRequest{Recipient: "age1nonsense"}, io.Discard), "INVALID")
 	wantRefused(t, k.dial(t, auditor).Backup(t.Context(), &v1.BackupRequest{Recipient: who.Recipient().String()}, io.Discard), "DENIED")
 	full := &failingWriter{}
-	if err := ops.Backup(t.Context(), &v1.BackupRequest{Recipient: who.Recipient().String()}, full); err == nil || !strings.Contains(err.Error(), errDiskFull.Error()) {
-		t.Errorf("backup to a full disk: got %v, want %v", err, errDiskFull)
+	err = ops.Backup(t.Context(), &v1.BackupRequest{Recipient: who.Recipient().String()}, full)
+	if _, ok := errors.AsType[*client.Error](err); ok || !errors.Is(err, errDiskFull) {
+		t.Errorf("backup to a full disk: got %v, want %v and no *client.Error", err, errDiskFull)
 	}
 }
 
