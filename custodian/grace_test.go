@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"testing"
@@ -678,4 +679,61 @@ func TestProbes(t *testing.T) {
 	if got := probes(); got != 0 {
 		t.Errorf("somebody calls it every half minute: got %d probes, want none", got)
 	}
+}
+
+// A caller who leaves says nothing about the KMS, and a custody that closes
+// does not wait for one that hangs.
+func TestGivenUp(t *testing.T) {
+	w, kid, kmss, _ := graceWorld(t, "vault")
+	w.cfg.KMS.Deadline = time.Minute
+	w.reopen()
+	end := kmss[0].hang()
+	defer end()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+	defer cancel()
+	_, err := w.c.CreateCategory(ctx, officer, custodian.CreateCategoryRequest{Name: "series", Providers: []string{"vault"}})
+	wantErr(t, "a new KEK while the KMS hangs", err, custodian.ErrDeadline)
+	s := w.status("vault")
+	if want := (custodian.CallCount{Reason: custodian.CallMake, Result: custodian.ResultAbandoned, Count: 1}); !s.AwaySince.IsZero() || len(s.CallsByReason) != 1 || s.CallsByReason[0] != want {
+		t.Errorf("got away since %s and calls %v, want not away and %v", s.AwaySince, s.CallsByReason, want)
+	}
+	ctx, cancel = context.WithTimeout(t.Context(), 30*time.Millisecond)
+	defer cancel()
+	res, err := w.c.Retrieve(ctx, provider, custodian.RetrieveRequest{KIDs: []custodian.KID{kid}})
+	if err == nil {
+		err = res[0].Err
+	}
+	wantErr(t, "a cold KEK while the KMS hangs", err, custodian.ErrDeadline)
+	began := time.Now()
+	w.close()
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("closing while a KMS hangs for a minute took %s", took)
+	}
+	end()
+	w.whole()
+}
+
+// A refusal is logged once, and again after access was given back.
+func TestRefusalIsLogged(t *testing.T) {
+	w, kid, kmss, _ := graceWorld(t, "vault")
+	var log bytes.Buffer
+	w.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+	w.reopen()
+	for round := 1; round <= 2; round++ {
+		kmss[0].set(nil)
+		w.advance(testLifetime)
+		wantErr(t, "access", w.release(provider, kid), nil)
+		w.c.TickKMS()
+		kmss[0].set(custodian.ErrProviderDenied)
+		w.advance(testLifetime)
+		for range 3 {
+			wantErr(t, "no access", w.release(provider, kid), custodian.ErrKMSUnavailable)
+			w.c.TickKMS()
+		}
+		if got := strings.Count(log.String(), "refuses its key"); got != round {
+			t.Errorf("round %d: got %d lines in the log, want %d", round, got, round)
+		}
+	}
+	kmss[0].set(nil)
+	w.whole()
 }

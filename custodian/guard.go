@@ -161,6 +161,7 @@ type guard struct {
 	away      time.Time // since when it has not answered; zero: it answers
 	slow      bool      // the last call took long and had no answer
 	refused   error     // access was taken away on purpose; nil since the next success
+	logged    bool      // that
 	quiet     time.Time // until then it asked not to be called
 	throttles int
 	probing   bool
@@ -310,7 +311,7 @@ func (g *guard) note(why CallReason, took time.Duration, err error) {
 	case ResultDenied, ResultDisabled:
 		g.refused = err
 	case ResultOK:
-		g.contact, g.lastGood, g.refused = now, g.sequence.Add(1), nil
+		g.contact, g.lastGood, g.refused, g.logged = now, g.sequence.Add(1), nil, false
 	case ResultBlob:
 		g.contact = now
 	}
@@ -377,6 +378,17 @@ func (g *guard) tick(now time.Time) *Incident {
 		return &told
 	}
 	return nil
+}
+
+// newRefusal is a refusal that it has not returned yet.
+func (g *guard) newRefusal() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.refused == nil || g.logged {
+		return nil
+	}
+	g.logged = true
+	return g.refused
 }
 
 // describe adds what the guard knows to the provider's own status.

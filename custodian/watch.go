@@ -22,6 +22,9 @@ func (c *Custodian) TickKMS() {
 		if told := g.tick(now); told != nil {
 			c.tell(*told)
 		}
+		if err := g.newRefusal(); err != nil {
+			c.log.Error("a KMS refuses its key to us: loaded keys that need it have no grace", "provider", g.p.Name(), "err", err)
+		}
 	}
 	c.keys.sweep(c.set.Load(), now)
 }
