@@ -464,11 +464,20 @@ func TestAnyOf(t *testing.T) {
 	w.wantGrace("access is back", kid, 0, nil)
 
 	vault.set(nil)
-	end := aws.hang()
-	defer end()
-	w.reopen()
-	w.wantGrace("a cold KEK, and one hangs", kid, 0, nil)
+	end := vault.hang()
+	w.cfg.KMS.Deadline = time.Minute
+	w.reopen() // nothing is known of either: the first is asked first
+	began := time.Now()
+	w.wantGrace("a cold KEK, and the first hangs", kid, 0, nil)
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("one that hangs for a minute was waited for, %s", took)
+	}
+	end()
 
+	w.cfg.KMS.Deadline = 300 * time.Millisecond
+	w.reopen()
+	end = aws.hang()
+	defer end()
 	// Making a KEK needs all of them.
 	_, err := w.c.CreateCategory(t.Context(), officer, custodian.CreateCategoryRequest{Name: "series", Providers: []string{"vault", "aws"}})
 	wantErr(t, "a new KEK while one hangs", err, custodian.ErrKMSUnavailable)
