@@ -29,7 +29,7 @@ func (c *Custodian) Backup(ctx context.Context, who Caller, recipient string, w 
 		// Not err: it repeats what was given, which may be the private identity.
 		return invalid("recipient", errors.New("it must be an age X25519 recipient, age1…"))
 	}
-	e := c.entry(who, d, ActionBackup, "", ref{}, nil)
+	e := c.entry(c.set.Load(), who, d, ActionBackup, "", ref{}, nil)
 	e.Detail = "to " + recipient
 	if _, err := c.record(ctx, e); err != nil {
 		return err
@@ -57,6 +57,8 @@ type RestoreReport struct {
 	// Closed KEKs have no successor, because the MEK is past its year. They
 	// release, and nothing is issued under them until the MEK is rotated.
 	Closed []KEKID `json:"closed_keks,omitempty"`
+	// Frozen categories were frozen after the backup, and are so again.
+	Frozen []CategoryName `json:"frozen_categories"`
 }
 
 // A MissingKey is a KID that the audit log knows and the store does not.
@@ -82,7 +84,10 @@ func Restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 	if err := c.adoptRevision(ctx, cfg.Logged.Revision); err != nil {
 		return rep, err
 	}
-	if err := c.retireKEKs(ctx, &rep); err != nil {
+	if err := c.retireKEKs(ctx, cfg.Logged, &rep); err != nil {
+		return rep, err
+	}
+	if err := c.freezeAgain(ctx, cfg.Logged, backup, &rep); err != nil {
 		return rep, err
 	}
 	err = c.store.View(ctx, func(tx Tx) error {
@@ -112,10 +117,12 @@ func Restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 // backup: each category gets a new version. Where the MEK is past its year
 // and none can be made, the old one counts as exhausted; issuing then makes
 // the successor as soon as there is a MEK for it.
-func (c *Custodian) retireKEKs(ctx context.Context, rep *RestoreReport) error {
+func (c *Custodian) retireKEKs(ctx context.Context, l Logged, rep *RestoreReport) error {
 	for name, cat := range c.set.Load().categories {
 		id := KEKID{name, cat.ActiveKEK}
-		err := c.rotateKEK(ctx, name, id.Version, "restore")
+		// A version that the log knows is never made a second time.
+		to := max(id.Version, l.KEKs[name]) + 1
+		err := c.rotateKEK(ctx, name, id.Version, to, "restore")
 		if errors.Is(err, ErrMEKExpired) {
 			if err := c.closeKEK(ctx, id); err != nil {
 				return fmt.Errorf("category %s: %w", name, err)
@@ -126,8 +133,35 @@ func (c *Custodian) retireKEKs(ctx context.Context, rep *RestoreReport) error {
 		if err != nil {
 			return fmt.Errorf("category %s: %w", name, err)
 		}
-		rep.Rotated = append(rep.Rotated, KEKID{name, id.Version + 1})
+		rep.Rotated = append(rep.Rotated, KEKID{name, to})
 	}
+	return nil
+}
+
+// freezeAgain freezes what was frozen when the store was lost: an old backup
+// must not lift a freeze. Where the log was lost as well, nobody knows of it.
+func (c *Custodian) freezeAgain(ctx context.Context, l Logged, backup uint64, rep *RestoreReport) error {
+	frozen := map[CategoryName]bool{}
+	for _, ch := range l.Changes {
+		if ch.Revision > backup && (ch.Action == modeActions[CategoryFrozen] || ch.Action == modeActions[CategoryOpen]) {
+			frozen[CategoryName(ch.Category)] = ch.Action == modeActions[CategoryFrozen]
+		}
+	}
+	for name, cat := range c.set.Load().categories {
+		if !frozen[name] || cat.Mode == CategoryFrozen {
+			continue
+		}
+		if err := c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+			cat := old.categories[name]
+			cat.Mode, cat.Revision = CategoryFrozen, cat.Revision+1
+			return change{put: []ControlRecord{categoryRecord(cat)}, restricts: true,
+				entry: audit.Entry{Action: modeActions[CategoryFrozen], Category: string(name), Detail: "restore"}}, nil
+		}); err != nil {
+			return fmt.Errorf("category %s: %w", name, err)
+		}
+		rep.Frozen = append(rep.Frozen, name)
+	}
+	slices.Sort(rep.Frozen)
 	return nil
 }
 

@@ -100,13 +100,19 @@ func TestBackupAndRestore(t *testing.T) {
 	for _, c := range rep.LostChanges {
 		changes = append(changes, c.Action+" "+c.Category)
 	}
-	if want := []string{"category.mode series", "category.create late", "kek.reserve late"}; !slices.Equal(changes, want) {
+	if want := []string{"category.freeze series", "category.create late", "kek.reserve late"}; !slices.Equal(changes, want) {
 		t.Errorf("lost changes: got %q, want %q", changes, want)
 	}
 	if got, want := fmt.Sprint(rep.Rotated), "[movies/2 series/2]"; got != want || len(rep.Closed) != 0 {
 		t.Errorf("rotated: got %s and %v closed, want %s", got, rep.Closed, want)
 	}
 
+	// What was frozen after the backup is frozen again, until an officer opens it.
+	if fmt.Sprint(rep.Frozen) != "[series]" {
+		t.Errorf("frozen again: got %v, want series", rep.Frozen)
+	}
+	w.reopen()
+	w.freeze("series", custodian.CategoryOpen)
 	w.forget(lost...)
 	w.whole() // the keys of the backup open under their old KEKs
 	w.consistent()
@@ -184,7 +190,7 @@ func TestRestoreAfterMEKYear(t *testing.T) {
 	}
 	w.whole()
 	_, err = w.c.Issue(t.Context(), packager, ask("movies", "film-2", "SD"))
-	wantErr(t, "issue under a KEK that the backup knew", err, custodian.ErrKEKExhausted)
+	wantErr(t, "issue under a KEK that the backup knew", err, custodian.ErrMEKExpired)
 	w.whole()
 }
 
@@ -215,6 +221,11 @@ func TestRestoreFaults(t *testing.T) {
 			if len(rep.MissingKIDs) != len(lost) || len(rep.LostChanges) == 0 || len(rep.Rotated) != 1 {
 				t.Errorf("report: got %+v, want %d missing KIDs, lost changes and one new KEK", rep, len(lost))
 			}
+			if len(rep.Frozen) > 1 || rep.Frozen != nil && rep.Frozen[0] != "movies" {
+				t.Errorf("frozen again: got %v, want movies", rep.Frozen)
+			}
+			w.reopen()
+			w.freeze("movies", custodian.CategoryOpen)
 			w.whole()
 			w.consistent()
 			for _, k := range w.issue("movies", "film-3", "SD") {

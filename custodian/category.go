@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"slices"
 	"time"
 
@@ -46,10 +45,10 @@ func (c *Custodian) CreateCategory(ctx context.Context, who Caller, req CreateCa
 	}
 	d := c.decide(who, ActionCreateCategory, Resource{Category: req.Name})
 	about := ref{category: req.Name}
-	cat, err := c.createCategory(ctx, d, req, c.entry(who, d, ActionCreateCategory, req.RequestID, about, nil))
+	cat, err := c.createCategory(ctx, d, req, c.entry(c.set.Load(), who, d, ActionCreateCategory, req.RequestID, about, nil))
 	if err != nil {
 		err = deadline(ctx, err)
-		if _, aerr := c.record(ctx, c.entry(who, d, ActionCreateCategory, req.RequestID, about, err)); aerr != nil {
+		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionCreateCategory, req.RequestID, about, err)); aerr != nil {
 			return Category{}, errors.Join(aerr, err)
 		}
 		return Category{}, err
@@ -61,7 +60,7 @@ func (c *Custodian) createCategory(ctx context.Context, d Decision, req CreateCa
 	if !d.Allow {
 		return Category{}, fmt.Errorf("category %s: %w", req.Name, d.Err)
 	}
-	if err := c.believesClock(); err != nil {
+	if err := c.lookAtClock(); err != nil {
 		return Category{}, err
 	}
 	set := c.set.Load()
@@ -110,15 +109,15 @@ func (c *Custodian) newKEK(ctx context.Context, set *controlSet, id KEKID, provi
 	return KEK{ID: id, State: StateActive, CreateTime: now, Wrapped: w, Reserved: 1 /* the canary */, Revision: 1}, nil
 }
 
-// rotateKEK gives a category a new KEK version in one change: successor
+// rotateKEK gives a category the KEK version to in one change: successor
 // ACTIVE, predecessor DEACTIVATED. Keys under the predecessor go on opening.
-func (c *Custodian) rotateKEK(ctx context.Context, name CategoryName, from uint32, cause string) error {
+func (c *Custodian) rotateKEK(ctx context.Context, name CategoryName, from, to uint32, cause string) error {
 	set := c.set.Load()
 	cat, ok := set.categories[name]
 	if !ok {
 		return fmt.Errorf("category %s: %w", name, ErrCategoryNotFound)
 	}
-	kek, err := c.newKEK(ctx, set, KEKID{name, from + 1}, cat.Providers)
+	kek, err := c.newKEK(ctx, set, KEKID{name, to}, cat.Providers)
 	if err != nil {
 		return err
 	}
@@ -159,6 +158,10 @@ func (r SetModeRequest) Check() error {
 	return nil
 }
 
+// modeActions are what the audit log calls a change of mode. A restore reads
+// them to find the freezes that a backup does not know.
+var modeActions = map[CategoryMode]string{CategoryOpen: "category.open", CategoryFrozen: "category.freeze"}
+
 // SetCategoryMode freezes a category at once, or lifts a freeze.
 func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetModeRequest) (Category, error) {
 	if err := req.Check(); err != nil {
@@ -169,7 +172,7 @@ func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetMode
 	err := d.Err
 	if d.Allow && req.Mode != CategoryFrozen {
 		// Only a freeze, the break-glass, does not wait for a clock that is believed.
-		err = c.believesClock()
+		err = c.lookAtClock()
 	}
 	if err == nil {
 		err = c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
@@ -178,14 +181,14 @@ func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetMode
 				return change{}, fmt.Errorf("category %s: %w", req.Name, ErrCategoryNotFound)
 			}
 			cat.Mode, cat.Revision = req.Mode, cat.Revision+1
-			e := c.entry(who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, nil)
-			e.Detail = req.Mode.String() + " " + req.Cause
-			return change{put: []ControlRecord{categoryRecord(cat)}, entry: e}, nil
+			e := c.entry(c.set.Load(), who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, nil)
+			e.Action, e.Detail = modeActions[req.Mode], req.Cause
+			return change{put: []ControlRecord{categoryRecord(cat)}, entry: e, restricts: req.Mode == CategoryFrozen}, nil
 		})
 	}
 	if err != nil {
 		err = deadline(ctx, fmt.Errorf("category %s: %w", req.Name, err))
-		if _, aerr := c.record(ctx, c.entry(who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, err)); aerr != nil {
+		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, err)); aerr != nil {
 			return Category{}, errors.Join(aerr, err)
 		}
 		return Category{}, err
@@ -194,15 +197,31 @@ func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetMode
 	return cat, nil
 }
 
-// A budget is what is left of the invocations that were reserved for a KEK.
-type budget struct{ left uint64 }
+// A budget is what is left of the GCM invocations that were reserved for a
+// category's KEK. Who holds turn, a channel of one place, may use the rest.
+type budget struct {
+	turn    chan struct{}
+	kek     KEKID
+	left    uint64
+	retryAt time.Time // not before, a rotation that failed is tried again
+}
+
+// rotateRetry is how long a rotation that failed is left alone while there
+// are invocations left.
+const rotateRetry = 30 * time.Second
 
 // reserve returns the KEK version that protects in a category, with n GCM
 // invocations that no one else will use. They are reserved in the store in
 // blocks, before use. At the soft limit the category gets a new version.
+// Categories do not wait for each other.
 func (c *Custodian) reserve(ctx context.Context, name CategoryName, n uint64) (KEKID, *controlSet, error) {
-	c.reserveMu.Lock()
-	defer c.reserveMu.Unlock()
+	b := c.budget(name)
+	select {
+	case b.turn <- struct{}{}:
+		defer func() { <-b.turn }()
+	case <-ctx.Done():
+		return KEKID{}, nil, fmt.Errorf("category %s: reserve GCM invocations: %w", name, ErrDeadline)
+	}
 	for range 3 { // a rotation, then a block, then the answer
 		set := c.set.Load()
 		cat, ok := set.categories[name]
@@ -214,24 +233,27 @@ func (c *Custodian) reserve(ctx context.Context, name CategoryName, n uint64) (K
 		if err := Usable(kek.State, Protect, false); err != nil {
 			return id, nil, fmt.Errorf("kek %s: state %s: %w", id, kek.State, err)
 		}
-		b := c.budgets[id]
-		if b == nil {
-			b = &budget{}
-			c.budgets[id] = b
+		if b.kek != id {
+			b.kek, b.left = id, 0
 		}
 		if b.left >= n {
 			b.left -= n
 			return id, set, nil
 		}
-		if kek.Reserved >= c.limits.Soft {
-			err := c.rotateKEK(ctx, name, id.Version, "soft limit of GCM invocations")
+		block := max(c.limits.Block, n)
+		fits := kek.Reserved <= c.limits.Hard && block <= c.limits.Hard-kek.Reserved
+		if kek.Reserved >= c.limits.Soft && (!fits || !c.now().Before(b.retryAt)) {
+			err := c.rotateKEK(ctx, name, id.Version, id.Version+1, "soft limit of GCM invocations")
 			if err == nil {
 				continue
 			}
+			b.retryAt = c.now().Add(rotateRetry)
 			c.log.Error("a KEK is past its soft limit and cannot be rotated", "kek", id.String(), "err", err)
+			if !fits {
+				return id, nil, fmt.Errorf("kek %s: %d of %d GCM invocations reserved, and it has no successor: %w", id, kek.Reserved, c.limits.Hard, err)
+			}
 		}
-		block := max(c.limits.Block, n)
-		if kek.Reserved > math.MaxUint64-block || kek.Reserved+block > c.limits.Hard {
+		if !fits {
 			return id, nil, fmt.Errorf("kek %s: %d of %d GCM invocations reserved: %w", id, kek.Reserved, c.limits.Hard, ErrKEKExhausted)
 		}
 		if err := c.reserveBlock(ctx, id, block); err != nil {
@@ -240,6 +262,17 @@ func (c *Custodian) reserve(ctx context.Context, name CategoryName, n uint64) (K
 		b.left += block
 	}
 	return KEKID{}, nil, fmt.Errorf("category %s: its KEK changes too fast: %w", name, ErrStoreUnavailable)
+}
+
+func (c *Custodian) budget(name CategoryName) *budget {
+	c.budgetMu.Lock()
+	defer c.budgetMu.Unlock()
+	b := c.budgets[name]
+	if b == nil {
+		b = &budget{turn: make(chan struct{}, 1)}
+		c.budgets[name] = b
+	}
+	return b
 }
 
 func (c *Custodian) reserveBlock(ctx context.Context, id KEKID, block uint64) error {

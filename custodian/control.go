@@ -240,6 +240,10 @@ type change struct {
 	remove []controlKey
 	entry  audit.Entry // what the audit log says of it
 	lift   uint64      // the new revision is above this one, too
+	// restricts tells a change that only takes rights away, as a freeze does: it
+	// holds at once, not only when the log has it.
+	restricts bool
+	setTime   bool // the clock was confirmed: the highest time seen becomes now
 }
 
 // change makes one change: MACs and head are made first, the store takes them
@@ -272,6 +276,9 @@ func (c *Custodian) change(ctx context.Context, build func(old *controlSet, now 
 			return err
 		}
 	}
+	if err := lawful(old, next); err != nil {
+		return err
+	}
 	for _, k := range ch.remove {
 		next.remove(k)
 	}
@@ -280,9 +287,15 @@ func (c *Custodian) change(ctx context.Context, build func(old *controlSet, now 
 	next.head.Digest = next.digest()
 	// A clock that is not believed must not become the highest time seen: the
 	// next start would believe it, and then no other.
-	if now.After(next.head.HighestNow) && c.believesClock() == nil {
+	if ch.setTime || now.After(next.head.HighestNow) && c.lookAtClock() == nil {
 		next.head.HighestNow = now
 	}
+	ch.entry = c.headEntry(next, ch.entry)
+	pending, err := ch.entry.MarshalBinary()
+	if err != nil {
+		return fmt.Errorf("audit entry of control revision %d: %w", next.head.Revision, err)
+	}
+	next.head.Pending = sha256.Sum256(pending)
 	head := ControlRecord{Name: "head", Body: encodeHead(next.head)}
 	if err := c.sign(ctx, old, &head); err != nil {
 		return err
@@ -305,9 +318,12 @@ func (c *Custodian) change(ctx context.Context, build func(old *controlSet, now 
 				return err
 			}
 		}
+		if err := tx.PutCursor(pendingEntry, pending); err != nil {
+			return err
+		}
 		return tx.PutHead(head)
 	})
-	u := &unsettled{next: next, entry: ch.entry, failed: err}
+	u := &unsettled{next: next, entry: ch.entry, failed: err, restricts: ch.restricts}
 	c.unsettled = u
 	if serr := c.settle(ctx); serr != nil {
 		return errors.Join(err, serr)
@@ -318,16 +334,42 @@ func (c *Custodian) change(ctx context.Context, build func(old *controlSet, now 
 	return err
 }
 
+// lawful says whether every key version went to a state that it may go to.
+func lawful(old, next *controlSet) error {
+	for id, was := range old.keks {
+		if is := next.keks[id]; is.State != was.State && !was.State.CanBecome(is.State) {
+			return fmt.Errorf("kek %s: %s cannot become %s: %w", id, was.State, is.State, ErrKeyState)
+		}
+	}
+	for v, was := range old.meks {
+		if is := next.meks[v]; is.State != was.State && !was.State.CanBecome(is.State) {
+			return fmt.Errorf("mek %s: %s cannot become %s: %w", was.Label, was.State, is.State, ErrKeyState)
+		}
+	}
+	return nil
+}
+
 // unsettled is a change whose end is not known or not yet written down.
 type unsettled struct {
 	next   *controlSet
 	entry  audit.Entry
 	failed error // what the store answered
 	stored bool
+
+	restricts bool
 }
 
+// pendingEntry is where the store keeps the audit entry of the newest change,
+// so that a start can write it down if the last run did not get to it. The
+// head's MAC covers its hash.
+const pendingEntry = "audit-entry-of-head"
+
+// settleTimeout bounds the end of a change, which the caller's deadline does
+// not: what the store has taken is written down.
+const settleTimeout = 10 * time.Second
+
 // settle brings a change to its end: it finds out whether the store took it,
-// publishes it, and writes it to the audit log. No other change may begin
+// writes it to the audit log, and publishes it. No other change may begin
 // before, or the log would fall behind the store by more than the one entry
 // that a start can mend. controlMu is held.
 func (c *Custodian) settle(ctx context.Context) error {
@@ -335,6 +377,8 @@ func (c *Custodian) settle(ctx context.Context) error {
 	if u == nil {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
+	defer cancel()
 	if u.failed != nil && !u.stored {
 		h, err := c.readHead(ctx)
 		if err != nil {
@@ -346,17 +390,30 @@ func (c *Custodian) settle(ctx context.Context) error {
 		}
 	}
 	u.stored = true
-	c.set.Store(u.next)
-	if _, err := c.record(ctx, c.headEntry(u.next, u.entry)); err != nil {
+	if u.restricts {
+		c.set.Store(u.next)
+	}
+	if _, err := c.record(ctx, u.entry); err != nil {
 		return err
 	}
+	c.set.Store(u.next)
 	c.unsettled = nil
 	return nil
+}
+
+// settleNow ends a change whose audit entry could not be written before.
+func (c *Custodian) settleNow(ctx context.Context) error {
+	c.controlMu.Lock()
+	defer c.controlMu.Unlock()
+	return c.settle(ctx)
 }
 
 func (c *Custodian) headEntry(s *controlSet, e audit.Entry) audit.Entry {
 	e.ControlRevision = s.head.Revision
 	e.ControlDigest = slices.Clone(s.head.Digest[:])
+	if e.Time.IsZero() {
+		e.Time = c.now()
+	}
 	if e.Outcome == 0 {
 		e.Outcome = audit.Allowed
 	}

@@ -97,15 +97,16 @@ type Custodian struct {
 	set    atomic.Pointer[controlSet]
 	// clockFault is why the clock is not believed; nil: it is.
 	clockFault atomic.Pointer[error]
+	lastLook   atomic.Int64  // Unix nanoseconds, when the clock was believed last; 0: never since the start
 	incidents  atomic.Uint64 // KEY_NOT_FOUND answers to callers who may know
 
 	// controlMu serialises changes of the control set and guards unsettled.
 	controlMu sync.Mutex
 	unsettled *unsettled
 
-	// reserveMu guards the map below.
-	reserveMu sync.Mutex
-	budgets   map[KEKID]*budget
+	// budgetMu guards the map below.
+	budgetMu sync.Mutex
+	budgets  map[CategoryName]*budget
 }
 
 // Open verifies store, token and audit log against each other and begins
@@ -149,7 +150,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[KEKID]*budget{}}
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
 	return c, nil
@@ -186,11 +187,11 @@ type ref struct {
 	kid       KID
 }
 
-// entry makes the audit entry of one decision. The outcome follows from err:
+// entry makes the audit entry of one decision, which was taken on set. The outcome follows from err:
 // a refusal by authority, mode or state is a denial, anything else failed.
-func (c *Custodian) entry(who Caller, d Decision, a Action, requestID string, r ref, err error) audit.Entry {
+func (c *Custodian) entry(set *controlSet, who Caller, d Decision, a Action, requestID string, r ref, err error) audit.Entry {
 	e := audit.Entry{Time: c.now(), Action: string(a), Caller: who.ID, Role: string(d.Role), RequestID: requestID,
-		Category: string(r.category), ContentID: r.contentID, ControlRevision: c.set.Load().head.Revision}
+		Category: string(r.category), ContentID: r.contentID, ControlRevision: set.head.Revision}
 	if r.key != nil {
 		e.Category, e.ContentID = string(r.key.Category), r.key.ContentID
 		e.TrackType, e.Scheme = string(r.key.TrackType), string(r.key.Scheme)
@@ -213,12 +214,18 @@ func (c *Custodian) entry(who Caller, d Decision, a Action, requestID string, r 
 }
 
 // record is the one place that writes to the audit log. What it refuses to
-// write did not happen: the caller hands nothing over.
+// write did not happen: the caller hands nothing over. A call whose time is up
+// is written down all the same.
 func (c *Custodian) record(ctx context.Context, entries ...audit.Entry) ([]audit.Receipt, error) {
 	for i := range entries {
 		if entries[i].Time.IsZero() {
 			entries[i].Time = c.now()
 		}
+	}
+	if ctx.Err() != nil {
+		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		ctx = late
 	}
 	receipts, err := c.audit.Append(ctx, entries)
 	if err != nil {

@@ -375,13 +375,14 @@ func encodeHead(h Head) []byte {
 	e.uint(h.Revision)
 	e.raw(h.Digest[:])
 	e.raw(h.Previous[:])
+	e.raw(h.Pending[:])
 	e.time(h.HighestNow)
 	return e.b
 }
 
 func decodeHead(b []byte) (Head, error) {
 	d := newDecoder(formHead, b)
-	h := Head{StoreID: d.array16(), Revision: d.uint(), Digest: d.array32(), Previous: d.array32(), HighestNow: d.time()}
+	h := Head{StoreID: d.array16(), Revision: d.uint(), Digest: d.array32(), Previous: d.array32(), Pending: d.array32(), HighestNow: d.time()}
 	return h, d.done("head")
 }
 

@@ -2,11 +2,11 @@ package custodian
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"strings"
-	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
 )
@@ -184,15 +184,24 @@ func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer 
 		}
 	}
 	set.head.Revision, set.head.Digest = 1, set.digest()
+	e := c.headEntry(set, audit.Entry{Action: "init", Detail: fmt.Sprintf("store %x mek %s id %x profile %s", j.StoreID, m.Label, m.ID, m.Profile)})
+	pending, err := e.MarshalBinary()
+	if err != nil {
+		return err
+	}
+	set.head.Pending = sha256.Sum256(pending)
 	head := ControlRecord{Name: "head", Body: encodeHead(set.head)}
 	if err := c.sign(ctx, set, &head); err != nil {
 		return err
 	}
-	err := c.store.Update(ctx, func(tx UpdateTx) error {
+	err = c.store.Update(ctx, func(tx UpdateTx) error {
 		for _, r := range records {
 			if err := tx.PutControl(r); err != nil {
 				return err
 			}
+		}
+		if err := tx.PutCursor(pendingEntry, pending); err != nil {
+			return err
 		}
 		if err := tx.PutHead(head); err != nil {
 			return err
@@ -203,7 +212,6 @@ func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer 
 		return err
 	}
 	c.set.Store(set)
-	_, err = c.record(ctx, c.headEntry(set, audit.Entry{Action: "init", Time: time.Time{},
-		Detail: fmt.Sprintf("store %x mek %s id %x profile %s", j.StoreID, m.Label, m.ID, m.Profile)}))
+	_, err = c.record(ctx, e)
 	return err
 }

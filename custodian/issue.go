@@ -99,7 +99,7 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 	if err != nil {
 		destroy(keys)
 		err = deadline(ctx, err)
-		if _, aerr := c.record(ctx, c.entry(who, d, ActionIssue, req.RequestID, ref{category: req.Category, contentID: req.ContentID}, err)); aerr != nil {
+		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionIssue, req.RequestID, ref{category: req.Category, contentID: req.ContentID}, err)); aerr != nil {
 			return nil, aerr
 		}
 		return nil, err
@@ -110,10 +110,13 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 		if keys[i].Created {
 			a = ActionIssue
 		}
-		entries[i] = c.entry(who, d, a, req.RequestID, ref{key: &keys[i].ContentKey}, nil)
+		entries[i] = c.entry(c.set.Load(), who, d, a, req.RequestID, ref{key: &keys[i].ContentKey}, nil)
 		entries[i].StoreSequence, entries[i].Detail = keys[i].sequence, graceDetail(keys[i].Grace)
 	}
 	receipts, err := c.record(ctx, entries...)
+	if err == nil && ctx.Err() != nil {
+		err = fmt.Errorf("issue %d keys: they are stored: %w", len(keys), ErrDeadline)
+	}
 	if err != nil {
 		destroy(keys)
 		return nil, err
@@ -151,7 +154,7 @@ func (c *Custodian) issue(ctx context.Context, who Caller, req IssueRequest) (De
 	if d = c.decide(who, ActionIssue, Resource{Category: cat.Name, Mode: cat.Mode}); !d.Allow {
 		return d, nil, fmt.Errorf("category %s: %w", cat.Name, d.Err)
 	}
-	if err := c.believesClock(); err != nil {
+	if err := c.lookAtClock(); err != nil {
 		return d, nil, err
 	}
 	found, err := c.existing(ctx, req)
@@ -165,8 +168,12 @@ func (c *Custodian) issue(ctx context.Context, who Caller, req IssueRequest) (De
 		}
 	}
 	keys := make([]issued, len(req.Keys))
-	if len(missing) > 0 {
-		if err := c.createKeys(ctx, cat.Name, req, missing, found, keys); err != nil {
+	for again := len(missing) > 0; again; {
+		err := c.createKeys(ctx, cat.Name, req, missing, found, keys)
+		if again = errors.Is(err, ErrChanged); again && ctx.Err() == nil {
+			continue // the KEK was rotated meanwhile; its successor seals
+		}
+		if err != nil {
 			return d, keys, err
 		}
 	}
@@ -238,6 +245,7 @@ func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req I
 	}
 	fresh := make([]SealedKey, len(req.Keys))
 	for _, i := range missing {
+		keys[i].Key.Destroy()
 		if fresh[i], keys[i].Key, keys[i].Grace, err = c.newKey(ctx, set, kek, req, req.Keys[i]); err != nil {
 			return err
 		}
@@ -245,6 +253,9 @@ func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req I
 	var sequence uint64
 	var created []bool
 	err = c.store.Update(ctx, func(tx UpdateTx) error {
+		if err := stillProtects(tx, set, kek); err != nil {
+			return err
+		}
 		created = make([]bool, len(req.Keys))
 		for _, i := range missing {
 			won, err := findExisting(tx, fresh[i].Key.NaturalKey)
@@ -271,6 +282,32 @@ func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req I
 			continue
 		}
 		keys[i].ContentKey, keys[i].Created, keys[i].sequence = fresh[i].Key, true, sequence
+	}
+	return nil
+}
+
+// stillProtects says whether the category is open and kek its active key in
+// the store's own state: a freeze or a rotation may have come since set.
+func stillProtects(tx Tx, set *controlSet, kek KEKID) error {
+	r, err := tx.Head()
+	if err != nil {
+		return err
+	}
+	if h, err := decodeHead(r.Body); err != nil || h.Revision == set.head.Revision {
+		return err
+	}
+	if r, err = tx.Control(ControlCategory, string(kek.Category)); err != nil {
+		return fmt.Errorf("category %s: %w", kek.Category, err)
+	}
+	cat, err := decodeCategory(r.Body)
+	if err != nil {
+		return err
+	}
+	if cat.Mode != CategoryOpen {
+		return fmt.Errorf("category %s: %w", kek.Category, ErrCategoryFrozen)
+	}
+	if cat.ActiveKEK != kek.Version {
+		return fmt.Errorf("kek %s: %w", kek, ErrChanged)
 	}
 	return nil
 }

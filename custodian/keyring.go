@@ -370,6 +370,9 @@ func (s *controlSet) wrapped(id keyID) (w Wrapped, ident []byte, use KeyUse, err
 		if !ok {
 			return w, nil, 0, corrupt(id.String(), errors.New("it is not recorded"))
 		}
+		if err := Usable(h.State, Process, false); err != nil {
+			return w, nil, 0, fmt.Errorf("%s: state %s: %w", id, h.State, err)
+		}
 		return h.Wrapped, helperIdentity(s.head.StoreID, h.Purpose, h.Version), UseMAC, nil
 	}
 	kid := KEKID{id.kek, id.version}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -212,7 +213,9 @@ type KEKID struct {
 	Version  uint32 // from 1
 }
 
-func (id KEKID) String() string { return fmt.Sprintf("%s/%d", id.Category, id.Version) }
+func (id KEKID) String() string {
+	return string(id.Category) + "/" + strconv.FormatUint(uint64(id.Version), 10)
+}
 
 // MarshalText writes the ID as String does.
 func (id KEKID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }

@@ -2,10 +2,12 @@ package custodian
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -23,6 +25,7 @@ type Logged struct {
 	// changes by revision; only a restore needs them.
 	TrackKIDs bool
 	KIDs      map[KID]KEKID
+	KEKs      map[CategoryName]uint32 // the highest version that it names
 	Changes   []ControlChange
 }
 
@@ -48,23 +51,30 @@ func (l *Logged) Visit(e *audit.Entry) error {
 		l.Sequence = e.StoreSequence // the older store is now the right one
 	}
 	l.Sequence = max(l.Sequence, e.StoreSequence)
-	if l.TrackKIDs && len(e.KID) == KIDSize && e.Outcome == audit.Allowed {
-		if l.KIDs == nil {
-			l.KIDs = map[KID]KEKID{}
-		}
-		var version uint32
-		if _, v, ok := strings.Cut(e.KeyVersion, "/"); ok {
-			fmt.Sscanf(v, "%d", &version)
-		}
-		l.KIDs[KID(e.KID)] = KEKID{CategoryName(e.Category), version}
+	if !l.TrackKIDs {
+		return nil
+	}
+	kek := KEKID{Category: CategoryName(e.Category)}
+	if _, v, ok := strings.Cut(e.KeyVersion, "/"); ok {
+		n, _ := strconv.ParseUint(v, 10, 32) // zero where it is no version
+		kek.Version = uint32(n)
+	}
+	if l.KIDs == nil {
+		l.KIDs, l.KEKs = map[KID]KEKID{}, map[CategoryName]uint32{}
+	}
+	l.KEKs[kek.Category] = max(l.KEKs[kek.Category], kek.Version)
+	if len(e.KID) == KIDSize && e.Outcome == audit.Allowed {
+		l.KIDs[KID(e.KID)] = kek
 	}
 	return nil
 }
 
 // maxAhead is how far beyond the highest time seen a start may be without
-// confirmation; maxBehind allows for small corrections of the clock.
+// confirmation, and maxStep how far the clock may go between two looks at it
+// while the daemon runs. maxBehind allows for small corrections of the clock.
 const (
 	maxAhead  = 90 * 24 * time.Hour
+	maxStep   = 4 * time.Hour
 	maxBehind = 5 * time.Minute
 )
 
@@ -88,15 +98,19 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	c.set.Store(set)
 	if !cfg.Restored && cfg.Logged.Revision < set.head.Revision {
 		// The last run ended between the store's commit and the log's.
-		if _, err := c.record(ctx, c.headEntry(set, audit.Entry{Action: "head.recovered"})); err != nil {
+		e, err := c.pendingEntry(ctx, set)
+		if err != nil {
+			return err
+		}
+		if _, err := c.record(ctx, e); err != nil {
 			return err
 		}
 	}
-	c.checkClock(set.head.HighestNow, cfg.ConfirmTime)
+	c.checkClock(set.head.HighestNow, maxAhead, cfg.ConfirmTime)
 	if cfg.ConfirmTime && !cfg.Restored && c.believesClock() == nil {
 		// Kept now, so that the confirmation is needed once. A restore keeps it
 		// with its first change, which lifts the revision above the log's.
-		if err := c.keepTime(ctx); err != nil {
+		if err := c.keepTime(ctx, true); err != nil {
 			return err
 		}
 	}
@@ -107,6 +121,28 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	_, err = c.record(ctx, audit.Entry{Action: "start", Outcome: audit.Allowed, ControlRevision: set.head.Revision, StoreSequence: sequence,
 		Detail: "config " + hex.EncodeToString(cfg.ConfigDigest[:]) + " policy " + hex.EncodeToString(policy[:])})
 	return err
+}
+
+// pendingEntry is the audit entry of the newest change, which the last run
+// stored with it and did not get to write to the log.
+func (c *Custodian) pendingEntry(ctx context.Context, set *controlSet) (audit.Entry, error) {
+	var raw []byte
+	if err := c.store.View(ctx, func(tx Tx) error {
+		var err error
+		raw, err = tx.Cursor(pendingEntry)
+		return err
+	}); err != nil {
+		return audit.Entry{}, err
+	}
+	if sha256.Sum256(raw) != set.head.Pending {
+		return audit.Entry{}, corrupt(fmt.Sprintf("audit entry of control revision %d", set.head.Revision), ErrRecordMAC)
+	}
+	e, err := audit.UnmarshalEntry(raw)
+	if err != nil {
+		return e, corrupt(fmt.Sprintf("audit entry of control revision %d", set.head.Revision), err)
+	}
+	e.Detail = strings.TrimSpace(e.Detail + " (written by the next start)")
+	return e, nil
 }
 
 func (c *Custodian) readControl(ctx context.Context) (records []ControlRecord, head ControlRecord, sequence uint64, err error) {
@@ -228,38 +264,55 @@ func (c *Custodian) checkToken(ctx context.Context, set *controlSet) error {
 }
 
 // checkClock compares the clock with the highest time seen. A clock that is
-// not believed changes nothing and issues nothing.
-func (c *Custodian) checkClock(highest time.Time, confirmed bool) {
+// not believed changes nothing and issues nothing. ahead is how far beyond it
+// may be; confirmed takes it as it is.
+func (c *Custodian) checkClock(highest time.Time, ahead time.Duration, confirmed bool) {
 	now := c.now()
 	var fault error
 	switch {
+	case confirmed:
 	case now.Before(highest.Add(-maxBehind)):
-		fault = fmt.Errorf("clock: now is %s, before %s, the highest time seen; set the clock: %w", now.Format(time.RFC3339), highest.Format(time.RFC3339), ErrClock)
-	case now.After(highest.Add(maxAhead)) && !confirmed:
-		fault = fmt.Errorf("clock: now is %s, more than %d days after %s, the highest time seen; if that is right, start with -confirm-time: %w",
-			now.Format(time.RFC3339), int(maxAhead.Hours()/24), highest.Format(time.RFC3339), ErrClock)
+		fault = fmt.Errorf("clock: now is %s, before %s, the highest time seen; set the clock, or if that time was wrong, start with -confirm-time: %w", now.Format(time.RFC3339), highest.Format(time.RFC3339), ErrClock)
+	case now.After(highest.Add(ahead)):
+		fault = fmt.Errorf("clock: now is %s, more than %s after %s, the highest time seen; if that is right, start with -confirm-time: %w",
+			now.Format(time.RFC3339), ahead, highest.Format(time.RFC3339), ErrClock)
 	}
 	if fault == nil {
+		c.lastLook.Store(now.UnixNano())
 		c.clockFault.Store(nil)
 		return
 	}
-	c.clockFault.Store(&fault)
-	c.log.Error("nothing is issued or changed", "err", fault)
-}
-
-// Tick looks at the clock again and keeps the highest time seen up to date.
-// Call it about once an hour; it writes at most once a day.
-func (c *Custodian) Tick(ctx context.Context) error {
-	highest := c.set.Load().head.HighestNow
-	c.checkClock(highest, false)
-	if c.believesClock() != nil || c.now().Sub(highest) < 24*time.Hour {
-		return nil
+	if c.clockFault.Swap(&fault) == nil {
+		c.log.Error("nothing is issued or changed", "err", fault)
 	}
-	return c.keepTime(ctx)
 }
 
-func (c *Custodian) keepTime(ctx context.Context) error {
+// lookAtClock is checkClock while running: once the clock was believed, it may
+// not have gone far since the last look, nor back behind it.
+func (c *Custodian) lookAtClock() error {
+	if last := c.lastLook.Load(); last != 0 {
+		c.checkClock(time.Unix(0, last).UTC(), maxStep, false)
+	} else {
+		c.checkClock(c.set.Load().head.HighestNow, maxAhead, false)
+	}
+	return c.believesClock()
+}
+
+// Tick keeps house: it looks at the clock, releases the KEKs whose time is up,
+// ends a change that the audit log did not take at once, and keeps the highest
+// time seen up to date. Call it about once a minute; it writes once a day.
+func (c *Custodian) Tick(ctx context.Context) error {
+	c.keys.sweep(c.set.Load(), c.keys.clock.now())
+	err := c.settleNow(ctx)
+	if c.lookAtClock() != nil || c.now().Sub(c.set.Load().head.HighestNow) < 24*time.Hour {
+		return err
+	}
+	return c.keepTime(ctx, false)
+}
+
+// keepTime writes the time down; confirmed, even if it is below the highest.
+func (c *Custodian) keepTime(ctx context.Context, confirmed bool) error {
 	return c.change(ctx, func(*controlSet, time.Time) (change, error) {
-		return change{entry: audit.Entry{Action: "time"}}, nil
+		return change{setTime: confirmed, entry: audit.Entry{Action: "time", Detail: c.now().Format(time.RFC3339)}}, nil
 	})
 }

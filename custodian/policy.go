@@ -71,20 +71,29 @@ type Grant struct {
 	Categories    []CategoryName
 	// Reissue lets a packager have keys again after their re-issue window.
 	Reissue bool
-	// SPKI pins the public key; officers must have it.
+	// SPKI pins the public key: another one is not granted. Officers must have
+	// it, and it makes whoever shows it no operator, under any name.
 	SPKI *[32]byte
 }
 
 // A Policy is the set of grants. The zero Policy permits nothing.
 type Policy struct {
-	byIdentity map[string][]Grant
+	byIdentity map[string][]rule
+	officers   map[[32]byte]bool // public keys that are pinned for officers
 	digest     [32]byte
+}
+
+// A rule is a grant and what names it in a Decision, written once: every call
+// is decided.
+type rule struct {
+	Grant
+	text string
 }
 
 // NewPolicy checks the grants and makes a policy of them. It reports every
 // fault at once, each with the place grants[i].
 func NewPolicy(grants []Grant) (*Policy, error) {
-	p := &Policy{byIdentity: map[string][]Grant{}}
+	p := &Policy{byIdentity: map[string][]rule{}, officers: map[[32]byte]bool{}}
 	var faults []error
 	fault := func(i int, format string, args ...any) {
 		faults = append(faults, fmt.Errorf("grants[%d]: %w", i, fmt.Errorf(format, args...)))
@@ -111,11 +120,15 @@ func NewPolicy(grants []Grant) (*Policy, error) {
 				fault(i, "%w", err)
 			}
 		}
-		p.byIdentity[g.Identity] = append(p.byIdentity[g.Identity], g)
-		canonical = append(canonical, g.canonical())
+		text := g.canonical()
+		if g.Role == RoleOfficer && g.SPKI != nil {
+			p.officers[*g.SPKI] = true
+		}
+		p.byIdentity[g.Identity] = append(p.byIdentity[g.Identity], rule{g, text})
+		canonical = append(canonical, text)
 	}
 	for id, gs := range p.byIdentity {
-		holds := func(r Role) bool { return slices.ContainsFunc(gs, func(g Grant) bool { return g.Role == r }) }
+		holds := func(r Role) bool { return slices.ContainsFunc(gs, func(g rule) bool { return g.Role == r }) }
 		if holds(RoleOfficer) && holds(RoleOperator) {
 			faults = append(faults, fmt.Errorf("%s: is officer and operator; these must be different people", id))
 		}
@@ -176,8 +189,11 @@ func (p *Policy) Decide(r Request) Decision {
 		if !slices.Contains(permits[r.Action], g.Role) || !slices.Contains(r.Caller.Roles, g.Role) {
 			continue
 		}
-		if g.Role == RoleOfficer && (g.SPKI == nil || *g.SPKI != r.Caller.SPKI) {
+		if g.SPKI != nil && *g.SPKI != r.Caller.SPKI || g.SPKI == nil && g.Role == RoleOfficer {
 			continue
+		}
+		if g.Role == RoleOperator && p.officers[r.Caller.SPKI] {
+			continue // the same key under another name
 		}
 		d.Role = g.Role
 		if r.Action == ActionReissue && !g.Reissue {
@@ -186,7 +202,7 @@ func (p *Policy) Decide(r Request) Decision {
 		if r.Resource.Category != "" && !g.covers(r.Resource.Category) {
 			continue
 		}
-		d.Rules = append(d.Rules, g.canonical())
+		d.Rules = append(d.Rules, g.text)
 		d.Allow = true
 		d.KnowIt = d.KnowIt || g.AllCategories
 	}
@@ -226,7 +242,7 @@ func purposeOf(a Action) Purpose {
 	return 0
 }
 
-func (p *Policy) grants(who Caller) []Grant {
+func (p *Policy) grants(who Caller) []rule {
 	if p == nil {
 		return nil
 	}

@@ -147,6 +147,7 @@ type Head struct {
 	Revision   uint64 // from 1
 	Digest     [32]byte
 	Previous   [32]byte  // digest before the last change
+	Pending    [32]byte  // SHA-256 of the audit entry of the last change
 	HighestNow time.Time // the highest time ever seen
 }
 

@@ -94,10 +94,13 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 		if r.Err == nil { // else nothing has proved what the record says
 			about.key = &r.Info
 		}
-		entries[i] = c.entry(who, r.decision, ActionRelease, req.RequestID, about, r.Err)
+		entries[i] = c.entry(set, who, r.decision, ActionRelease, req.RequestID, about, r.Err)
 		entries[i].Detail = graceDetail(r.Grace)
 	}
 	receipts, err := c.record(ctx, entries...)
+	if err == nil && ctx.Err() != nil {
+		err = fmt.Errorf("retrieve %d keys: %w", len(results), ErrDeadline) // nobody waits for them
+	}
 	if err != nil {
 		for i := range results {
 			results[i].Key.Destroy()

@@ -1,6 +1,7 @@
 package custodian
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -55,7 +56,7 @@ type AuditStatus struct {
 func (c *Custodian) Status(ctx context.Context, who Caller) (Status, error) {
 	d := c.decide(who, ActionReadStatus, Resource{})
 	if !d.Allow {
-		_, err := c.record(ctx, c.entry(who, d, ActionReadStatus, "", ref{}, d.Err))
+		_, err := c.record(ctx, c.entry(c.set.Load(), who, d, ActionReadStatus, "", ref{}, d.Err))
 		return Status{}, errors.Join(d.Err, err)
 	}
 	return c.Snapshot(ctx)
@@ -161,7 +162,7 @@ func (c *Custodian) Categories(ctx context.Context, who Caller) ([]Category, err
 
 // refuse writes a refusal to the audit log and returns it.
 func (c *Custodian) refuse(ctx context.Context, who Caller, d Decision, a Action, about ref) error {
-	if _, err := c.record(ctx, c.entry(who, d, a, "", about, d.Err)); err != nil {
+	if _, err := c.record(ctx, c.entry(c.set.Load(), who, d, a, "", about, d.Err)); err != nil {
 		return err
 	}
 	return d.Err
@@ -225,6 +226,9 @@ func (c *Custodian) ListContentKeys(ctx context.Context, who Caller, req ListReq
 		k, err := DecodeContentKey(b)
 		if err != nil {
 			return nil, "", invalid("page_token", errors.New("it is not one that we gave"))
+		}
+		if k.Category != req.Category || len(req.ContentID) > 0 && !bytes.Equal(k.ContentID, req.ContentID) {
+			return nil, "", invalid("page_token", errors.New("it belongs to another list"))
 		}
 		after = &k.NaturalKey
 	}

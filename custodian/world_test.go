@@ -108,10 +108,23 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-func (w *world) storePath() string       { return filepath.Join(w.dir, "store.db") }
-func (w *world) auditDir() string        { return filepath.Join(w.dir, "audit") }
-func (w *world) now() time.Time          { return time.Unix(0, w.clock.Load()) }
-func (w *world) advance(d time.Duration) { w.clock.Add(int64(d)) }
+func (w *world) storePath() string { return filepath.Join(w.dir, "store.db") }
+func (w *world) auditDir() string  { return filepath.Join(w.dir, "audit") }
+func (w *world) now() time.Time    { return time.Unix(0, w.clock.Load()) }
+func (w *world) advance(d time.Duration) {
+	w.t.Helper()
+	const step = 3 * time.Hour // a clock that jumps further under a running daemon is not believed
+	for ; w.c != nil && d > step; d -= step {
+		if err := w.c.Tick(w.t.Context()); err != nil {
+			w.t.Fatal(err)
+		}
+		w.clock.Add(int64(step))
+		if err := w.c.Tick(w.t.Context()); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	w.clock.Add(int64(d))
+}
 
 // close closes everything that lies in the folder.
 func (w *world) close() {
@@ -436,6 +449,7 @@ type breaker struct {
 	away  map[string]bool // every call of them fails
 	hit   bool
 	hold  map[string]chan struct{}
+	then  map[string]func()
 }
 
 // arm makes the nth call of op from now on fail.
@@ -482,6 +496,13 @@ func (b *breaker) block(op string) (release func()) {
 	}
 }
 
+// afterwards calls f after the next call of op.
+func (b *breaker) afterwards(op string, f func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.then = map[string]func(){op: f}
+}
+
 func (b *breaker) count(op string) int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -502,7 +523,8 @@ func (b *breaker) do(op string, err error, f func() error) error {
 			b.hit, before, after = true, !b.after, b.after
 		}
 	}
-	held := b.hold[op]
+	held, then := b.hold[op], b.then[op]
+	delete(b.then, op)
 	b.mu.Unlock()
 	if held != nil {
 		<-held
@@ -510,7 +532,11 @@ func (b *breaker) do(op string, err error, f func() error) error {
 	if before {
 		return err
 	}
-	if e := f(); e != nil || !after {
+	e := f()
+	if then != nil {
+		then()
+	}
+	if e != nil || !after {
 		return e
 	}
 	return err

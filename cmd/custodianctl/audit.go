@@ -176,7 +176,7 @@ line. What the log says is not checked: custodianctl audit verify does that.`,
 	fl.StringVar(&f.outcome, "outcome", "", "only this `OUTCOME`: allowed, denied or failed")
 	fl.IntVar(&f.limit, "limit", 100, "the newest `N` of them, 0 for all")
 	completeWords(c, "outcome", "allowed", "denied", "failed")
-	completeWords(c, "action", "issue", "reissue", "release", "category.create", "category.mode", "backup")
+	completeWords(c, "action", "issue", "reissue", "release", "category.create", "category.freeze", "category.open", "backup")
 	return c
 }
 

@@ -217,7 +217,7 @@ func (d *daemon) closeParts(ctx context.Context) error {
 
 // keepHouse keeps the highest time seen.
 func (d *daemon) keepHouse(ctx context.Context) error {
-	tick := time.NewTicker(time.Hour)
+	tick := time.NewTicker(time.Minute)
 	defer tick.Stop()
 	for {
 		select {

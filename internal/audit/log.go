@@ -48,7 +48,7 @@ type Options struct {
 	// Allowed or with Priority may use; 8 MiB where 0.
 	Reserve int64
 
-	// DenialsPerSecond is how many denials are written for each caller before
+	// DenialsPerSecond is how many denials, and calls that failed, are written for each caller before
 	// they are only counted; 100 where 0.
 	DenialsPerSecond int
 
@@ -371,7 +371,7 @@ func (l *Log) prepare(entries []Entry) (*request, []Receipt, error) {
 	r := l.request(len(entries))
 	receipts := make([]Receipt, len(entries))
 	for i := range entries {
-		if e := &entries[i]; e.Outcome == Denied && !e.Priority && !l.denials.write(e, now) {
+		if e := &entries[i]; e.Outcome != Allowed && e.Caller != "" && !e.Priority && !l.denials.write(e, now) {
 			receipts[i].Coalesced = true
 			continue
 		}

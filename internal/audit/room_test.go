@@ -14,9 +14,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// failure is an entry that may not use the reserve.
+// failure is a fault of the daemon's own: it may not use the reserve, and
+// without a caller it is never only counted.
 func failure(i int) audit.Entry {
 	e := release(i)
+	e.Caller = ""
 	e.Outcome, e.Reason = audit.Failed, "HSM_UNAVAILABLE"
 	return e
 }
