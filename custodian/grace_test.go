@@ -24,7 +24,6 @@ type badKMS struct {
 	// mu guards the fields below.
 	mu    sync.Mutex
 	fails error         // what it answers; nil: it works
-	after bool          // it does what it is asked before it fails
 	hangs chan struct{} // it answers nothing until that is closed
 	slow  time.Duration
 	opens int

@@ -38,8 +38,8 @@ func (k *badKMS) Unwrap(ctx context.Context, w custodian.OuterWrap, binding []by
 const (
 	// shortLifetime of a KEK ends in the middle of a run.
 	shortLifetime = time.Second
-	// slowKMS is what a KMS takes in the same region.
-	slowKMS = 50 * time.Millisecond
+	// farAway is what a KMS takes in the same region.
+	farAway = 50 * time.Millisecond
 	// kmsInFlight leaves the machine some room: where it is full, p99 is that
 	// of the queue.
 	kmsInFlight = 8
@@ -51,7 +51,7 @@ func (r *rig) kms(ctx context.Context) error {
 	lifetime := []string{"-kek-lifetime", shortLifetime.String()}
 	// It answers for the helper keys at the start, and for the one KEK.
 	hang := append([]string{"-kms-answers", strconv.Itoa(len(custodian.HelperPurposes) + 1)}, lifetime...)
-	cold := []string{"-kek-lifetime", "1ns", "-kms-delay", slowKMS.String()}
+	cold := []string{"-kek-lifetime", "1ns", "-kms-delay", farAway.String()}
 	var servers [3]*server
 	var kids [3]string
 	for i, s := range []struct {
