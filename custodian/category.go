@@ -72,7 +72,7 @@ func (c *Custodian) createCategory(ctx context.Context, d Decision, req CreateCa
 		providers = c.defaultWraps
 	}
 	for i, p := range providers {
-		if c.keys.providers[p] == nil {
+		if c.keys.guards[p] == nil {
 			return Category{}, invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%q is not configured", p))
 		}
 	}

@@ -53,6 +53,12 @@ type Config struct {
 	// KEKLifetime is how long a loaded KEK serves without asking the KMS
 	// again. Zero: 15 minutes.
 	KEKLifetime time.Duration
+	// KMS says how providers are called, and what is served while they are
+	// away.
+	KMS KMSLimits
+	// OnIncident hears of every incident when it is declared and when it is
+	// closed. It must not wait.
+	OnIncident func(Incident)
 	// MaxReleases is how many CEKs may be in clear at once. Zero: 8192.
 	MaxReleases int
 	// ConfirmTime accepts a clock that is far beyond the highest time seen.
@@ -83,7 +89,7 @@ type Custodian struct {
 
 	clock          func() time.Time
 	defaultWraps   []string
-	providers      []Provider
+	onIncident     func(Incident)
 	started        time.Time
 	unknownObjects []TokenObject
 
@@ -98,11 +104,6 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
-	// probeMu guards what the last probe of the KMS has shown.
-	probeMu  sync.Mutex
-	probedAt time.Time
-	probed   error
-
 	// budgetMu guards the map below.
 	budgetMu sync.Mutex
 	budgets  map[CategoryName]*budget
@@ -115,7 +116,7 @@ type Custodian struct {
 // again); ErrRecordMAC, ErrControlDigest, ErrStoreRollback, ErrLogRollback,
 // ErrWrongMEK (never served; see docs/OPERATIONS.md).
 func Open(ctx context.Context, cfg Config) (*Custodian, error) {
-	c, err := newCustodian(cfg)
+	c, err := newCustodian(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -126,7 +127,7 @@ func Open(ctx context.Context, cfg Config) (*Custodian, error) {
 	return c, nil
 }
 
-func newCustodian(cfg Config) (*Custodian, error) {
+func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if cfg.MaxReleases == 0 {
 		cfg.MaxReleases = 8192
 	}
@@ -144,16 +145,12 @@ func newCustodian(cfg Config) (*Custodian, error) {
 	if err != nil {
 		return nil, err
 	}
-	providers := map[string]Provider{}
-	for _, p := range cfg.Providers {
-		if providers[p.Name()] != nil {
-			return nil, fmt.Errorf("provider %q is configured twice", p.Name())
-		}
-		providers[p.Name()] = p
+	keys, err := newKeyring(ctx, cfg.HSM, cfg.Providers, cfg.KEKLifetime, cfg.KMS, cfg.Now)
+	if err != nil {
+		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, providers: cfg.Providers, budgets: map[CategoryName]*budget{}}
-	c.keys = newKeyring(cfg.HSM, providers, cfg.KEKLifetime, 30*time.Second, cfg.Now)
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
 	return c, nil

@@ -311,7 +311,7 @@ func TestInitFaults(t *testing.T) {
 		faults++
 		t.Run(fmt.Sprintf("%s %d after=%v", op, nth, after), func(t *testing.T) {
 			w.t = t
-			if err == nil {
+			if err == nil && op != "kms.Unwrap" { // that is tried again
 				t.Error("init answers that all is well")
 			}
 			// Whoever sees the error runs init again, and then starts.

@@ -120,4 +120,14 @@ type ProviderStatus struct {
 	LastError   string    `json:"last_error,omitempty"`
 	Calls       uint64    `json:"calls"`
 	Failures    uint64    `json:"failures"`
+
+	// The domain adds what follows from all calls so far.
+
+	AwaySince time.Time     `json:"away_since,omitzero"` // no answer since
+	GraceLeft time.Duration `json:"grace_left"`          // for loaded keys, if it goes or stays away
+	Refused   string        `json:"refused,omitempty"`   // why there is no grace: access was taken away
+	Incident  time.Time     `json:"incident,omitzero"`   // declared, and still open
+	Incidents uint64        `json:"incidents"`           // since the start
+	// CallsByReason counts what was asked of the provider, and how it ended.
+	CallsByReason []CallCount `json:"calls_by_reason"`
 }

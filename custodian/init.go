@@ -25,7 +25,7 @@ type InitSpec struct {
 // It refuses a store that has a head, and without a journal a token that
 // holds objects under our prefix.
 func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
-	c, err := newCustodian(cfg)
+	c, err := newCustodian(ctx, cfg)
 	if err != nil {
 		return err
 	}

@@ -33,6 +33,9 @@ type IssuedKey struct {
 	Key     secret.Secret
 	Created bool // false: the natural key had it already
 	Receipt audit.Receipt
+	// Grace is what is left of the grace on which the category's KEK served
+	// while the KMS is away; zero: it was not needed.
+	Grace time.Duration
 }
 
 // Check says what is wrong with the request, or nil.
@@ -108,7 +111,7 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 			a = ActionIssue
 		}
 		entries[i] = c.entry(c.set.Load(), who, d, a, req.RequestID, ref{key: &keys[i].ContentKey}, nil)
-		entries[i].StoreSequence = keys[i].sequence
+		entries[i].StoreSequence, entries[i].Detail = keys[i].sequence, graceDetail(keys[i].Grace)
 	}
 	receipts, err := c.record(ctx, entries...)
 	if err == nil && ctx.Err() != nil {
@@ -243,7 +246,7 @@ func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req I
 	fresh := make([]SealedKey, len(req.Keys))
 	for _, i := range missing {
 		keys[i].Key.Destroy()
-		if fresh[i], keys[i].Key, err = c.newKey(ctx, set, kek, req, req.Keys[i]); err != nil {
+		if fresh[i], keys[i].Key, keys[i].Grace, err = c.newKey(ctx, set, kek, req, req.Keys[i]); err != nil {
 			return err
 		}
 	}
@@ -310,13 +313,13 @@ func stillProtects(tx Tx, set *controlSet, kek KEKID) error {
 }
 
 // newKey draws a CEK in the token and seals it.
-func (c *Custodian) newKey(ctx context.Context, set *controlSet, kek KEKID, req IssueRequest, spec KeySpec) (SealedKey, secret.Secret, error) {
+func (c *Custodian) newKey(ctx context.Context, set *controlSet, kek KEKID, req IssueRequest, spec KeySpec) (sealed SealedKey, cek secret.Secret, grace time.Duration, err error) {
 	k := SealedKey{Key: ContentKey{NaturalKey: req.natural(spec), KID: spec.KID, PeriodStart: spec.Period.Start.UTC(), PeriodEnd: spec.Period.End.UTC(),
 		Origin: OriginGenerated, KEK: kek, BirthKEK: kek.Version, CreateTime: c.now(), Revision: 1}}
 	k.Key.ContentID = slices.Clone(k.Key.ContentID)
 	var public [2 * KIDSize]byte // KID and explicit IV in one call
 	if err := c.hsm.Random(ctx, public[:]); err != nil {
-		return k, secret.Secret{}, err
+		return k, secret.Secret{}, 0, err
 	}
 	if k.Key.KID.IsZero() {
 		k.Key.KID = KID(public[:KIDSize])
@@ -328,27 +331,27 @@ func (c *Custodian) newKey(ctx context.Context, set *controlSet, kek KEKID, req 
 	}
 	slot, err := c.arena.Get()
 	if err != nil {
-		return k, secret.Secret{}, fmt.Errorf("%w: %w", err, ErrRate)
+		return k, secret.Secret{}, 0, fmt.Errorf("%w: %w", err, ErrRate)
 	}
-	cek := secret.New(c.arena, slot, CEKSize)
-	if err := c.sealCEK(ctx, set, &k, slot[:CEKSize], true); err != nil {
+	cek = secret.New(c.arena, slot, CEKSize)
+	if grace, err = c.sealCEK(ctx, set, &k, slot[:CEKSize], true); err != nil {
 		cek.Destroy()
-		return k, secret.Secret{}, fmt.Errorf("content key %s: %w", k.Key.KID, err)
+		return k, secret.Secret{}, 0, fmt.Errorf("content key %s: %w", k.Key.KID, err)
 	}
-	return k, cek, nil
+	return k, cek, grace, nil
 }
 
 // sealCEK fingerprints cek and seals it under k.Key.KEK; with draw, it fills
 // cek from the token's random source first.
-func (c *Custodian) sealCEK(ctx context.Context, set *controlSet, k *SealedKey, cek []byte, draw bool) error {
+func (c *Custodian) sealCEK(ctx context.Context, set *controlSet, k *SealedKey, cek []byte, draw bool) (grace time.Duration, err error) {
 	if draw {
 		if err := c.hsm.Random(ctx, cek); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	h, err := set.latestHelper(HelperFingerprint)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	k.Key.Fingerprint.Version = h.Version
 	if err := c.keys.withHelper(ctx, set, HelperFingerprint, h.Version, func(f Key) error {
@@ -356,7 +359,7 @@ func (c *Custodian) sealCEK(ctx context.Context, set *controlSet, k *SealedKey, 
 		k.Key.Fingerprint.MAC, err = f.CMAC(ctx, cek)
 		return err
 	}); err != nil {
-		return fmt.Errorf("fingerprint: %w", err)
+		return 0, fmt.Errorf("fingerprint: %w", err)
 	}
 	k.Body = EncodeContentKey(k.Key)
 	return c.keys.withKEK(ctx, set, k.Key.KEK, func(kek Key) error {
@@ -382,7 +385,7 @@ func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Calle
 	}
 	var err error
 	out.ContentKey = k.Key
-	out.Key, err = c.openCEK(ctx, set, k)
+	out.Key, out.Grace, err = c.openCEK(ctx, set, k)
 	return d, err
 }
 

@@ -2,9 +2,11 @@ package custodian
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,14 +17,26 @@ import (
 // A keyring holds the keys that are loaded in the token. It decides which key
 // version wraps and how long a loaded KEK may be used without asking the KMS
 // again. The keys themselves are the token's.
+//
+// A KEK is loaded for its lifetime. After that it is asked for again; only
+// where no provider that wraps it answers does the loaded one serve on, for a
+// grace that counts from the last contact with one of them (see graceLeft).
 type keyring struct {
-	hsm       HSM
-	providers map[string]Provider
-	lifetime  time.Duration // of a loaded KEK, absolute
-	timeout   time.Duration // of one load
-	now       func() time.Time
-	flight    singleflight.Group
-	loads     atomic.Uint64
+	hsm      HSM
+	guards   map[string]*guard
+	order    []*guard // as configured
+	limits   KMSLimits
+	lifetime time.Duration // of a loaded KEK without grace
+	timeout  time.Duration // of one load
+	clock    *steady
+	flight   singleflight.Group
+	loads    atomic.Uint64
+
+	// base is what calls of the KMS run under: they may outlive the caller
+	// who began them, and end with the keyring. calls counts those under way.
+	base  context.Context
+	stop  context.CancelFunc
+	calls sync.WaitGroup
 
 	// mu guards the map below.
 	mu     sync.RWMutex
@@ -45,71 +59,166 @@ func (id keyID) String() string {
 
 type loadedKey struct {
 	key   Key
+	from  time.Time // when it was loaded
 	until time.Time // zero: for as long as the process lives
+	// slow: somebody waits in vain for this key to be loaded again.
+	slow atomic.Bool
 }
 
-func newKeyring(hsm HSM, providers map[string]Provider, lifetime, timeout time.Duration, now func() time.Time) *keyring {
-	return &keyring{hsm: hsm, providers: providers, lifetime: lifetime, timeout: timeout, now: now, loaded: map[keyID]*loadedKey{}}
+func (l *loadedKey) fresh(now time.Time) bool { return l.until.IsZero() || now.Before(l.until) }
+
+// newKeyring makes a keyring. ctx gives its calls their values, not their end.
+func newKeyring(ctx context.Context, hsm HSM, providers []Provider, lifetime time.Duration, limits KMSLimits, now func() time.Time) (*keyring, error) {
+	r := &keyring{hsm: hsm, guards: map[string]*guard{}, limits: limits.withDefaults(), lifetime: lifetime, timeout: 30 * time.Second,
+		clock: newSteady(now), loaded: map[keyID]*loadedKey{}}
+	r.base, r.stop = context.WithCancel(context.WithoutCancel(ctx))
+	successes := &atomic.Uint64{}
+	for _, p := range providers {
+		if r.guards[p.Name()] != nil {
+			return nil, fmt.Errorf("provider %q is configured twice", p.Name())
+		}
+		g := newGuard(p, r.limits, r.clock, successes)
+		r.guards[p.Name()], r.order = g, append(r.order, g)
+	}
+	return r, nil
 }
 
 // withKEK calls f with a version of a category's KEK. It calls f a second
 // time, with a key that it has loaded afresh, where the handle was stale.
-func (r *keyring) withKEK(ctx context.Context, s *controlSet, id KEKID, f func(Key) error) error {
+// grace is zero, or what is left of it where the KEK serves beyond its
+// lifetime.
+func (r *keyring) withKEK(ctx context.Context, s *controlSet, id KEKID, f func(Key) error) (grace time.Duration, err error) {
 	return r.with(ctx, s, keyID{kek: id.Category, version: id.Version}, f)
 }
 
 // withHelper is withKEK for helper keys, which stay loaded.
 func (r *keyring) withHelper(ctx context.Context, s *controlSet, p HelperPurpose, version uint32, f func(Key) error) error {
-	return r.with(ctx, s, keyID{helper: p, version: version}, f)
+	_, err := r.with(ctx, s, keyID{helper: p, version: version}, f)
+	return err
 }
 
-func (r *keyring) with(ctx context.Context, s *controlSet, id keyID, f func(Key) error) error {
+func (r *keyring) with(ctx context.Context, s *controlSet, id keyID, f func(Key) error) (grace time.Duration, err error) {
 	for again := false; ; again = true {
-		l, err := r.get(ctx, s, id)
+		l, grace, err := r.get(ctx, s, id)
 		if err == nil {
 			err = f(l.key)
 		}
 		if !errors.Is(err, ErrStaleKey) {
-			return err
+			return grace, err
 		}
 		if l != nil {
 			r.drop(id, l)
 		}
 		if again {
-			return fmt.Errorf("%s: %w: %w", id, err, ErrHSMUnavailable)
+			return 0, fmt.Errorf("%s: %w: %w", id, err, ErrHSMUnavailable)
 		}
 	}
 }
 
-func (r *keyring) get(ctx context.Context, s *controlSet, id keyID) (*loadedKey, error) {
+func (r *keyring) have(id keyID) *loadedKey {
 	r.mu.RLock()
-	l := r.loaded[id]
-	r.mu.RUnlock()
-	if l != nil && (l.until.IsZero() || r.now().Before(l.until)) {
-		return l, nil
+	defer r.mu.RUnlock()
+	return r.loaded[id]
+}
+
+// get returns a loaded key, and what is left of its grace where it serves
+// beyond its lifetime.
+func (r *keyring) get(ctx context.Context, s *controlSet, id keyID) (*loadedKey, time.Duration, error) {
+	l, now := r.have(id), r.clock.now()
+	if l != nil && l.fresh(now) {
+		return l, 0, nil
 	}
 	// One flight a key. The load goes on when the caller who began it has run
 	// out of time: the others wait for it, and the next call will want it.
 	done := r.flight.DoChan(id.String(), func() (any, error) {
-		r.mu.RLock()
-		l := r.loaded[id]
-		r.mu.RUnlock()
-		if l != nil && (l.until.IsZero() || r.now().Before(l.until)) {
+		if l := r.have(id); l != nil && l.fresh(r.clock.now()) {
 			return l, nil
 		}
-		lctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
+		lctx, cancel := context.WithTimeout(r.base, r.timeout)
 		defer cancel()
+		if l != nil {
+			defer l.slow.Store(false)
+		}
 		return r.load(lctx, s, id)
 	})
+	var enough <-chan time.Time // of waiting, where the key at hand could serve
+	if wait, ok := r.patience(ctx, s, id, l, now); ok {
+		t := time.NewTimer(wait)
+		defer t.Stop()
+		enough = t.C
+	}
 	select {
 	case res := <-done:
-		if res.Err != nil {
-			return nil, res.Err
+		if res.Err == nil {
+			return res.Val.(*loadedKey), 0, nil
 		}
-		return res.Val.(*loadedKey), nil
+		if left := r.graceLeft(s, id, l, r.clock.now()); left > 0 && errors.Is(res.Err, ErrKMSUnavailable) {
+			return l, left, nil
+		}
+		return nil, 0, res.Err
+	case <-enough:
+		l.slow.Store(true)
+		if left := r.graceLeft(s, id, l, r.clock.now()); left > 0 {
+			return l, left, nil
+		}
+		return nil, 0, fmt.Errorf("%s: load: %w", id, ErrKMSUnavailable)
 	case <-ctx.Done():
-		return nil, fmt.Errorf("%s: load: %w", id, ErrDeadline)
+		return nil, 0, fmt.Errorf("%s: load: %w", id, ErrDeadline)
 	}
+}
+
+// patience is how long to wait for a load where l could serve by its grace.
+// Where that is known to take long, nobody waits.
+func (r *keyring) patience(ctx context.Context, s *controlSet, id keyID, l *loadedKey, now time.Time) (wait time.Duration, ok bool) {
+	if r.graceLeft(s, id, l, now) == 0 {
+		return 0, false
+	}
+	if l.slow.Load() || r.allSlow(s, id) {
+		return 0, true
+	}
+	wait = r.limits.Patience
+	if end, ok := ctx.Deadline(); ok {
+		wait = min(wait, time.Until(end)/2)
+	}
+	return wait, true
+}
+
+// graceLeft is how long l may serve on beyond its lifetime while no provider
+// answers: as long as the contact with one of those that wrap it is not older
+// than the grace, and l itself not older than the ceiling. A provider that
+// took its access away on purpose gives none.
+func (r *keyring) graceLeft(s *controlSet, id keyID, l *loadedKey, now time.Time) time.Duration {
+	if l == nil {
+		return 0
+	}
+	w, _, _, err := s.wrapped(id)
+	if err != nil {
+		return 0
+	}
+	var left time.Duration
+	for _, o := range w.Outer {
+		if g := r.guards[o.Provider]; g != nil {
+			left = max(left, g.graceLeft(now))
+		}
+	}
+	return max(0, min(left, l.from.Add(r.limits.GraceCeiling).Sub(now)))
+}
+
+// allSlow says whether every provider of a key kept us waiting in vain when it
+// was last called.
+func (r *keyring) allSlow(s *controlSet, id keyID) bool {
+	w, _, _, err := s.wrapped(id)
+	if err != nil {
+		return true
+	}
+	for _, o := range w.Outer {
+		if g := r.guards[o.Provider]; g != nil {
+			if _, slow, _ := g.rank(); !slow {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 func (r *keyring) load(ctx context.Context, s *controlSet, id keyID) (*loadedKey, error) {
@@ -133,9 +242,9 @@ func (r *keyring) load(ctx context.Context, s *controlSet, id keyID) (*loadedKey
 		return nil, unwrapError(id.String(), err)
 	}
 	r.loads.Add(1)
-	l := &loadedKey{key: key}
+	l := &loadedKey{key: key, from: r.clock.now()}
 	if id.kek != "" {
-		l.until = r.now().Add(r.lifetime)
+		l.until = l.from.Add(r.lifetime)
 	}
 	r.mu.Lock()
 	old := r.loaded[id]
@@ -156,23 +265,62 @@ func unwrapError(which string, err error) error {
 	return fmt.Errorf("%s: %w", which, err)
 }
 
-// openOuter takes the outer layer off, by any one of the providers.
+// hedgeAfter is how long one provider is waited for before the next is asked
+// as well, where several can open a key.
+const hedgeAfter = 75 * time.Millisecond
+
+// openOuter takes the outer layer off, by any one of the providers: the last
+// good one first, the next when that one fails or takes long. Whoever answers
+// too late runs to its own deadline, so that its guard learns of it.
 func (r *keyring) openOuter(ctx context.Context, id keyID, w Wrapped, ident []byte) ([]byte, error) {
-	var faults []error
-	for _, o := range w.Outer {
-		p := r.providers[o.Provider]
-		if p == nil {
-			faults = append(faults, fmt.Errorf("%s: provider %q is not configured: %w", id, o.Provider, ErrKMSUnavailable))
-			continue
-		}
-		inner, err := p.Unwrap(ctx, o, ident)
-		if err == nil {
-			return inner, nil
-		}
-		faults = append(faults, fmt.Errorf("%s: provider %s: %w", id, o.Provider, kmsError(err)))
-	}
-	if len(faults) == 0 {
+	if len(w.Outer) == 0 {
 		return nil, corrupt(id.String(), errors.New("no outer wrap is recorded"))
+	}
+	type answer struct {
+		inner []byte
+		err   error
+	}
+	order, faults := r.ranked(id, w.Outer)
+	answers := make(chan answer, len(order))
+	pending := 0
+	ask := func() {
+		o := order[0]
+		order = order[1:]
+		pending++
+		if !r.begin() {
+			answers <- answer{nil, fmt.Errorf("%s: the daemon ends: %w", id, ErrKMSUnavailable)}
+			return
+		}
+		go func() {
+			defer r.calls.Done()
+			inner, err := r.guards[o.Provider].unwrap(r.base, CallLoad, o, ident)
+			if err != nil {
+				err = fmt.Errorf("%s: provider %s: %w", id, o.Provider, kmsError(err))
+			}
+			answers <- answer{inner, err}
+		}()
+	}
+	hedge := time.NewTicker(hedgeAfter)
+	defer hedge.Stop()
+	for pending > 0 || len(order) > 0 {
+		if pending == 0 {
+			ask()
+			hedge.Reset(hedgeAfter)
+		}
+		select {
+		case a := <-answers:
+			pending--
+			if a.err == nil {
+				return a.inner, nil
+			}
+			faults = append(faults, a.err)
+		case <-hedge.C:
+			if len(order) > 0 {
+				ask()
+			}
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%s: %w: %w", id, context.Cause(ctx), ErrKMSUnavailable)
+		}
 	}
 	// An outage outranks a refusal: what is away now may open it later.
 	for _, f := range faults {
@@ -181,6 +329,30 @@ func (r *keyring) openOuter(ctx context.Context, id keyID, w Wrapped, ident []by
 		}
 	}
 	return nil, errors.Join(faults...)
+}
+
+// ranked is the order in which to ask, and a fault for each provider that is
+// not configured.
+func (r *keyring) ranked(id keyID, outer []OuterWrap) (order []OuterWrap, faults []error) {
+	for _, o := range outer {
+		if r.guards[o.Provider] == nil {
+			faults = append(faults, fmt.Errorf("%s: provider %q is not configured: %w", id, o.Provider, ErrKMSUnavailable))
+			continue
+		}
+		order = append(order, o)
+	}
+	slices.SortStableFunc(order, func(a, b OuterWrap) int {
+		aFails, _, aGood := r.guards[a.Provider].rank()
+		bFails, _, bGood := r.guards[b.Provider].rank()
+		if aFails != bFails {
+			if aFails {
+				return 1
+			}
+			return -1
+		}
+		return cmp.Compare(bGood, aGood)
+	})
+	return order, faults
 }
 
 // kmsError names what a provider's error means to the caller.
@@ -224,21 +396,24 @@ func (r *keyring) drop(id keyID, l *loadedKey) {
 	l.key.Release()
 }
 
-// sweep releases the KEKs whose time is up, so that a key that nobody asks for
-// any more does not stay in the token.
-func (r *keyring) sweep() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for id, l := range r.loaded {
-		if !l.until.IsZero() && !r.now().Before(l.until) {
-			delete(r.loaded, id)
-			l.key.Release()
-		}
+// begin counts a call that may outlive its caller, unless the keyring is
+// closed. It ends with calls.Done.
+func (r *keyring) begin() bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if r.base.Err() != nil {
+		return false
 	}
+	r.calls.Add(1)
+	return true
 }
 
-// close releases every key.
+// close ends the calls under way and releases every key.
 func (r *keyring) close() {
+	r.mu.Lock()
+	r.stop()
+	r.mu.Unlock()
+	r.calls.Wait()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for id, l := range r.loaded {
@@ -263,15 +438,15 @@ func (r *keyring) make(ctx context.Context, m MEK, use KeyUse, ident []byte, pro
 	}
 	w := Wrapped{MEKVersion: m.Version, Canary: canary}
 	for _, name := range providers {
-		p := r.providers[name]
-		if p == nil {
+		g := r.guards[name]
+		if g == nil {
 			return Wrapped{}, fmt.Errorf("provider %q is not configured: %w", name, ErrKMSUnavailable)
 		}
-		o, err := p.Wrap(ctx, inner, ident)
+		o, err := g.wrap(ctx, inner, ident)
 		if err != nil {
 			return Wrapped{}, fmt.Errorf("provider %s: wrap: %w", name, kmsError(err))
 		}
-		back, err := p.Unwrap(ctx, o, ident)
+		back, err := g.unwrap(ctx, CallMake, o, ident)
 		if err != nil {
 			return Wrapped{}, fmt.Errorf("provider %s: open the new wrap: %w", name, kmsError(err))
 		}

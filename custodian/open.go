@@ -302,7 +302,7 @@ func (c *Custodian) lookAtClock() error {
 // ends a change that the audit log did not take at once, and keeps the highest
 // time seen up to date. Call it about once a minute; it writes once a day.
 func (c *Custodian) Tick(ctx context.Context) error {
-	c.keys.sweep()
+	c.keys.sweep(c.set.Load(), c.keys.clock.now())
 	err := c.settleNow(ctx)
 	if c.lookAtClock() != nil || c.now().Sub(c.set.Load().head.HighestNow) < 24*time.Hour {
 		return err

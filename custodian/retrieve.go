@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
 	"github.com/keycustody/custodian/internal/secret"
@@ -26,6 +27,9 @@ type RetrieveResult struct {
 	Key     secret.Secret
 	Info    ContentKey
 	Receipt audit.Receipt
+	// Grace is what is left of the grace on which the key was released while
+	// the KMS is away; zero: it was not.
+	Grace time.Duration
 
 	decision Decision
 }
@@ -91,6 +95,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 			about.key = &r.Info
 		}
 		entries[i] = c.entry(set, who, r.decision, ActionRelease, req.RequestID, about, r.Err)
+		entries[i].Detail = graceDetail(r.Grace)
 	}
 	receipts, err := c.record(ctx, entries...)
 	if err == nil && ctx.Err() != nil {
@@ -134,7 +139,7 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
 		return
 	}
-	if r.Key, r.Err = c.openCEK(ctx, set, k); r.Err == nil {
+	if r.Key, r.Grace, r.Err = c.openCEK(ctx, set, k); r.Err == nil {
 		r.Info = k.Key
 	}
 }
@@ -178,17 +183,30 @@ func resourceOf(set *controlSet, k ContentKey) Resource {
 // tagSize is that of AES-256-GCM as it is used here, 128 bits.
 const tagSize = 16
 
-// openCEK opens one CEK into the arena: one operation of the token.
-func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (secret.Secret, error) {
+// graceDetail marks an audit entry of what was done on grace.
+func graceDetail(left time.Duration) string {
+	if left == 0 {
+		return ""
+	}
+	return fmt.Sprintf("kms grace: %d s left", GraceSeconds(left))
+}
+
+// GraceSeconds is what is left of a grace in whole seconds, rounded up: it is
+// never zero where there is grace.
+func GraceSeconds(left time.Duration) int64 { return int64((left + time.Second - 1) / time.Second) }
+
+// openCEK opens one CEK into the arena: one operation of the token. grace is
+// what is left where the KMS is away and the KEK serves on; else zero.
+func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (cek secret.Secret, grace time.Duration, err error) {
 	if len(k.Sealed) != CEKSize+tagSize {
-		return secret.Secret{}, corrupt("content key "+k.Key.KID.String(), fmt.Errorf("sealed in %d bytes, not %d", len(k.Sealed), CEKSize+tagSize))
+		return secret.Secret{}, 0, corrupt("content key "+k.Key.KID.String(), fmt.Errorf("sealed in %d bytes, not %d", len(k.Sealed), CEKSize+tagSize))
 	}
 	slot, err := c.arena.Get()
 	if err != nil {
-		return secret.Secret{}, fmt.Errorf("content key %s: %w: %w", k.Key.KID, err, ErrRate)
+		return secret.Secret{}, 0, fmt.Errorf("content key %s: %w: %w", k.Key.KID, err, ErrRate)
 	}
 	n := 0
-	err = c.keys.withKEK(ctx, set, k.Key.KEK, func(kek Key) error {
+	grace, err = c.keys.withKEK(ctx, set, k.Key.KEK, func(kek Key) error {
 		var err error
 		n, err = kek.Open(ctx, k.IV, associatedData(set.head.StoreID, k.Body), k.Sealed, slot)
 		return err
@@ -201,9 +219,9 @@ func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (
 		if errors.Is(err, ErrAuth) {
 			err = corrupt("sealed key", err)
 		}
-		return secret.Secret{}, fmt.Errorf("content key %s: kek %s: %w", k.Key.KID, k.Key.KEK, deadline(ctx, err))
+		return secret.Secret{}, 0, fmt.Errorf("content key %s: kek %s: %w", k.Key.KID, k.Key.KEK, deadline(ctx, err))
 	}
-	return secret.New(c.arena, slot, CEKSize), nil
+	return secret.New(c.arena, slot, CEKSize), grace, nil
 }
 
 // deadline names an error that came because ctx ended.

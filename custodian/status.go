@@ -80,8 +80,8 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 		s.MEKs = append(s.MEKs, MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24)})
 	}
 	slices.SortFunc(s.MEKs, func(a, b MEKStatus) int { return int(a.Version) - int(b.Version) })
-	for _, p := range c.providers {
-		s.Providers = append(s.Providers, p.Status())
+	for _, g := range c.keys.order {
+		s.Providers = append(s.Providers, g.describe())
 	}
 	s.Warnings = c.warnings(set, s)
 	return s, nil
@@ -104,6 +104,13 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	for _, p := range s.Providers {
 		if !p.OuterLayer {
 			w = append(w, fmt.Sprintf("provider %s has no outer layer: the token alone opens what it wraps", p.Name))
+		}
+		switch {
+		case p.Refused != "":
+			w = append(w, fmt.Sprintf("provider %s refuses its key to us: loaded keys have no grace there: %s", p.Name, p.Refused))
+		case !p.AwaySince.IsZero():
+			w = append(w, fmt.Sprintf("provider %s does not answer since %s; loaded keys that need it have %s of grace left",
+				p.Name, p.AwaySince.Format(time.RFC3339), p.GraceLeft.Round(time.Second)))
 		}
 	}
 	for id, k := range set.keks {
@@ -133,36 +140,8 @@ func (c *Custodian) Ready(ctx context.Context) error {
 	if err := c.hsm.Health(ctx); err != nil {
 		return err
 	}
-	return c.probeKMS(ctx)
-}
-
-// kmsProbeInterval is how often a provider is asked just to see whether it
-// answers.
-const kmsProbeInterval = time.Minute
-
-// probeKMS sees whether one of the providers that wrap the record helper, and
-// so the next start, can be reached: once a minute at most, or every five
-// seconds while none can.
-func (c *Custodian) probeKMS(ctx context.Context) error {
-	set := c.set.Load()
-	h, err := set.latestHelper(HelperRecord)
-	if err != nil {
-		return err
-	}
-	c.probeMu.Lock()
-	defer c.probeMu.Unlock()
-	if c.now().Before(c.probedAt.Add(kmsProbeInterval)) {
-		return c.probed
-	}
-	_, err = c.keys.openOuter(ctx, keyID{helper: HelperRecord, version: h.Version}, h.Wrapped, helperIdentity(set.head.StoreID, HelperRecord, h.Version))
-	if ctx.Err() != nil {
-		return err // it says more of the asker's time than of the KMS
-	}
-	c.probed = err
-	if c.probedAt = c.now(); err != nil {
-		c.probedAt = c.probedAt.Add(-kmsProbeInterval + 5*time.Second)
-	}
-	return c.probed
+	c.ProbeKMS(ctx)
+	return c.keys.ready(c.set.Load())
 }
 
 // Categories lists the categories that who may see.

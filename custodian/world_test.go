@@ -83,7 +83,8 @@ func bareWorld(t *testing.T) *world {
 	}
 	w.kms = brokenKMS{local, w.breaker}
 	w.cfg = custodian.Config{HSM: brokenHSM{w.hsm, w.breaker}, Providers: []custodian.Provider{w.kms}, DefaultProviders: []string{"local"},
-		Policy: testPolicy(t), Now: w.now, LabelPrefix: "mek", MaxReleases: 1024}
+		Policy: testPolicy(t), Now: w.now, LabelPrefix: "mek", MaxReleases: 1024,
+		KMS: custodian.KMSLimits{BreakerPause: 1}} // it keeps real time, which tests do not wait for
 	if w.st, err = store.Create(t.Context(), w.storePath(), store.Options{}); err != nil {
 		t.Fatal(err)
 	}

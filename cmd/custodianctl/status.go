@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -75,6 +76,13 @@ func (a *app) printStatus(s *v1.Status) error {
 	for _, p := range s.GetProviders() {
 		add("kms", "%s (%s), %s", orDash(p.GetName()), orDash(p.GetKind()), layerOf(p))
 		add("", "%s; %s, %d failed", contactOf(p), number(p.GetCalls(), "call", "calls"), p.GetFailures())
+		add("", "%s", graceOf(p))
+		if p.GetIncidentTime() != nil {
+			add("", "INCIDENT declared %s", stamp(at(p.GetIncidentTime())))
+		}
+		for _, c := range p.GetCallsByReason() {
+			add("", "%s to %s: %d", plain(c.GetResult()), plain(c.GetReason()), c.GetCount())
+		}
 	}
 	st, l := s.GetStore(), s.GetAudit()
 	add("store", "%s, %s, %s, schema %d", number(st.GetContentKeys(), "content key", "content keys"), bytesText(st.GetSizeBytes()), orDash(st.GetEngine()), st.GetSchema())
@@ -108,4 +116,16 @@ func contactOf(p *v1.ProviderStatus) string {
 		return "not called yet"
 	}
 	return "OUT OF REACH since " + stamp(at(p.GetLastContactTime())) + ": " + plain(p.GetLastError())
+}
+
+// graceOf says what would become of loaded keys.
+func graceOf(p *v1.ProviderStatus) string {
+	if p.GetRefused() != "" {
+		return "no grace, ACCESS IS REFUSED: " + plain(p.GetRefused())
+	}
+	grace := "grace left for loaded keys: " + p.GetGraceLeft().AsDuration().Round(time.Second).String()
+	if p.GetAwaySinceTime() == nil {
+		return grace
+	}
+	return grace + ", AWAY since " + stamp(at(p.GetAwaySinceTime()))
 }

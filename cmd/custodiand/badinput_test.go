@@ -49,6 +49,8 @@ func TestBadConfig(t *testing.T) {
 		"empty grants":          {[]string{"grants:", "grants: []\nlimits: {}\nlog: {}\n#"}, nil},
 		"officer without pin":   {[]string{"role: auditor", "role: officer"}, []string{"officer", "spki"}},
 		"no such PIN file":      {[]string{"pin_file: ", "pin_file: /nonexistent"}, []string{"hsm.pin_file", "no such file"}},
+		"grace without end":     {[]string{"grace: null", "grace: 48h"}, []string{"kms.grace", "kms.grace_ceiling"}},
+		"webhook in clear":      {[]string{"webhook:\n        url: \"\"", "webhook:\n        url: http://example.com/hook"}, []string{"kms.webhook.url", "loopback", "kms.webhook.secret_file"}},
 		"no such module":        {[]string{"module: ", "module: /nonexistent"}, []string{"hsm.module", "no such file"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -203,12 +205,11 @@ func TestTokenNotThere(t *testing.T) {
 }
 
 // withVault changes the configuration to a transit key of a real Vault, with
-// a KEK lifetime of a second.
+// a KEK lifetime of a second and a grace of five.
 func (c *custody) withVault(v *testservers.VaultServer) {
 	c.t.Helper()
 	v.CreateTransitKey("custodian", true)
-	v.WritePolicy("custodian", `path "transit/encrypt/custodian" { capabilities = ["update"] }
-path "transit/decrypt/custodian" { capabilities = ["update"] }`)
+	v.WritePolicy("custodian", vaultPolicy)
 	role, secret := v.AppRole("custodian", "custodian")
 	raw, err := os.ReadFile(c.dev.configFile())
 	if err != nil {
@@ -221,17 +222,21 @@ path "transit/decrypt/custodian" { capabilities = ["update"] }`)
 	}
 	kms := "\nkms:\n  default: [vault]\n  providers:\n  - name: vault\n    kind: vault\n    vault:\n      address: " + v.Address +
 		"\n      ca_file: " + v.CAFile + "\n      cert_file: " + v.ClientCertFile + "\n      key_file: " + v.ClientKeyFile +
-		"\n      key: custodian\n      approle: {role_id_file: " + role + ", secret_id_file: " + secret + "}\n"
+		"\n      key: custodian\n      approle: {role_id_file: " + role + ", secret_id_file: " + secret + "}\n  grace: 5s\n"
 	if err := os.WriteFile(c.dev.configFile(), []byte(before+kms+"\ntls:\n"+after), 0o600); err != nil {
 		c.t.Fatal(err)
 	}
 	c.edit("kek_lifetime: 0s", "kek_lifetime: 1s")
 }
 
+const vaultPolicy = `path "transit/encrypt/custodian" { capabilities = ["update"] }
+path "transit/decrypt/custodian" { capabilities = ["update"] }`
+
 // TestVaultSealed: with the outer layer in a real Vault, a sealed Vault is an
-// outage: no new KEK, no release once the cached handle has expired, never
-// "unknown key"; unsealed, service returns without a restart. A start while
-// Vault is sealed waits.
+// outage: no new KEK, releases by a loaded one for the grace and no longer,
+// never "unknown key"; unsealed, service returns without a restart. A policy
+// that is taken away ends the grace at once. A start while Vault is sealed
+// waits.
 func TestVaultSealed(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a real Vault takes minutes to build; not in -short")
@@ -247,6 +252,10 @@ func TestVaultSealed(t *testing.T) {
 	}
 	v.Seal()
 	time.Sleep(1100 * time.Millisecond) // the KEK's lifetime
+	if got := s.get(); got != "" {
+		t.Errorf("callback on grace: got %q, want the key", got)
+	}
+	time.Sleep(5 * time.Second) // the grace
 	if got := s.get(); got != "KMS_UNAVAILABLE" {
 		t.Errorf("callback while Vault is sealed: got %q, want KMS_UNAVAILABLE", got)
 	}
@@ -255,10 +264,32 @@ func TestVaultSealed(t *testing.T) {
 	}
 	v.Unseal()
 	s.wantRecovery("KMS_UNAVAILABLE", "DEADLINE")
+
+	v.WritePolicy("custodian", `path "transit/encrypt/custodian" { capabilities = ["update"] }`)
+	time.Sleep(1100 * time.Millisecond)
+	got := s.get()
+	for range 10 { // the first one may be served before Vault has said no twice
+		if got == "KMS_UNAVAILABLE" {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+		got = s.get()
+	}
+	if got != "KMS_UNAVAILABLE" {
+		t.Errorf("callback when access is taken away: got %q, want KMS_UNAVAILABLE", got)
+	}
+	v.WritePolicy("custodian", vaultPolicy)
+	s.wantRecovery("KMS_UNAVAILABLE", "DEADLINE")
+
 	v.Seal()
 	c.kill()
 	lines := c.launch()
 	c.awaitLog(lines, "not serving yet")
+	c.listenFromLog()
+	s.provider = c.dial(custodian.RoleProvider)
+	if got := s.get(); got != "STARTING" {
+		t.Errorf("callback to a daemon that cannot start: got %q, want STARTING", got)
+	}
 	v.Unseal()
 	if err := c.awaitServing(lines); err != nil {
 		t.Fatal(err)
@@ -272,8 +303,9 @@ func (c *custody) listenFromLog() {
 	c.t.Helper()
 	limit := time.Now().Add(10 * time.Second)
 	for time.Now().Before(limit) {
-		if m := listeningLine.FindStringSubmatch(c.logText()); m != nil {
-			c.listen, c.admin = m[1], m[2]
+		if m := listeningLine.FindAllStringSubmatch(c.logText(), -1); m != nil {
+			last := m[len(m)-1]
+			c.listen, c.admin = last[1], last[2]
 			return
 		}
 		time.Sleep(10 * time.Millisecond)

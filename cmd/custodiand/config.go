@@ -61,6 +61,22 @@ type HSMConfig struct {
 type KMSConfig struct {
 	Default   []string     `yaml:"default"` // of categories that name none, and of helper keys
 	Providers []kms.Config `yaml:"providers"`
+
+	Deadline time.Duration `yaml:"deadline"` // of opening one wrap; 5s
+	// Grace is how long after the last contact with its provider a loaded KEK
+	// serves on beyond its lifetime; 4h, and 0s for none. GraceCeiling is how
+	// long after it was loaded it does so at most; 24h.
+	Grace        *time.Duration `yaml:"grace"`
+	GraceCeiling time.Duration  `yaml:"grace_ceiling"`
+
+	Webhook WebhookConfig `yaml:"webhook"`
+}
+
+// WebhookConfig says who is told of incidents; nobody without a URL.
+type WebhookConfig struct {
+	URL        string `yaml:"url"`         // https, or http to a loopback address
+	SecretFile string `yaml:"secret_file"` // mode 0600, at least 16 bytes; signs the messages
+	CAFile     string `yaml:"ca_file"`     // PEM; without it the system's CAs
 }
 
 // TLSConfig is the mutual TLS of the gRPC listener.
@@ -151,6 +167,16 @@ func parseConfig(raw []byte) (*Config, error) {
 	if c.Limits.KEKLifetime == 0 {
 		c.Limits.KEKLifetime = 15 * time.Minute
 	}
+	if c.KMS.Deadline == 0 {
+		c.KMS.Deadline = 5 * time.Second
+	}
+	if c.KMS.Grace == nil {
+		grace := 4 * time.Hour
+		c.KMS.Grace = &grace
+	}
+	if c.KMS.GraceCeiling == 0 {
+		c.KMS.GraceCeiling = 24 * time.Hour
+	}
 	if c.Limits.DrainTimeout == 0 {
 		c.Limits.DrainTimeout = 10 * time.Second
 	}
@@ -159,7 +185,8 @@ func parseConfig(raw []byte) (*Config, error) {
 
 // resolve makes relative paths relative to dir.
 func (c *Config) resolve(dir string) {
-	paths := []*string{&c.DataDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile}
+	paths := []*string{&c.DataDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile,
+		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile}
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
@@ -273,8 +300,20 @@ func (c KMSConfig) check() []error {
 			faults = append(faults, fmt.Errorf("kms.default[%d]: %q is not among kms.providers", i, n))
 		}
 	}
-	return faults
+	if c.Deadline < 10*time.Millisecond || c.Deadline > time.Minute {
+		faults = append(faults, fmt.Errorf("kms.deadline: %s: must be 10ms to 1m", c.Deadline))
+	}
+	if c.GraceCeiling < time.Second || c.GraceCeiling > maxGraceCeiling {
+		faults = append(faults, fmt.Errorf("kms.grace_ceiling: %s: must be 1s to %s", c.GraceCeiling, maxGraceCeiling))
+	}
+	if *c.Grace < 0 || *c.Grace > c.GraceCeiling {
+		faults = append(faults, fmt.Errorf("kms.grace: %s: must be 0s to kms.grace_ceiling, %s", *c.Grace, c.GraceCeiling))
+	}
+	return append(faults, c.Webhook.check()...)
 }
+
+// maxGraceCeiling is how long any KEK may serve without its KMS.
+const maxGraceCeiling = 72 * time.Hour
 
 func knownRole(r string) bool {
 	for _, k := range custodian.Roles {

@@ -34,6 +34,7 @@ type daemon struct {
 	certs   *certs.Server
 	server  *rpc.Server
 	metrics *prometheus.Registry
+	webhook *webhook // nil: nobody is told of incidents
 	custody *custodian.Custodian
 	parts   parts
 
@@ -66,6 +67,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if d.webhook, err = newWebhook(d.config.KMS.Webhook, d.log); err != nil {
+		return err
+	}
 	listener, err := net.Listen("tcp", d.config.Listen)
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
@@ -84,6 +88,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	g.Go(func() error { return d.serveAdmin(gctx, admin) })
 	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
 	g.Go(func() error { d.heedHangups(gctx, hup); return nil })
+	if d.webhook != nil {
+		g.Go(func() error { d.webhook.run(gctx); return nil })
+	}
 	g.Go(func() error { return d.begin(gctx, policy, listener.Addr(), admin.Addr()) })
 	return g.Wait()
 }
@@ -118,7 +125,18 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	if d.onReady != nil {
 		d.onReady(listen, admin)
 	}
-	return d.keepHouse(ctx)
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.keepHouse(gctx) })
+	// Two of them: a KMS that hangs holds its probe up, but not the incident.
+	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
+	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
+	return g.Wait()
+}
+
+func everySecond(ctx context.Context, f func()) {
+	for sleep(ctx, time.Second) {
+		f()
+	}
 }
 
 // explainStart tells callers and operators why there is no service yet. It
@@ -165,6 +183,9 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 	}
 	cfg := d.parts.config(d.config, policy, d.log)
 	cfg.ConfirmTime = d.confirmTime
+	if d.webhook != nil {
+		cfg.OnIncident = d.webhook.tell
+	}
 	if d.custody, err = custodian.Open(ctx, cfg); err != nil {
 		return err
 	}

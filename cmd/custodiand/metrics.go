@@ -30,6 +30,11 @@ var (
 	descProvider    = desc("kms_reachable", "1 where the last call to the provider had an answer.", "provider", "kind")
 	descKMSCalls    = desc("kms_calls_total", "Calls to the provider.", "provider")
 	descKMSFailures = desc("kms_failures_total", "Calls to the provider that failed.", "provider")
+	descKMSReasons  = desc("kms_calls_by_reason_total", "Calls to the provider, by why they were made and how they ended.", "provider", "reason", "result")
+	descKMSGrace    = desc("kms_grace_left_seconds", "How long loaded keys would serve on from now if the provider does not answer any more.", "provider")
+	descKMSRefused  = desc("kms_refused", "1 where the provider's access to its key was taken away, so that there is no grace.", "provider")
+	descKMSIncident = desc("kms_incident", "1 while an incident of the provider is open.", "provider")
+	descKMSCount    = desc("kms_incidents_total", "Incidents of the provider that were declared.", "provider")
 	descKeys        = desc("store_content_keys", "Content keys in the store.")
 	descStoreBytes  = desc("store_bytes", "Size of the store's file.")
 	descEntries     = desc("audit_entries", "Entries in the audit log.")
@@ -73,6 +78,13 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		gauge(descProvider, number(p.Reachable), p.Name, p.Kind)
 		counter(descKMSCalls, p.Calls, p.Name)
 		counter(descKMSFailures, p.Failures, p.Name)
+		gauge(descKMSGrace, p.GraceLeft.Seconds(), p.Name)
+		gauge(descKMSRefused, number(p.Refused != ""), p.Name)
+		gauge(descKMSIncident, number(!p.Incident.IsZero()), p.Name)
+		counter(descKMSCount, p.Incidents, p.Name)
+		for _, n := range p.CallsByReason {
+			counter(descKMSReasons, n.Count, p.Name, string(n.Reason), string(n.Result))
+		}
 	}
 	gauge(descKeys, float64(s.Store.ContentKeys))
 	gauge(descStoreBytes, float64(s.Store.Bytes))

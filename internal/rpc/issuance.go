@@ -32,6 +32,11 @@ func (s *issuance) IssueContentKeys(ctx context.Context, req *v1.IssueContentKey
 	if err != nil {
 		return nil, err
 	}
+	var grace graceTrailer
+	for i := range keys {
+		grace.add(keys[i].Grace)
+	}
+	grace.send(ctx)
 	return s.encode(c, keys), nil
 }
 

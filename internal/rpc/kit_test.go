@@ -63,6 +63,8 @@ type kit struct {
 type options struct {
 	config func(*rpc.Config)
 	audit  func(*audit.Options)
+	// custody changes what the domain stands on.
+	custody func(*custodian.Config)
 	// roles are what the CA may vouch for; nil: all.
 	roles []string
 	// starting leaves the server without its custody.
@@ -151,6 +153,9 @@ func (k *kit) openCore(ctx context.Context, o options) error {
 	}
 	cfg := custodian.Config{Store: s, HSM: k.hsm, Providers: []custodian.Provider{local}, Audit: log, Policy: policy, Now: time.Now,
 		LabelPrefix: "test", DefaultProviders: []string{"local"}, MaxReleases: 1024}
+	if o.custody != nil {
+		o.custody(&cfg)
+	}
 	if err := custodian.Init(ctx, cfg, custodian.InitSpec{}); err != nil {
 		return err
 	}

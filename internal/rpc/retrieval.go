@@ -60,11 +60,14 @@ func (r *retrieval) encode(ctx context.Context, c *call, results []custodian.Ret
 	if released == 0 && len(results) > 0 {
 		return nil, results[0].Err // unary logs it
 	}
+	var grace graceTrailer
 	for i := range results {
+		grace.add(results[i].Grace)
 		if err := results[i].Err; err != nil {
 			r.server.report(ctx, c, explain(ctx, err), err)
 		}
 	}
+	grace.send(ctx)
 	return resp, nil
 }
 

@@ -3,6 +3,8 @@ package rpc
 import (
 	"context"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/custodian"
 )
@@ -58,8 +60,7 @@ func encodeStatus(s custodian.Status) *v1.Status {
 		out.UnknownObjects = append(out.UnknownObjects, &v1.TokenObject{Class: o.Class, Label: o.Label, Id: o.ID})
 	}
 	for _, p := range s.Providers {
-		out.Providers = append(out.Providers, &v1.ProviderStatus{Name: p.Name, Kind: p.Kind, KeyRef: p.KeyRef, OuterLayer: p.OuterLayer,
-			Reachable: p.Reachable, LastContactTime: timestamp(p.LastContact), LastError: p.LastError, Calls: p.Calls, Failures: p.Failures})
+		out.Providers = append(out.Providers, encodeProvider(p))
 	}
 	return out
 }
@@ -68,4 +69,15 @@ func encodeHSM(h custodian.HSMStatus) *v1.HsmStatus {
 	return &v1.HsmStatus{Label: h.Label, Serial: h.Serial, Model: h.Model, Manufacturer: h.Manufacturer, Profile: h.Profile,
 		Epoch: h.Epoch, DefaultMekProfile: string(h.DefaultMEK), EnforcesWrapWithTrusted: h.EnforcesTrusted,
 		SessionsInUse: int32(h.SessionsInUse), SessionsMax: int32(h.SessionsMax), AbandonedCalls: int32(h.Abandoned)}
+}
+
+func encodeProvider(p custodian.ProviderStatus) *v1.ProviderStatus {
+	out := &v1.ProviderStatus{Name: p.Name, Kind: p.Kind, KeyRef: p.KeyRef, OuterLayer: p.OuterLayer,
+		Reachable: p.Reachable, LastContactTime: timestamp(p.LastContact), LastError: p.LastError, Calls: p.Calls, Failures: p.Failures,
+		AwaySinceTime: timestamp(p.AwaySince), GraceLeft: durationpb.New(p.GraceLeft), Refused: p.Refused,
+		IncidentTime: timestamp(p.Incident), Incidents: p.Incidents}
+	for _, c := range p.CallsByReason {
+		out.CallsByReason = append(out.CallsByReason, &v1.ProviderCalls{Reason: string(c.Reason), Result: string(c.Result), Count: c.Count})
+	}
+	return out
 }

@@ -9,6 +9,7 @@ package custodianv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -617,7 +618,20 @@ type ProviderStatus struct {
 	// Calls since the daemon started.
 	Calls uint64 `protobuf:"varint,8,opt,name=calls,proto3" json:"calls,omitempty"`
 	// Calls that failed since the daemon started.
-	Failures      uint64 `protobuf:"varint,9,opt,name=failures,proto3" json:"failures,omitempty"`
+	Failures uint64 `protobuf:"varint,9,opt,name=failures,proto3" json:"failures,omitempty"`
+	// Since when it has not answered. Absent: it answers.
+	AwaySinceTime *timestamppb.Timestamp `protobuf:"bytes,20,opt,name=away_since_time,json=awaySinceTime,proto3" json:"away_since_time,omitempty"`
+	// How long keys that are loaded would serve on from now, beyond their
+	// lifetime, if it does not answer any more.
+	GraceLeft *durationpb.Duration `protobuf:"bytes,21,opt,name=grace_left,json=graceLeft,proto3" json:"grace_left,omitempty"`
+	// Why there is no grace: access was taken away on purpose. Empty: it was not.
+	Refused string `protobuf:"bytes,22,opt,name=refused,proto3" json:"refused,omitempty"`
+	// When the incident that is open was declared. Absent: none is.
+	IncidentTime *timestamppb.Timestamp `protobuf:"bytes,23,opt,name=incident_time,json=incidentTime,proto3" json:"incident_time,omitempty"`
+	// Incidents since the daemon started.
+	Incidents uint64 `protobuf:"varint,24,opt,name=incidents,proto3" json:"incidents,omitempty"`
+	// The calls by why they were made and how they ended.
+	CallsByReason []*ProviderCalls `protobuf:"bytes,25,rep,name=calls_by_reason,json=callsByReason,proto3" json:"calls_by_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -715,6 +729,113 @@ func (x *ProviderStatus) GetFailures() uint64 {
 	return 0
 }
 
+func (x *ProviderStatus) GetAwaySinceTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AwaySinceTime
+	}
+	return nil
+}
+
+func (x *ProviderStatus) GetGraceLeft() *durationpb.Duration {
+	if x != nil {
+		return x.GraceLeft
+	}
+	return nil
+}
+
+func (x *ProviderStatus) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+func (x *ProviderStatus) GetIncidentTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.IncidentTime
+	}
+	return nil
+}
+
+func (x *ProviderStatus) GetIncidents() uint64 {
+	if x != nil {
+		return x.Incidents
+	}
+	return 0
+}
+
+func (x *ProviderStatus) GetCallsByReason() []*ProviderCalls {
+	if x != nil {
+		return x.CallsByReason
+	}
+	return nil
+}
+
+// ProviderCalls count calls of one KMS since the daemon started.
+type ProviderCalls struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Why: load, make or probe.
+	Reason string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	// How they ended: ok, unavailable, throttled, denied, disabled, blob; held,
+	// where the KMS was left alone; or abandoned.
+	Result string `protobuf:"bytes,2,opt,name=result,proto3" json:"result,omitempty"`
+	// How many.
+	Count         uint64 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProviderCalls) Reset() {
+	*x = ProviderCalls{}
+	mi := &file_custodian_v1_status_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProviderCalls) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProviderCalls) ProtoMessage() {}
+
+func (x *ProviderCalls) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_status_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProviderCalls.ProtoReflect.Descriptor instead.
+func (*ProviderCalls) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ProviderCalls) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *ProviderCalls) GetResult() string {
+	if x != nil {
+		return x.Result
+	}
+	return ""
+}
+
+func (x *ProviderCalls) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 // A StoreStatus describes the store.
 type StoreStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -736,7 +857,7 @@ type StoreStatus struct {
 
 func (x *StoreStatus) Reset() {
 	*x = StoreStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[5]
+	mi := &file_custodian_v1_status_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -748,7 +869,7 @@ func (x *StoreStatus) String() string {
 func (*StoreStatus) ProtoMessage() {}
 
 func (x *StoreStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[5]
+	mi := &file_custodian_v1_status_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -761,7 +882,7 @@ func (x *StoreStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreStatus.ProtoReflect.Descriptor instead.
 func (*StoreStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{5}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *StoreStatus) GetEngine() string {
@@ -821,7 +942,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[6]
+	mi := &file_custodian_v1_status_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -833,7 +954,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[6]
+	mi := &file_custodian_v1_status_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -846,7 +967,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{6}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *AuditStatus) GetEntries() uint64 {
@@ -874,7 +995,7 @@ var File_custodian_v1_status_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_status_proto_rawDesc = "" +
 	"\n" +
-	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x06\n" +
+	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x06\n" +
 	"\x06Status\x120\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1a.custodian.v1.ServingStateR\x05state\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
@@ -925,7 +1046,7 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\x0fsessions_in_use\x18\t \x01(\x05R\rsessionsInUse\x12!\n" +
 	"\fsessions_max\x18\n" +
 	" \x01(\x05R\vsessionsMax\x12'\n" +
-	"\x0fabandoned_calls\x18\v \x01(\x05R\x0eabandonedCalls\"\xa9\x02\n" +
+	"\x0fabandoned_calls\x18\v \x01(\x05R\x0eabandonedCalls\"\xe5\x04\n" +
 	"\x0eProviderStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x17\n" +
@@ -937,7 +1058,18 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\n" +
 	"last_error\x18\a \x01(\tR\tlastError\x12\x14\n" +
 	"\x05calls\x18\b \x01(\x04R\x05calls\x12\x1a\n" +
-	"\bfailures\x18\t \x01(\x04R\bfailures\"\xaf\x01\n" +
+	"\bfailures\x18\t \x01(\x04R\bfailures\x12B\n" +
+	"\x0faway_since_time\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\rawaySinceTime\x128\n" +
+	"\n" +
+	"grace_left\x18\x15 \x01(\v2\x19.google.protobuf.DurationR\tgraceLeft\x12\x18\n" +
+	"\arefused\x18\x16 \x01(\tR\arefused\x12?\n" +
+	"\rincident_time\x18\x17 \x01(\v2\x1a.google.protobuf.TimestampR\fincidentTime\x12\x1c\n" +
+	"\tincidents\x18\x18 \x01(\x04R\tincidents\x12C\n" +
+	"\x0fcalls_by_reason\x18\x19 \x03(\v2\x1b.custodian.v1.ProviderCallsR\rcallsByReason\"U\n" +
+	"\rProviderCalls\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06result\x18\x02 \x01(\tR\x06result\x12\x14\n" +
+	"\x05count\x18\x03 \x01(\x04R\x05count\"\xaf\x01\n" +
 	"\vStoreStatus\x12\x16\n" +
 	"\x06engine\x18\x01 \x01(\tR\x06engine\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
@@ -970,7 +1102,7 @@ func file_custodian_v1_status_proto_rawDescGZIP() []byte {
 }
 
 var file_custodian_v1_status_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_custodian_v1_status_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_custodian_v1_status_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_custodian_v1_status_proto_goTypes = []any{
 	(ServingState)(0),             // 0: custodian.v1.ServingState
 	(*Status)(nil),                // 1: custodian.v1.Status
@@ -978,30 +1110,36 @@ var file_custodian_v1_status_proto_goTypes = []any{
 	(*MekStatus)(nil),             // 3: custodian.v1.MekStatus
 	(*HsmStatus)(nil),             // 4: custodian.v1.HsmStatus
 	(*ProviderStatus)(nil),        // 5: custodian.v1.ProviderStatus
-	(*StoreStatus)(nil),           // 6: custodian.v1.StoreStatus
-	(*AuditStatus)(nil),           // 7: custodian.v1.AuditStatus
-	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
-	(KeyState)(0),                 // 9: custodian.v1.KeyState
+	(*ProviderCalls)(nil),         // 6: custodian.v1.ProviderCalls
+	(*StoreStatus)(nil),           // 7: custodian.v1.StoreStatus
+	(*AuditStatus)(nil),           // 8: custodian.v1.AuditStatus
+	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
+	(KeyState)(0),                 // 10: custodian.v1.KeyState
+	(*durationpb.Duration)(nil),   // 11: google.protobuf.Duration
 }
 var file_custodian_v1_status_proto_depIdxs = []int32{
 	0,  // 0: custodian.v1.Status.state:type_name -> custodian.v1.ServingState
-	8,  // 1: custodian.v1.Status.time:type_name -> google.protobuf.Timestamp
-	8,  // 2: custodian.v1.Status.start_time:type_name -> google.protobuf.Timestamp
+	9,  // 1: custodian.v1.Status.time:type_name -> google.protobuf.Timestamp
+	9,  // 2: custodian.v1.Status.start_time:type_name -> google.protobuf.Timestamp
 	3,  // 3: custodian.v1.Status.meks:type_name -> custodian.v1.MekStatus
 	4,  // 4: custodian.v1.Status.hsm:type_name -> custodian.v1.HsmStatus
 	2,  // 5: custodian.v1.Status.unknown_objects:type_name -> custodian.v1.TokenObject
 	5,  // 6: custodian.v1.Status.providers:type_name -> custodian.v1.ProviderStatus
-	6,  // 7: custodian.v1.Status.store:type_name -> custodian.v1.StoreStatus
-	7,  // 8: custodian.v1.Status.audit:type_name -> custodian.v1.AuditStatus
-	9,  // 9: custodian.v1.MekStatus.state:type_name -> custodian.v1.KeyState
-	8,  // 10: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
-	8,  // 11: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
-	8,  // 12: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
-	13, // [13:13] is the sub-list for method output_type
-	13, // [13:13] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	7,  // 7: custodian.v1.Status.store:type_name -> custodian.v1.StoreStatus
+	8,  // 8: custodian.v1.Status.audit:type_name -> custodian.v1.AuditStatus
+	10, // 9: custodian.v1.MekStatus.state:type_name -> custodian.v1.KeyState
+	9,  // 10: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
+	9,  // 11: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
+	9,  // 12: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
+	9,  // 13: custodian.v1.ProviderStatus.away_since_time:type_name -> google.protobuf.Timestamp
+	11, // 14: custodian.v1.ProviderStatus.grace_left:type_name -> google.protobuf.Duration
+	9,  // 15: custodian.v1.ProviderStatus.incident_time:type_name -> google.protobuf.Timestamp
+	6,  // 16: custodian.v1.ProviderStatus.calls_by_reason:type_name -> custodian.v1.ProviderCalls
+	17, // [17:17] is the sub-list for method output_type
+	17, // [17:17] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_status_proto_init() }
@@ -1016,7 +1154,7 @@ func file_custodian_v1_status_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_status_proto_rawDesc), len(file_custodian_v1_status_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

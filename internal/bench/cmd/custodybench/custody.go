@@ -99,11 +99,15 @@ func openParts(ctx context.Context, dir string, create bool) (_ *custody, err er
 	return c, nil
 }
 
-// openCustody opens a folder that prepare has made.
-func openCustody(ctx context.Context, dir string) (*custody, error) {
+// openCustody opens a folder that prepare has made. change, where it is not
+// nil, changes the configuration.
+func openCustody(ctx context.Context, dir string, change func(*custodian.Config)) (*custody, error) {
 	c, err := openParts(ctx, dir, false)
 	if err != nil {
 		return nil, err
+	}
+	if change != nil {
+		change(&c.config)
 	}
 	if c.custodian, err = custodian.Open(ctx, c.config); err != nil {
 		return nil, errors.Join(err, c.close(ctx))
@@ -146,7 +150,7 @@ func prepare(ctx context.Context, args []string) (err error) {
 	if err := initialise(ctx, *dir); err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
-	c, err := openCustody(ctx, *dir)
+	c, err := openCustody(ctx, *dir, nil)
 	if err != nil {
 		return err
 	}

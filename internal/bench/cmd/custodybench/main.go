@@ -111,11 +111,12 @@ var sections = []struct {
 	{"callback", (*rig).callback},
 	{"issue", (*rig).issue},
 	{"million", (*rig).million},
+	{"kms", (*rig).kms},
 }
 
 func parent(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("custodybench", flag.ContinueOnError)
-	only := fs.String("sections", "", "comma-separated: callback, issue, million; all if empty")
+	only := fs.String("sections", "", "comma-separated: callback, issue, million, kms; all if empty")
 	quick := fs.Bool("quick", false, "less of everything, within a minute")
 	out := fs.String("out", "bench.json", "file of the results")
 	dir := fs.String("dir", "bin", "folder, on a real disk, under which data is kept while this runs")

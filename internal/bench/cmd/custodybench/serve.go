@@ -28,7 +28,12 @@ import (
 const drain = 5 * time.Second
 
 // serverFlags are those of all servers.
-type serverFlags struct{ pki, dir, profile string }
+type serverFlags struct {
+	pki, dir, profile string
+	kmsDelay          time.Duration
+	kmsAnswers        int64
+	lifetime          time.Duration
+}
 
 func parseServer(role string, args []string) (serverFlags, error) {
 	fs := flag.NewFlagSet(role, flag.ContinueOnError)
@@ -36,6 +41,9 @@ func parseServer(role string, args []string) (serverFlags, error) {
 	fs.StringVar(&f.pki, "pki", "", "folder of the certificates")
 	fs.StringVar(&f.dir, "dir", "", "folder of the data")
 	fs.StringVar(&f.profile, "cpuprofile", "", "file of the CPU profile")
+	fs.DurationVar(&f.kmsDelay, "kms-delay", 0, "of each answer of the KMS")
+	fs.Int64Var(&f.kmsAnswers, "kms-answers", 0, "answers of the KMS before it hangs; 0: it never does")
+	fs.DurationVar(&f.lifetime, "kek-lifetime", 0, "of a loaded KEK; 0: the default")
 	return f, fs.Parse(args)
 }
 
@@ -49,7 +57,12 @@ func serveCallback(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return err
 	}
-	c, err := openCustody(ctx, f.dir)
+	c, err := openCustody(ctx, f.dir, func(c *custodian.Config) {
+		c.Providers[0] = &badKMS{Provider: c.Providers[0], delay: f.kmsDelay, answers: f.kmsAnswers}
+		if c.KEKLifetime = f.lifetime; f.kmsAnswers > 0 {
+			c.KMS.Grace = time.Hour
+		}
+	})
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,227 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/keycustody/custodian/custodian"
+)
+
+// signatureHeader carries "t=SECONDS,v1=HEX": the time of sending since 1970,
+// and HMAC-SHA256 under the secret of that number, a point, and the body. Who
+// gets a message checks both: an old time is a message that somebody repeats.
+const signatureHeader = "Custodian-Signature"
+
+// minSecretSize is how long the secret must be.
+const minSecretSize = 16
+
+// Of the tries to deliver one message: the pause after the first and the
+// longest, and when it is given up. The pauses are drawn from zero up.
+const (
+	webhookPause    = time.Second
+	maxWebhookPause = 5 * time.Minute
+	webhookGiveUp   = 24 * time.Hour
+	webhookTimeout  = 10 * time.Second
+)
+
+func (c WebhookConfig) check() []error {
+	if c.URL == "" {
+		if c != (WebhookConfig{}) {
+			return []error{errors.New("kms.webhook.url: must be set beside the other settings of the webhook")}
+		}
+		return nil
+	}
+	var faults []error
+	if err := checkWebhookURL(c.URL); err != nil {
+		faults = append(faults, fmt.Errorf("kms.webhook.url: %w", err))
+	}
+	if c.SecretFile == "" {
+		faults = append(faults, errors.New("kms.webhook.secret_file: must be set"))
+	} else if _, err := readWebhookSecret(c.SecretFile); err != nil {
+		faults = append(faults, fmt.Errorf("kms.webhook.secret_file: %w", err))
+	}
+	if _, err := c.roots(); err != nil {
+		faults = append(faults, fmt.Errorf("kms.webhook.ca_file: %w", err))
+	}
+	return faults
+}
+
+func checkWebhookURL(s string) error {
+	u, err := url.Parse(s)
+	if err != nil {
+		return errors.New("must be a URL")
+	}
+	if u.Hostname() == "" || u.User != nil || u.Fragment != "" {
+		return errors.New("must be https://HOST/PATH, without a user")
+	}
+	ip := net.ParseIP(u.Hostname())
+	if u.Scheme == "https" || u.Scheme == "http" && ip != nil && ip.IsLoopback() {
+		return nil
+	}
+	return fmt.Errorf("scheme %q: must be https, or http to a loopback address", u.Scheme)
+}
+
+func readWebhookSecret(path string) ([]byte, error) {
+	raw, err := readPrivate(path)
+	if err != nil {
+		return nil, err
+	}
+	secret := bytes.TrimSpace(raw)
+	if len(secret) < minSecretSize {
+		return nil, fmt.Errorf("%s: %d bytes: must be %d at least", path, len(secret), minSecretSize)
+	}
+	return secret, nil
+}
+
+// roots are the CAs of the webhook's server; nil: the system's.
+func (c WebhookConfig) roots() (*x509.CertPool, error) {
+	if c.CAFile == "" {
+		return nil, nil
+	}
+	raw, err := os.ReadFile(c.CAFile)
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(raw) {
+		return nil, fmt.Errorf("%s: no certificate in it", c.CAFile)
+	}
+	return roots, nil
+}
+
+// A webhook tells somebody of incidents, one message after the other, each
+// until it is taken: a closed incident is never told before it was declared.
+type webhook struct {
+	config WebhookConfig
+	client *http.Client
+	queue  chan custodian.Incident
+	log    *slog.Logger
+	pause  time.Duration // after the first try
+}
+
+// newWebhook is nil without a URL.
+func newWebhook(c WebhookConfig, log *slog.Logger) (*webhook, error) {
+	if c.URL == "" {
+		return nil, nil
+	}
+	roots, err := c.roots()
+	if err != nil {
+		return nil, fmt.Errorf("kms.webhook.ca_file: %w", err)
+	}
+	return &webhook{config: c, log: log, pause: webhookPause, queue: make(chan custodian.Incident, 256), client: &http.Client{
+		Timeout: webhookTimeout,
+		// No proxy of the environment, and what answers with another place is
+		// not the one that was configured.
+		Transport:     &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}, nil
+}
+
+// tell queues a message and does not wait.
+func (h *webhook) tell(i custodian.Incident) {
+	select {
+	case h.queue <- i:
+	default:
+		h.log.Error("the webhook takes nothing; an incident is not told", "incident", i.ID)
+	}
+}
+
+// run delivers until ctx ends.
+func (h *webhook) run(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case i := <-h.queue:
+			h.deliver(ctx, i)
+		}
+	}
+}
+
+// A message is the body of a webhook.
+type message struct {
+	Event string `json:"event"` // kms.incident.declared or kms.incident.closed
+	custodian.Incident
+}
+
+// deliver sends one message until it is taken, with full jitter between the
+// tries.
+func (h *webhook) deliver(ctx context.Context, i custodian.Incident) {
+	m := message{"kms.incident.declared", i}
+	if !i.Closed.IsZero() {
+		m.Event = "kms.incident.closed"
+	}
+	body, err := json.Marshal(m)
+	if err != nil {
+		h.log.Error("webhook", "incident", i.ID, "err", err)
+		return
+	}
+	began := time.Now()
+	for pause := h.pause; ; pause = min(2*pause, maxWebhookPause) {
+		err := h.send(ctx, body)
+		if err == nil {
+			h.log.Info("the webhook was told", "incident", i.ID, "event", m.Event)
+			return
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(began) > webhookGiveUp {
+			h.log.Error("the webhook is given up", "incident", i.ID, "event", m.Event, "err", err)
+			return
+		}
+		h.log.Warn("the webhook did not take a message; it is sent again", "incident", i.ID, "event", m.Event, "err", err)
+		if !sleep(ctx, rand.N(pause)) {
+			return
+		}
+	}
+}
+
+func (h *webhook) send(ctx context.Context, body []byte) error {
+	secret, err := readWebhookSecret(h.config.SecretFile)
+	if err != nil {
+		return fmt.Errorf("secret: %w", err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.config.URL, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("User-Agent", "custodiand/"+version)
+	req.Header.Set(signatureHeader, sign(secret, time.Now(), body))
+	res, err := h.client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	io.Copy(io.Discard, io.LimitReader(res.Body, 1<<16))
+	if res.StatusCode/100 != 2 {
+		return fmt.Errorf("status %s", res.Status)
+	}
+	return nil
+}
+
+func sign(secret []byte, now time.Time, body []byte) string {
+	t := strconv.FormatInt(now.Unix(), 10)
+	mac := hmac.New(sha256.New, secret)
+	mac.Write([]byte(t + "."))
+	mac.Write(body)
+	return "t=" + t + ",v1=" + hex.EncodeToString(mac.Sum(nil))
+}
