@@ -52,8 +52,8 @@ func TestConfigFaults(t *testing.T) {
 		change func(v *kms.VaultConfig)
 		want   []string
 	}{
-		{"no kind", "", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} }, []string{`kind: "": must be one of local, vault`}},
-		{"unknown kind", "kes", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} }, []string{`kind: "kes": must be one of local, vault`}},
+		{"no kind", "", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} }, []string{`kind: "": must be one of local, vault, aws, gcp`}},
+		{"unknown kind", "kes", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} }, []string{`kind: "kes": must be one of local, vault, aws, gcp`}},
 		{"settings of another kind", "local", func(*kms.VaultConfig) {}, []string{"vault: set, but kind is local"}},
 		{"nothing set", "vault", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} },
 			[]string{"vault.address: ", "vault.key: ", "vault.token_file: missing: either it or approle must be set"}},
