@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -88,7 +89,8 @@ func (c GCPConfig) check() []error {
 		fault("key", fmt.Errorf("%.200q: must be projects/P/locations/L/keyRings/R/cryptoKeys/K", c.Key))
 	}
 	host, port, err := net.SplitHostPort(c.withDefaults().Endpoint)
-	if err != nil || host == "" || port == "" || strings.ContainsAny(host, "/@?#") {
+	_, notPort := strconv.ParseUint(port, 10, 16)
+	if err != nil || notPort != nil || host == "" || strings.ContainsAny(host, "/@?#") {
 		fault("endpoint", fmt.Errorf("%.80q: must be HOST:PORT", c.Endpoint))
 	} else if c.InsecureLoopback && !isLoopback(host) {
 		fault("insecure_loopback", fmt.Errorf("%.80q is not a loopback address: nothing leaves this machine without TLS", c.Endpoint))

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/api"
@@ -32,10 +33,12 @@ type VaultConfig struct {
 	CertFile string `yaml:"cert_file,omitempty"`
 	KeyFile  string `yaml:"key_file,omitempty"` // mode 0600
 
-	// One of the two logins. A token file is read again whenever Vault refuses
+	// One of the logins. A token file is read again whenever Vault refuses
 	// its token, and a token that can be renewed is.
-	TokenFile string  `yaml:"token_file,omitempty"` // mode 0600
-	AppRole   AppRole `yaml:"approle,omitempty"`
+	TokenFile  string     `yaml:"token_file,omitempty"` // mode 0600
+	AppRole    AppRole    `yaml:"approle,omitempty"`
+	Cert       CertLogin  `yaml:"cert,omitempty"`
+	Kubernetes Kubernetes `yaml:"kubernetes,omitempty"`
 
 	// Timeout bounds each request, with the login that it may need; 5 s.
 	Timeout time.Duration `yaml:"timeout,omitempty"`
@@ -47,6 +50,20 @@ type AppRole struct {
 	RoleIDFile   string `yaml:"role_id_file"`    // mode 0600
 	SecretIDFile string `yaml:"secret_id_file"`  // mode 0600
 	Mount        string `yaml:"mount,omitempty"` // of the auth method; "approle"
+}
+
+// A CertLogin is a login by the client certificate of CertFile and KeyFile.
+type CertLogin struct {
+	Role  string `yaml:"role"`            // name of a trusted certificate of the auth method
+	Mount string `yaml:"mount,omitempty"` // of the auth method; "cert"
+}
+
+// A Kubernetes is a login by a service account's token. The file is read at
+// each login. Vault's jwt method takes the same request.
+type Kubernetes struct {
+	Role    string `yaml:"role"`
+	JWTFile string `yaml:"jwt_file"`        // mode 0600
+	Mount   string `yaml:"mount,omitempty"` // of the auth method; "kubernetes"
 }
 
 const (
@@ -66,6 +83,12 @@ func (c VaultConfig) withDefaults() VaultConfig {
 	}
 	if c.AppRole.Mount == "" {
 		c.AppRole.Mount = "approle"
+	}
+	if c.Cert.Mount == "" {
+		c.Cert.Mount = "cert"
+	}
+	if c.Kubernetes.Mount == "" {
+		c.Kubernetes.Mount = "kubernetes"
 	}
 	if c.Timeout == 0 {
 		c.Timeout = defaultTimeout
@@ -106,32 +129,70 @@ func (c VaultConfig) check() []error {
 	return append(faults, c.checkLogin()...)
 }
 
+// set lists the logins that c has.
+func (c VaultConfig) set() []string {
+	var names []string
+	for _, login := range []struct {
+		name string
+		set  bool
+	}{
+		{"token_file", c.TokenFile != ""},
+		{"approle", c.AppRole != (AppRole{})},
+		{"cert", c.Cert != (CertLogin{})},
+		{"kubernetes", c.Kubernetes != (Kubernetes{})},
+	} {
+		if login.set {
+			names = append(names, login.name)
+		}
+	}
+	return names
+}
+
 func (c VaultConfig) checkLogin() []error {
 	var faults []error
+	fault := func(field string, err error) {
+		if err != nil {
+			faults = append(faults, fmt.Errorf("vault.%s: %w", field, err))
+		}
+	}
 	secret := func(field, path string) {
 		err := errors.New("missing")
 		if path != "" {
 			_, err = readSecretLine(path)
 		}
-		if err != nil {
-			faults = append(faults, fmt.Errorf("vault.%s: %w", field, err))
-		}
+		fault(field, err)
 	}
+	logins, named := c.set(), c.withDefaults()
 	switch {
-	case c.TokenFile != "" && c.AppRole != (AppRole{}):
-		faults = append(faults, errors.New("vault.token_file: set beside approle: only one login can be"))
-	case c.TokenFile != "":
+	case len(logins) == 0:
+		fault("token_file", errors.New("missing: it, approle, cert or kubernetes must be set"))
+	case len(logins) > 1:
+		fault(logins[0], fmt.Errorf("set beside %s: only one login can be", strings.Join(logins[1:], " and ")))
+	case logins[0] == "token_file":
 		secret("token_file", c.TokenFile)
-	case c.AppRole != (AppRole{}):
+	case logins[0] == "approle":
 		secret("approle.role_id_file", c.AppRole.RoleIDFile)
 		secret("approle.secret_id_file", c.AppRole.SecretIDFile)
-		if err := checkPath(c.withDefaults().AppRole.Mount); err != nil {
-			faults = append(faults, fmt.Errorf("vault.approle.mount: %w", err))
+		fault("approle.mount", checkPath(named.AppRole.Mount))
+	case logins[0] == "cert":
+		if c.CertFile == "" {
+			fault("cert_file", errors.New("missing: the login needs a client certificate"))
 		}
-	default:
-		faults = append(faults, errors.New("vault.token_file: missing: either it or approle must be set"))
+		fault("cert.role", checkRole(c.Cert.Role))
+		fault("cert.mount", checkPath(named.Cert.Mount))
+	case logins[0] == "kubernetes":
+		fault("kubernetes.role", checkRole(c.Kubernetes.Role))
+		secret("kubernetes.jwt_file", c.Kubernetes.JWTFile)
+		fault("kubernetes.mount", checkPath(named.Kubernetes.Mount))
 	}
 	return faults
+}
+
+func checkRole(role string) error {
+	if !keyForm.MatchString(role) {
+		return fmt.Errorf("%.80q: must be the name of a role", role)
+	}
+	return nil
 }
 
 // checkAddress refuses plain HTTP: the token would cross the network in clear.
@@ -160,12 +221,13 @@ type vault struct {
 	c       VaultConfig
 	conn    *http.Transport
 	now     func() time.Time
+	method  string // the login that is configured
 	logins  *logins[*api.Client]
 	contact contact
 }
 
 func openVault(c Config) (*vault, error) {
-	v := &vault{name: c.Name, c: c.Vault.withDefaults(), now: c.Now, contact: contact{now: c.Now}}
+	v := &vault{name: c.Name, c: c.Vault.withDefaults(), method: c.Vault.set()[0], now: c.Now, contact: contact{now: c.Now}}
 	conn, err := v.c.transport()
 	if err != nil {
 		return nil, fmt.Errorf("kms %s: %w", v.name, err)

@@ -8,15 +8,19 @@ import (
 	"net/http"
 
 	"github.com/hashicorp/vault/api"
-	"github.com/hashicorp/vault/api/auth/approle"
 
 	"github.com/keycustody/custodian/custodian"
 )
 
 // login logs in by the method that is configured.
 func (v *vault) login(ctx context.Context) (*session[*api.Client], error) {
-	if v.c.TokenFile != "" {
+	switch v.method {
+	case "token_file":
 		return v.byTokenFile(ctx)
+	case "cert":
+		return v.by(ctx, v.c.Cert.Mount, map[string]any{"name": v.c.Cert.Role})
+	case "kubernetes":
+		return v.byKubernetes(ctx)
 	}
 	return v.byAppRole(ctx)
 }
@@ -30,16 +34,25 @@ func (v *vault) byAppRole(ctx context.Context) (*session[*api.Client], error) {
 	if err != nil {
 		return nil, err
 	}
-	method, err := approle.NewAppRoleAuth(role, &approle.SecretID{FromString: secret}, approle.WithMountPath(v.c.AppRole.Mount))
+	return v.by(ctx, v.c.AppRole.Mount, map[string]any{"role_id": role, "secret_id": secret})
+}
+
+func (v *vault) byKubernetes(ctx context.Context) (*session[*api.Client], error) {
+	jwt, err := readSecretLine(v.c.Kubernetes.JWTFile)
 	if err != nil {
 		return nil, err
 	}
+	return v.by(ctx, v.c.Kubernetes.Mount, map[string]any{"role": v.c.Kubernetes.Role, "jwt": jwt})
+}
+
+// by logs in with the auth method at mount.
+func (v *vault) by(ctx context.Context, mount string, body map[string]any) (*session[*api.Client], error) {
 	client, err := v.client("")
 	if err != nil {
 		return nil, err
 	}
 	begin := v.now()
-	answer, err := method.Login(ctx, client)
+	answer, err := client.Logical().WriteWithContext(ctx, "auth/"+mount+"/login", body)
 	if err != nil {
 		return nil, err
 	}

@@ -167,7 +167,7 @@ func (c *Config) resolve(dir string) {
 		p := &c.KMS.Providers[i]
 		v := &p.Vault
 		paths = append(paths, &p.AWS.CAFile, &p.AWS.CredentialsFile, &p.GCP.CAFile, &p.GCP.CredentialsFile)
-		paths = append(paths, &v.CAFile, &v.CertFile, &v.KeyFile, &v.TokenFile, &v.AppRole.RoleIDFile, &v.AppRole.SecretIDFile)
+		paths = append(paths, &v.CAFile, &v.CertFile, &v.KeyFile, &v.TokenFile, &v.AppRole.RoleIDFile, &v.AppRole.SecretIDFile, &v.Kubernetes.JWTFile)
 	}
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) {
