@@ -139,7 +139,7 @@ func (a *amazon) login(ctx context.Context) (*session[*awskms.Client], error) {
 		// the AWS_ENDPOINT_ variables of the environment have no say in it.
 		BaseEndpoint: endpointOf(a.c.Endpoint),
 	})
-	s := &session[*awskms.Client]{client: client, proved: true}
+	s := &session[*awskms.Client]{client: client}
 	if found.CanExpire {
 		return lasting(s, begin, int64(found.Expires.Sub(begin)/time.Second)), nil
 	}

@@ -111,9 +111,3 @@ func (a *amazon) refusal(err error) error {
 	}
 	return fmt.Errorf("kms %s: log in to aws: %s: %w", a.name, awsSays(answer), sentinel)
 }
-
-// unproved is never asked for: every session of AWS is proved, since AWS
-// tells credentials that it does not know from those that may not.
-func (a *amazon) unproved() error {
-	return fmt.Errorf("kms %s: log in to aws: the credentials are refused: %w", a.name, custodian.ErrProviderUnavailable)
-}

@@ -234,7 +234,7 @@ func (c GCPConfig) oauthClient() (*http.Client, error) {
 // next is due: each login makes its credentials anew.
 func (g *google) login(ctx context.Context) (*session[gcpToken], error) {
 	if g.c.InsecureLoopback {
-		return &session[gcpToken]{proved: true}, nil
+		return &session[gcpToken]{}, nil
 	}
 	begin := g.now()
 	found, err := g.credentials()
@@ -245,7 +245,7 @@ func (g *google) login(ctx context.Context) (*session[gcpToken], error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &session[gcpToken]{client: gcpToken(token.Value), proved: true}
+	s := &session[gcpToken]{client: gcpToken(token.Value)}
 	if token.Expiry.IsZero() {
 		return s, nil
 	}

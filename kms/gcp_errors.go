@@ -102,9 +102,3 @@ func (g *google) refusal(err error) error {
 	body := strings.Join(strings.Fields(string(answer.Body)), " ")
 	return fmt.Errorf("kms %s: log in to google: %s: status %d, %.300q: %w", g.name, what, answer.Response.StatusCode, body, custodian.ErrProviderUnavailable)
 }
-
-// unproved is never asked for: Google tells tokens that it does not know from
-// those that may not.
-func (g *google) unproved() error {
-	return fmt.Errorf("kms %s: log in to google: the token is refused: %w", g.name, custodian.ErrProviderUnavailable)
-}

@@ -25,8 +25,10 @@ const (
 // strings, as the vendors' clients do, which cannot be wiped.
 type session[C any] struct {
 	client C
-	// proved: the KMS has said itself that the login was good.
-	proved bool
+	// doubt is what a caller hears whose call is forbidden with this login,
+	// where the KMS does not tell a login that is none from one that may not.
+	// nil: it does, or has said itself that the login was good.
+	doubt error
 	// renew is when to log in ahead of end, when the login ends. Both are
 	// zero for one that has no end.
 	renew, end time.Time
@@ -57,9 +59,6 @@ type method[C any] interface {
 	// refused reports whether the KMS, not something in between, answers that
 	// it does not accept the login.
 	refused(err error) bool
-	// unproved is what a caller hears whose call is forbidden with a login
-	// that is not proved.
-	unproved() error
 	// forbidden reports whether the KMS itself answers to a call that this
 	// login may not do this, or is none.
 	forbidden(err error) bool
@@ -157,8 +156,8 @@ func (l *logins[C]) replace(ctx context.Context, old *session[C]) (*session[C], 
 // anything. Calls go on asking with the session that is there; only another
 // login has to wait.
 func (l *logins[C]) denied(s *session[C], err error) error {
-	if !s.proved {
-		err = l.method.unproved()
+	if s.doubt != nil {
+		err = s.doubt
 	}
 	select {
 	case l.turn <- struct{}{}:

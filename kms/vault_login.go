@@ -60,7 +60,7 @@ func (v *vault) by(ctx context.Context, mount string, body map[string]any) (*ses
 		return nil, errors.New("the answer has no token")
 	}
 	client.SetToken(answer.Auth.ClientToken)
-	return lasting(&session[*api.Client]{client: client, proved: true}, begin, int64(answer.Auth.LeaseDuration)), nil
+	return lasting(&session[*api.Client]{client: client}, begin, int64(answer.Auth.LeaseDuration)), nil
 }
 
 // byTokenFile takes the token of the file and asks Vault about it. The answer
@@ -78,7 +78,8 @@ func (v *vault) byTokenFile(ctx context.Context) (*session[*api.Client], error) 
 	begin := v.now()
 	self, err := client.Logical().ReadWithContext(ctx, "auth/token/lookup-self")
 	if forbidden(err) {
-		return &session[*api.Client]{client: client}, nil
+		doubt := fmt.Errorf("kms %s: log in to vault: the token of %s is refused: %w", v.name, v.c.TokenFile, custodian.ErrProviderUnavailable)
+		return &session[*api.Client]{client: client, doubt: doubt}, nil
 	}
 	if err != nil {
 		return nil, err
@@ -100,7 +101,7 @@ func (v *vault) byTokenFile(ctx context.Context) (*session[*api.Client], error) 
 			seconds = int64(renewed.Auth.LeaseDuration)
 		}
 	}
-	return lasting(&session[*api.Client]{client: client, proved: true}, begin, seconds), nil
+	return lasting(&session[*api.Client]{client: client}, begin, seconds), nil
 }
 
 // refusal is a failed login in a sentence. Whatever the reason, it is an
@@ -116,10 +117,6 @@ func (v *vault) refusal(err error) error {
 		return fmt.Errorf("kms %s: log in to vault: the login is refused: %s: %w", v.name, says(answer), custodian.ErrProviderUnavailable)
 	}
 	return fmt.Errorf("kms %s: log in to vault: %s: %w", v.name, says(answer), custodian.ErrProviderUnavailable)
-}
-
-func (v *vault) unproved() error {
-	return fmt.Errorf("kms %s: log in to vault: the token of %s is refused: %w", v.name, v.c.TokenFile, custodian.ErrProviderUnavailable)
 }
 
 func (v *vault) refused(err error) bool {
