@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -14,14 +15,17 @@ import (
 )
 
 // classify turns a failed request into one of the errors of a
-// custodian.Provider, in a sentence.
+// custodian.Provider, in a sentence. Google's status is in the text only: in
+// the error's tree, a gRPC server of ours could take it for its own.
 func (g *google) classify(op string, err error) error {
 	answer := statusOf(err)
-	switch answer.Code() {
-	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Unknown, codes.Internal, codes.OK:
-		return fmt.Errorf("kms %s: %s with %s: %w: %w", g.name, op, g.c.Key, custodian.ErrProviderUnavailable, err)
+	said := g.fault(op, gcpSays(answer), gcpSentinel(op, answer))
+	for _, ended := range []error{context.DeadlineExceeded, context.Canceled} {
+		if errors.Is(err, ended) {
+			return fmt.Errorf("%w: %w", said, ended)
+		}
 	}
-	return g.fault(op, gcpSays(answer), gcpSentinel(op, answer))
+	return said
 }
 
 func (g *google) fault(op, what string, sentinel error) error {

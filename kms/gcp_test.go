@@ -214,6 +214,9 @@ func TestGCPErrors(t *testing.T) {
 		before := b.server.Requests()
 		_, err := b.p.Unwrap(t.Context(), w, context1)
 		wantOnly(t, fmt.Sprintf("%s %q", test.code, test.text), err, test.want)
+		if _, passedOn := status.FromError(err); passedOn {
+			t.Errorf("%s: Google's status is in the tree of %v", test.code, err)
+		}
 		if got := b.server.Requests() - before; got > 2 {
 			t.Errorf("%s: got %d requests for one call, want one, and one after a login", test.code, got)
 		}

@@ -210,6 +210,14 @@ func (c *custody) withVault(v *testservers.VaultServer) {
 	v.WritePolicy("custodian", `path "transit/encrypt/custodian" { capabilities = ["update"] }
 path "transit/decrypt/custodian" { capabilities = ["update"] }`)
 	role, secret := v.AppRole("custodian", "custodian")
+	c.withKMS("name: outer\n    kind: vault\n    vault: {address: '" + v.Address + "', ca_file: " + v.CAFile +
+		", cert_file: " + v.ClientCertFile + ", key_file: " + v.ClientKeyFile +
+		", key: custodian, approle: {role_id_file: " + role + ", secret_id_file: " + secret + "}}")
+}
+
+// withKMS makes the provider outer, written in YAML, the only one.
+func (c *custody) withKMS(outer string) {
+	c.t.Helper()
 	raw, err := os.ReadFile(c.dev.configFile())
 	if err != nil {
 		c.t.Fatal(err)
@@ -219,9 +227,7 @@ path "transit/decrypt/custodian" { capabilities = ["update"] }`)
 	if !ok || !ok2 {
 		c.t.Fatalf("the configuration has no kms section followed by tls:\n%s", raw)
 	}
-	kms := "\nkms:\n  default: [vault]\n  providers:\n  - name: vault\n    kind: vault\n    vault:\n      address: " + v.Address +
-		"\n      ca_file: " + v.CAFile + "\n      cert_file: " + v.ClientCertFile + "\n      key_file: " + v.ClientKeyFile +
-		"\n      key: custodian\n      approle: {role_id_file: " + role + ", secret_id_file: " + secret + "}\n"
+	kms := "\nkms:\n  default: [outer]\n  providers:\n  - " + outer + "\n"
 	if err := os.WriteFile(c.dev.configFile(), []byte(before+kms+"\ntls:\n"+after), 0o600); err != nil {
 		c.t.Fatal(err)
 	}
