@@ -177,12 +177,19 @@ func TestAWSErrors(t *testing.T) {
 		{400, "InvalidSignatureException", "", custodian.ErrProviderUnavailable},
 		{400, "SomethingNew", "", custodian.ErrProviderUnavailable},
 	} {
-		b.server.Break(awskms.Fail(test.status, test.code, test.text))
+		requests := 0 // one call at a time
+		b.server.Break(func(w http.ResponseWriter, r *http.Request, next http.HandlerFunc) {
+			requests++
+			awskms.Fail(test.status, test.code, test.text)(w, r, next)
+		})
 		b.clock.Add(time.Minute)
 		_, err := b.p.Unwrap(t.Context(), w, context1)
 		wantOnly(t, fmt.Sprintf("%d %s %q", test.status, test.code, test.text), err, test.want)
 		if err != nil && !strings.Contains(err.Error(), test.code) {
 			t.Errorf("%s: got %q, want it to name the code", test.code, err)
+		}
+		if requests < 1 || requests > 2 {
+			t.Errorf("%s: got %d requests for one call, want one, and one after a login", test.code, requests)
 		}
 	}
 	b.server.Break(nil)
@@ -243,7 +250,6 @@ func TestAWSEnvironment(t *testing.T) {
 	t.Setenv("AWS_REGION", "us-east-1")
 	t.Setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:1")
 	t.Setenv("AWS_ENDPOINT_URL_KMS", "https://127.0.0.1:1")
-	t.Setenv("HTTPS_PROXY", "http://127.0.0.1:1")
 	b.config.AWS.CredentialsFile = ""
 	b.p = open(t, b.config)
 	wantOpens(t, "with the chain's credentials", b.p, wrapWith(t, b.p))

@@ -265,11 +265,10 @@ func TestGCPTokens(t *testing.T) {
 }
 
 // Without a credentials file Google's application default credentials decide
-// who calls; no proxy of the environment is used.
+// who calls.
 func TestGCPDefaultCredentials(t *testing.T) {
 	b := newGCPBed(t)
 	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", b.server.CredentialsFile)
-	t.Setenv("HTTPS_PROXY", "http://127.0.0.1:1")
 	b.config.GCP.CredentialsFile = ""
 	b.p = open(t, b.config)
 	wantOpens(t, "with the default credentials", b.p, wrapWith(t, b.p))

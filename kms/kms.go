@@ -97,13 +97,22 @@ func Open(ctx context.Context, c Config) (custodian.Provider, error) {
 	case KindLocal:
 		return openLocal(c), nil
 	case KindVault:
-		return openVault(c)
+		return opened(openVault(c))
 	case KindAWS:
-		return openAWS(c)
+		return opened(openAWS(c))
 	case KindGCP:
-		return openGCP(ctx, c)
+		return opened(openGCP(ctx, c))
 	}
 	return nil, fmt.Errorf("kms %s: kind %q has no provider", c.Name, c.Kind)
+}
+
+// opened keeps a provider that was not made from becoming an interface that
+// is not nil.
+func opened[P custodian.Provider](p P, err error) (custodian.Provider, error) {
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
 }
 
 func checkTimeout(d time.Duration) error {
