@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -26,9 +27,11 @@ import (
 const (
 	KindLocal = "local"
 	KindVault = "vault"
+	KindAWS   = "aws"
+	KindGCP   = "gcp"
 )
 
-var kinds = []string{KindLocal, KindVault}
+var kinds = []string{KindLocal, KindVault, KindAWS, KindGCP}
 
 // A Config configures one provider instance. Only the settings of its kind
 // may be there.
@@ -37,10 +40,12 @@ type Config struct {
 	// carries: 1 to 64 of a-z, 0-9, '.', '_' and '-'. It is never changed once
 	// keys are wrapped.
 	Name string `yaml:"name"`
-	// Kind is local or vault.
+	// Kind is local, vault, aws or gcp.
 	Kind  string      `yaml:"kind"`
 	Local struct{}    `yaml:"local,omitempty"`
 	Vault VaultConfig `yaml:"vault,omitempty"`
+	AWS   AWSConfig   `yaml:"aws,omitempty"`
+	GCP   GCPConfig   `yaml:"gcp,omitempty"`
 
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time `yaml:"-"`
@@ -56,13 +61,22 @@ func (c Config) Check() []error {
 	if !nameForm.MatchString(c.Name) {
 		faults = append(faults, fmt.Errorf("name: %.80q: must be 1 to 64 of a-z 0-9 . _ - and begin with a letter or digit", c.Name))
 	}
+	for _, other := range []struct {
+		kind string
+		set  bool
+	}{{KindVault, c.Vault != (VaultConfig{})}, {KindAWS, c.AWS != (AWSConfig{})}, {KindGCP, c.GCP != (GCPConfig{})}} {
+		if other.set && c.Kind != other.kind && slices.Contains(kinds, c.Kind) {
+			faults = append(faults, fmt.Errorf("%s: set, but kind is %s", other.kind, c.Kind))
+		}
+	}
 	switch c.Kind {
 	case KindLocal:
-		if c.Vault != (VaultConfig{}) {
-			faults = append(faults, fmt.Errorf("vault: set, but kind is %s", c.Kind))
-		}
 	case KindVault:
 		faults = append(faults, c.Vault.check()...)
+	case KindAWS:
+		faults = append(faults, c.AWS.check()...)
+	case KindGCP:
+		faults = append(faults, c.GCP.check()...)
 	default:
 		faults = append(faults, fmt.Errorf("kind: %.80q: must be one of %s", c.Kind, strings.Join(kinds, ", ")))
 	}
@@ -72,7 +86,7 @@ func (c Config) Check() []error {
 // Open makes the provider that c describes. It refuses whatever Check finds,
 // all of it in one error. No KMS is called before the first Wrap or Unwrap,
 // so that a daemon can start while its KMS is away.
-func Open(_ context.Context, c Config) (custodian.Provider, error) {
+func Open(ctx context.Context, c Config) (custodian.Provider, error) {
 	if err := errors.Join(c.Check()...); err != nil {
 		return nil, fmt.Errorf("kms %s: %w", c.Name, err)
 	}
@@ -83,9 +97,29 @@ func Open(_ context.Context, c Config) (custodian.Provider, error) {
 	case KindLocal:
 		return openLocal(c), nil
 	case KindVault:
-		return openVault(c)
+		return opened(openVault(c))
+	case KindAWS:
+		return opened(openAWS(c))
+	case KindGCP:
+		return opened(openGCP(ctx, c))
 	}
 	return nil, fmt.Errorf("kms %s: kind %q has no provider", c.Name, c.Kind)
+}
+
+// opened keeps a provider that was not made from becoming an interface that
+// is not nil.
+func opened[P custodian.Provider](p P, err error) (custodian.Provider, error) {
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func checkTimeout(d time.Duration) error {
+	if d < 0 || d > maxTimeout {
+		return fmt.Errorf("%s: must be above 0 and at most %s", d, maxTimeout)
+	}
+	return nil
 }
 
 // refuse says what is wrong with the arguments of a call, before any KMS is
@@ -106,6 +140,40 @@ func refuseWrap(name string, w custodian.OuterWrap, context []byte) error {
 		return fmt.Errorf("kms %s: the blob was wrapped by provider %q: %w", name, w.Provider, custodian.ErrProviderBlob)
 	}
 	return refuse(name, w.Blob, context)
+}
+
+// An opener is a provider that has an outer layer.
+type opener interface {
+	// open takes the layer off.
+	open(ctx context.Context, w custodian.OuterWrap, context []byte) ([]byte, error)
+	// fault is a sentence about op that wraps sentinel.
+	fault(op, what string, sentinel error) error
+	// binds says what a key must be like, so that it binds the context.
+	binds() string
+}
+
+// prove opens a new wrap before anybody relies on it: it must open to want
+// under its own context, and under no other. Some keys ignore the context
+// (Vault's that are not derived), and whether a key is such a one can be read
+// only with a right that is not needed otherwise.
+func prove(ctx context.Context, p opener, w custodian.OuterWrap, context, want []byte) error {
+	got, err := p.open(ctx, w, context)
+	if err != nil {
+		return fmt.Errorf("verify a new wrap: %w", err)
+	}
+	defer clear(got)
+	if !same(got, want) {
+		return p.fault("verify a new wrap", "it opens to other bytes", custodian.ErrProviderUnavailable)
+	}
+	other, err := p.open(ctx, w, append(slices.Clone(context), 0))
+	clear(other)
+	if err == nil {
+		return p.fault("verify a new wrap", "it opens under another context: "+p.binds(), custodian.ErrProviderDisabled)
+	}
+	if !errors.Is(err, custodian.ErrProviderBlob) {
+		return fmt.Errorf("verify a new wrap: %w", err)
+	}
+	return nil
 }
 
 func same(a, b []byte) bool { return subtle.ConstantTimeCompare(a, b) == 1 }

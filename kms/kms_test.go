@@ -52,11 +52,11 @@ func TestConfigFaults(t *testing.T) {
 		change func(v *kms.VaultConfig)
 		want   []string
 	}{
-		{"no kind", "", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} }, []string{`kind: "": must be one of local, vault`}},
-		{"unknown kind", "kes", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} }, []string{`kind: "kes": must be one of local, vault`}},
+		{"no kind", "", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} }, []string{`kind: "": must be one of local, vault, aws, gcp`}},
+		{"unknown kind", "kes", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} }, []string{`kind: "kes": must be one of local, vault, aws, gcp`}},
 		{"settings of another kind", "local", func(*kms.VaultConfig) {}, []string{"vault: set, but kind is local"}},
 		{"nothing set", "vault", func(v *kms.VaultConfig) { *v = kms.VaultConfig{} },
-			[]string{"vault.address: ", "vault.key: ", "vault.token_file: missing: either it or approle must be set"}},
+			[]string{"vault.address: ", "vault.key: ", "vault.token_file: missing: it, approle, cert or kubernetes must be set"}},
 		{"plain HTTP", "vault", func(v *kms.VaultConfig) { v.Address = "http://vault.example:8200" },
 			[]string{`vault.address: "http://vault.example:8200": must be https://HOST:PORT`}},
 		{"password in the address", "vault", func(v *kms.VaultConfig) { v.Address = "https://user:hidden@vault.example" }, []string{"vault.address: "}},
@@ -76,6 +76,15 @@ func TestConfigFaults(t *testing.T) {
 		{"empty token", "vault", func(v *kms.VaultConfig) { v.TokenFile = empty }, []string{"vault.token_file: " + empty + ": the file is empty"}},
 		{"two lines of token", "vault", func(v *kms.VaultConfig) { v.TokenFile = twoLines }, []string{"vault.token_file: " + twoLines + ": must hold one line"}},
 		{"two logins", "vault", func(v *kms.VaultConfig) { v.AppRole.RoleIDFile = private }, []string{"vault.token_file: set beside approle"}},
+		{"three logins", "vault", func(v *kms.VaultConfig) { v.Cert.Role, v.Kubernetes.Role = "r", "r" }, []string{"vault.token_file: set beside cert and kubernetes"}},
+		{"certificate login without a certificate", "vault", func(v *kms.VaultConfig) { v.TokenFile, v.Cert.Role = "", "r" }, []string{"vault.cert_file: missing"}},
+		{"certificate login without a role", "vault", func(v *kms.VaultConfig) { v.TokenFile, v.Cert.Mount = "", "../sys" },
+			[]string{"vault.cert_file: missing", "vault.cert.role: ", "vault.cert.mount: "}},
+		{"Kubernetes without all", "vault", func(v *kms.VaultConfig) { v.TokenFile, v.Kubernetes.Mount = "", "/" },
+			[]string{"vault.kubernetes.role: ", "vault.kubernetes.jwt_file: missing", "vault.kubernetes.mount: "}},
+		{"readable JWT", "vault", func(v *kms.VaultConfig) {
+			v.TokenFile, v.Kubernetes = "", kms.Kubernetes{Role: "r", JWTFile: readable}
+		}, []string{"vault.kubernetes.jwt_file: " + readable + ": mode 0640"}},
 		{"half an AppRole", "vault", func(v *kms.VaultConfig) { v.TokenFile, v.AppRole.RoleIDFile = "", private },
 			[]string{"vault.approle.secret_id_file: missing"}},
 		{"readable secret ID", "vault", func(v *kms.VaultConfig) {
@@ -85,28 +94,112 @@ func TestConfigFaults(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			c := kms.Config{Name: "outer", Kind: test.kind, Vault: good}
 			test.change(&c.Vault)
-			faults := c.Check()
-			if len(faults) != len(test.want) {
-				t.Fatalf("faults: got %v, want %q", faults, test.want)
-			}
-			for i, want := range test.want {
-				if got := faults[i].Error(); !strings.HasPrefix(got, want) {
-					t.Errorf("fault %d: got %q, want %q", i, got, want)
-				}
-				if strings.Contains(faults[i].Error(), "hidden") {
-					t.Errorf("fault %d shows a password", i)
-				}
-			}
-			p, err := kms.Open(t.Context(), c)
-			if err == nil || p != nil {
-				t.Fatalf("open: got %v, %v, want a refusal and no provider", p, err)
-			}
-			for _, fault := range faults {
-				if !strings.Contains(err.Error(), fault.Error()) {
-					t.Errorf("open: got %q, want it to say %q", err, fault)
-				}
-			}
+			wantFaults(t, c, test.want)
 		})
+	}
+}
+
+func TestConfigFaultsOfAWS(t *testing.T) {
+	dir := t.TempDir()
+	readable := write(t, dir, "readable", "[default]", 0o640)
+	const arn = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+	for _, test := range []struct {
+		name   string
+		change func(c *kms.Config)
+		want   []string
+	}{
+		{"good", func(*kms.Config) {}, nil},
+		{"alias ARN", func(c *kms.Config) {
+			c.AWS.Key = "arn:aws-us-gov:kms:us-gov-west-1:111122223333:alias/custodian/movies"
+		}, nil},
+		{"alias with region", func(c *kms.Config) { c.AWS.Key, c.AWS.Region = "alias/custodian", "eu-central-1" }, nil},
+		{"nothing set", func(c *kms.Config) { c.AWS = kms.AWSConfig{} }, []string{`aws.key: "": must be the ARN`}},
+		{"alias without region", func(c *kms.Config) { c.AWS.Key = "alias/custodian" }, []string{"aws.region: missing"}},
+		{"another region", func(c *kms.Config) { c.AWS.Region = "us-east-1" }, []string{`aws.region: "us-east-1": the key is in eu-central-1`}},
+		{"a URL as region", func(c *kms.Config) { c.AWS.Key, c.AWS.Region = "alias/custodian", "evil.example/" }, []string{"aws.region: "}},
+		{"plain HTTP", func(c *kms.Config) { c.AWS.Endpoint = "http://127.0.0.1:1" }, []string{"aws.endpoint: "}},
+		{"missing CA", func(c *kms.Config) { c.AWS.CAFile = dir + "/none" }, []string{"aws.ca_file: open "}},
+		{"readable credentials", func(c *kms.Config) { c.AWS.CredentialsFile = readable }, []string{"aws.credentials_file: " + readable + ": mode 0640"}},
+		{"profile with a line break", func(c *kms.Config) { c.AWS.Profile = "a\nb" }, []string{"aws.profile: "}},
+		{"an hour's timeout", func(c *kms.Config) { c.AWS.Timeout = time.Hour }, []string{"aws.timeout: 1h0m0s: "}},
+		{"settings of another kind", func(c *kms.Config) { c.GCP.Key = "k" }, []string{"gcp: set, but kind is aws"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := kms.Config{Name: "outer", Kind: kms.KindAWS, AWS: kms.AWSConfig{Key: arn}}
+			test.change(&c)
+			wantFaults(t, c, test.want)
+		})
+	}
+}
+
+func TestConfigFaultsOfGCP(t *testing.T) {
+	dir := t.TempDir()
+	account := write(t, dir, "account", `{"type":"service_account"}`, 0o600)
+	readable := write(t, dir, "readable", `{"type":"service_account"}`, 0o640)
+	person := write(t, dir, "person", `{"type":"authorized_user","refresh_token":"hidden"}`, 0o600)
+	notJSON := write(t, dir, "not-json", "hidden", 0o600)
+	const key = "projects/p-1/locations/europe-west3/keyRings/r/cryptoKeys/k"
+	for _, test := range []struct {
+		name   string
+		change func(c *kms.GCPConfig)
+		want   []string
+	}{
+		{"good", func(*kms.GCPConfig) {}, nil},
+		{"emulator", func(c *kms.GCPConfig) { c.Endpoint, c.InsecureLoopback = "127.0.0.1:9010", true }, nil},
+		{"emulator of IPv6", func(c *kms.GCPConfig) { c.Endpoint, c.InsecureLoopback = "[::1]:9010", true }, nil},
+		{"service account", func(c *kms.GCPConfig) { c.CredentialsFile = account }, nil},
+		{"nothing set", func(c *kms.GCPConfig) { *c = kms.GCPConfig{} }, []string{`gcp.key: "": must be projects/`}},
+		{"a version as key", func(c *kms.GCPConfig) { c.Key += "/cryptoKeyVersions/1" }, []string{"gcp.key: "}},
+		{"URL as endpoint", func(c *kms.GCPConfig) { c.Endpoint = "https://kms.example" }, []string{"gcp.endpoint: "}},
+		{"no port", func(c *kms.GCPConfig) { c.Endpoint = "kms.example" }, []string{"gcp.endpoint: "}},
+		{"insecure at Google", func(c *kms.GCPConfig) { c.InsecureLoopback = true }, []string{"gcp.insecure_loopback: "}},
+		{"insecure at a name", func(c *kms.GCPConfig) { c.Endpoint, c.InsecureLoopback = "localhost:9010", true }, []string{"gcp.insecure_loopback: "}},
+		{"insecure elsewhere", func(c *kms.GCPConfig) { c.Endpoint, c.InsecureLoopback = "10.0.0.1:9010", true }, []string{"gcp.insecure_loopback: "}},
+		{"insecure with credentials", func(c *kms.GCPConfig) {
+			c.Endpoint, c.InsecureLoopback, c.CredentialsFile = "127.0.0.1:9010", true, account
+		}, []string{"gcp.credentials_file: set beside"}},
+		{"missing CA", func(c *kms.GCPConfig) { c.CAFile = dir + "/none" }, []string{"gcp.ca_file: open "}},
+		{"readable credentials", func(c *kms.GCPConfig) { c.CredentialsFile = readable }, []string{"gcp.credentials_file: " + readable + ": mode 0640"}},
+		{"a person's credentials", func(c *kms.GCPConfig) { c.CredentialsFile = person }, []string{"gcp.credentials_file: " + person + `: type "authorized_user": must be one of`}},
+		{"credentials that are no JSON", func(c *kms.GCPConfig) { c.CredentialsFile = notJSON }, []string{"gcp.credentials_file: " + notJSON + ": not JSON"}},
+		{"negative timeout", func(c *kms.GCPConfig) { c.Timeout = -time.Second }, []string{"gcp.timeout: -1s: "}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := kms.Config{Name: "outer", Kind: kms.KindGCP, GCP: kms.GCPConfig{Key: key}}
+			test.change(&c.GCP)
+			wantFaults(t, c, test.want)
+		})
+	}
+}
+
+// wantFaults compares the faults of c by how they begin. What Check refuses,
+// Open does, and what it takes, Open opens without a KMS.
+func wantFaults(t *testing.T, c kms.Config, want []string) {
+	t.Helper()
+	faults := c.Check()
+	if len(faults) != len(want) {
+		t.Fatalf("faults: got %v, want %q", faults, want)
+	}
+	for i, want := range want {
+		if got := faults[i].Error(); !strings.HasPrefix(got, want) {
+			t.Errorf("fault %d: got %q, want %q", i, got, want)
+		}
+		if strings.Contains(faults[i].Error(), "hidden") {
+			t.Errorf("fault %d shows a secret", i)
+		}
+	}
+	if len(want) == 0 {
+		open(t, c)
+		return
+	}
+	p, err := kms.Open(t.Context(), c)
+	if err == nil || p != nil {
+		t.Fatalf("open: got %v, %v, want a refusal and no provider", p, err)
+	}
+	for _, fault := range faults {
+		if !strings.Contains(err.Error(), fault.Error()) {
+			t.Errorf("open: got %q, want it to say %q", err, fault)
+		}
 	}
 }
 
@@ -151,6 +244,30 @@ vault:
 	}
 	if got.Name != "outer" || got.Kind != kms.KindVault || got.Vault != want {
 		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+func TestConfigOfAWSAndGCPInYAML(t *testing.T) {
+	const text = `
+- name: a
+  kind: aws
+  aws: {key: alias/custodian, region: eu-central-1, endpoint: "https://kms.example", ca_file: ca.pem, credentials_file: aws, profile: drm, timeout: 2s}
+- name: g
+  kind: gcp
+  gcp: {key: k, endpoint: "127.0.0.1:9010", ca_file: ca.pem, credentials_file: account.json, insecure_loopback: true, timeout: 3s}
+`
+	decoder := yaml.NewDecoder(strings.NewReader(text))
+	decoder.KnownFields(true)
+	var got []kms.Config
+	if err := decoder.Decode(&got); err != nil {
+		t.Fatalf("decode: %v", err)
+	}
+	wantAWS := kms.AWSConfig{Key: "alias/custodian", Region: "eu-central-1", Endpoint: "https://kms.example", CAFile: "ca.pem",
+		CredentialsFile: "aws", Profile: "drm", Timeout: 2 * time.Second}
+	wantGCP := kms.GCPConfig{Key: "k", Endpoint: "127.0.0.1:9010", CAFile: "ca.pem", CredentialsFile: "account.json",
+		InsecureLoopback: true, Timeout: 3 * time.Second}
+	if len(got) != 2 || got[0].Kind != kms.KindAWS || got[0].AWS != wantAWS || got[1].Kind != kms.KindGCP || got[1].GCP != wantGCP {
+		t.Errorf("got %+v, want %+v and %+v", got, wantAWS, wantGCP)
 	}
 }
 

@@ -6,11 +6,10 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/url"
 	"regexp"
-	"slices"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/api"
@@ -34,10 +33,12 @@ type VaultConfig struct {
 	CertFile string `yaml:"cert_file,omitempty"`
 	KeyFile  string `yaml:"key_file,omitempty"` // mode 0600
 
-	// One of the two logins. A token file is read again whenever Vault refuses
+	// One of the logins. A token file is read again whenever Vault refuses
 	// its token, and a token that can be renewed is.
-	TokenFile string  `yaml:"token_file,omitempty"` // mode 0600
-	AppRole   AppRole `yaml:"approle,omitempty"`
+	TokenFile  string     `yaml:"token_file,omitempty"` // mode 0600
+	AppRole    AppRole    `yaml:"approle,omitempty"`
+	Cert       CertLogin  `yaml:"cert,omitempty"`
+	Kubernetes Kubernetes `yaml:"kubernetes,omitempty"`
 
 	// Timeout bounds each request, with the login that it may need; 5 s.
 	Timeout time.Duration `yaml:"timeout,omitempty"`
@@ -51,10 +52,23 @@ type AppRole struct {
 	Mount        string `yaml:"mount,omitempty"` // of the auth method; "approle"
 }
 
+// A CertLogin is a login by the client certificate of CertFile and KeyFile.
+type CertLogin struct {
+	Role  string `yaml:"role"`            // name of a trusted certificate of the auth method
+	Mount string `yaml:"mount,omitempty"` // of the auth method; "cert"
+}
+
+// A Kubernetes is a login by a service account's token. The file is read at
+// each login. Vault's jwt method takes the same request.
+type Kubernetes struct {
+	Role    string `yaml:"role"`
+	JWTFile string `yaml:"jwt_file"`        // mode 0600
+	Mount   string `yaml:"mount,omitempty"` // of the auth method; "kubernetes"
+}
+
 const (
 	defaultTimeout = 5 * time.Second
 	maxTimeout     = time.Minute
-	maxAnswer      = 1 << 20 // bytes of one answer of Vault's
 )
 
 // Key names and mount paths become part of a URL: no dots alone, no escapes.
@@ -69,6 +83,12 @@ func (c VaultConfig) withDefaults() VaultConfig {
 	}
 	if c.AppRole.Mount == "" {
 		c.AppRole.Mount = "approle"
+	}
+	if c.Cert.Mount == "" {
+		c.Cert.Mount = "cert"
+	}
+	if c.Kubernetes.Mount == "" {
+		c.Kubernetes.Mount = "kubernetes"
 	}
 	if c.Timeout == 0 {
 		c.Timeout = defaultTimeout
@@ -92,9 +112,7 @@ func (c VaultConfig) check() []error {
 	if !keyForm.MatchString(c.Key) {
 		fault("key", fmt.Errorf("%.80q: must be the name of a transit key", c.Key))
 	}
-	if c.Timeout < 0 || c.Timeout > maxTimeout {
-		fault("timeout", fmt.Errorf("%s: must be above 0 and at most %s", c.Timeout, maxTimeout))
-	}
+	fault("timeout", checkTimeout(c.Timeout))
 	if c.CAFile != "" {
 		_, err := readRoots(c.CAFile)
 		fault("ca_file", err)
@@ -111,32 +129,70 @@ func (c VaultConfig) check() []error {
 	return append(faults, c.checkLogin()...)
 }
 
+// set lists the logins that c has.
+func (c VaultConfig) set() []string {
+	var names []string
+	for _, login := range []struct {
+		name string
+		set  bool
+	}{
+		{"token_file", c.TokenFile != ""},
+		{"approle", c.AppRole != (AppRole{})},
+		{"cert", c.Cert != (CertLogin{})},
+		{"kubernetes", c.Kubernetes != (Kubernetes{})},
+	} {
+		if login.set {
+			names = append(names, login.name)
+		}
+	}
+	return names
+}
+
 func (c VaultConfig) checkLogin() []error {
 	var faults []error
+	fault := func(field string, err error) {
+		if err != nil {
+			faults = append(faults, fmt.Errorf("vault.%s: %w", field, err))
+		}
+	}
 	secret := func(field, path string) {
 		err := errors.New("missing")
 		if path != "" {
 			_, err = readSecretLine(path)
 		}
-		if err != nil {
-			faults = append(faults, fmt.Errorf("vault.%s: %w", field, err))
-		}
+		fault(field, err)
 	}
+	logins, named := c.set(), c.withDefaults()
 	switch {
-	case c.TokenFile != "" && c.AppRole != (AppRole{}):
-		faults = append(faults, errors.New("vault.token_file: set beside approle: only one login can be"))
-	case c.TokenFile != "":
+	case len(logins) == 0:
+		fault("token_file", errors.New("missing: it, approle, cert or kubernetes must be set"))
+	case len(logins) > 1:
+		fault(logins[0], fmt.Errorf("set beside %s: only one login can be", strings.Join(logins[1:], " and ")))
+	case logins[0] == "token_file":
 		secret("token_file", c.TokenFile)
-	case c.AppRole != (AppRole{}):
+	case logins[0] == "approle":
 		secret("approle.role_id_file", c.AppRole.RoleIDFile)
 		secret("approle.secret_id_file", c.AppRole.SecretIDFile)
-		if err := checkPath(c.withDefaults().AppRole.Mount); err != nil {
-			faults = append(faults, fmt.Errorf("vault.approle.mount: %w", err))
+		fault("approle.mount", checkPath(named.AppRole.Mount))
+	case logins[0] == "cert":
+		if c.CertFile == "" {
+			fault("cert_file", errors.New("missing: the login needs a client certificate"))
 		}
-	default:
-		faults = append(faults, errors.New("vault.token_file: missing: either it or approle must be set"))
+		fault("cert.role", checkRole(c.Cert.Role))
+		fault("cert.mount", checkPath(named.Cert.Mount))
+	case logins[0] == "kubernetes":
+		fault("kubernetes.role", checkRole(c.Kubernetes.Role))
+		secret("kubernetes.jwt_file", c.Kubernetes.JWTFile)
+		fault("kubernetes.mount", checkPath(named.Kubernetes.Mount))
 	}
 	return faults
+}
+
+func checkRole(role string) error {
+	if !keyForm.MatchString(role) {
+		return fmt.Errorf("%.80q: must be the name of a role", role)
+	}
+	return nil
 }
 
 // checkAddress refuses plain HTTP: the token would cross the network in clear.
@@ -164,12 +220,14 @@ type vault struct {
 	name    string
 	c       VaultConfig
 	conn    *http.Transport
-	logins  *logins
+	now     func() time.Time
+	method  string // the login that is configured
+	logins  *logins[*api.Client]
 	contact contact
 }
 
 func openVault(c Config) (*vault, error) {
-	v := &vault{name: c.Name, c: c.Vault.withDefaults(), contact: contact{now: c.Now}}
+	v := &vault{name: c.Name, c: c.Vault.withDefaults(), method: c.Vault.set()[0], now: c.Now, contact: contact{now: c.Now}}
 	conn, err := v.c.transport()
 	if err != nil {
 		return nil, fmt.Errorf("kms %s: %w", v.name, err)
@@ -180,48 +238,22 @@ func openVault(c Config) (*vault, error) {
 	if _, err := v.client(""); err != nil {
 		return nil, fmt.Errorf("kms %s: %w", v.name, err)
 	}
-	v.logins = newLogins(v, c.Now)
+	v.logins = newLogins(v.name, v, c.Now)
 	return v, nil
 }
 
-// transport makes connections of HTTP/1.1: few calls are made, and one that
-// is given up takes its connection with it, where a dead HTTP/2 connection
-// would be used for the next call too. No proxy of the environment is used.
+// transport makes the connections to Vault.
 func (c VaultConfig) transport() (*http.Transport, error) {
-	conf := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.CAFile != "" {
-		roots, err := readRoots(c.CAFile)
-		if err != nil {
-			return nil, err
-		}
-		conf.RootCAs = roots
+	conf, err := tlsConfig(c.CAFile)
+	if err != nil {
+		return nil, err
 	}
 	if c.CertFile != "" {
 		conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			return readPair(c.CertFile, c.KeyFile)
 		}
 	}
-	var http1 http.Protocols
-	http1.SetHTTP1(true)
-	return &http.Transport{
-		DialContext:         (&net.Dialer{Timeout: c.Timeout}).DialContext,
-		TLSClientConfig:     conf,
-		TLSHandshakeTimeout: c.Timeout,
-		Protocols:           &http1,
-		MaxIdleConnsPerHost: 4,
-		IdleConnTimeout:     30 * time.Second,
-	}, nil
-}
-
-// bounded cuts an answer off that is longer than any of Vault's.
-type bounded struct{ *http.Transport }
-
-func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
-	answer, err := b.Transport.RoundTrip(r)
-	if err == nil {
-		answer.Body = http.MaxBytesReader(nil, answer.Body, maxAnswer)
-	}
-	return answer, err
+	return http1(conf, c.Timeout), nil
 }
 
 // client makes a client of Vault's that sends token. It retries nothing, and
@@ -268,7 +300,7 @@ func (v *vault) Wrap(ctx context.Context, blob, context []byte) (w custodian.Out
 		return w, err
 	}
 	w = custodian.OuterWrap{Provider: v.name, KeyRef: v.keyRef(), Blob: []byte(made)}
-	if err := v.prove(ctx, w, context, blob); err != nil {
+	if err := prove(ctx, v, w, context, blob); err != nil {
 		return custodian.OuterWrap{}, err
 	}
 	return w, nil
@@ -308,7 +340,7 @@ func (v *vault) Rewrap(ctx context.Context, w custodian.OuterWrap, context []byt
 		return moved, err
 	}
 	moved = custodian.OuterWrap{Provider: v.name, KeyRef: v.keyRef(), Blob: []byte(made)}
-	if err := v.prove(ctx, moved, context, blob); err != nil {
+	if err := prove(ctx, v, moved, context, blob); err != nil {
 		return custodian.OuterWrap{}, err
 	}
 	return moved, nil
@@ -330,54 +362,17 @@ func (v *vault) open(ctx context.Context, w custodian.OuterWrap, context []byte)
 	return blob, nil
 }
 
-// prove opens a new wrap before anybody relies on it: it must open to want
-// under its own context, and under no other. Vault ignores the context of a
-// key that is not derived, and whether it is can be read only with a right
-// that is not needed otherwise.
-func (v *vault) prove(ctx context.Context, w custodian.OuterWrap, context, want []byte) error {
-	got, err := v.open(ctx, w, context)
-	if err != nil {
-		return fmt.Errorf("verify a new wrap: %w", err)
-	}
-	defer clear(got)
-	if !same(got, want) {
-		return v.fault("verify a new wrap", "it opens to other bytes", custodian.ErrProviderUnavailable)
-	}
-	other, err := v.open(ctx, w, append(slices.Clone(context), 0))
-	clear(other)
-	if err == nil {
-		return v.fault("verify a new wrap", "it opens under another context: the key must be made with derived=true", custodian.ErrProviderDisabled)
-	}
-	if !errors.Is(err, custodian.ErrProviderBlob) {
-		return fmt.Errorf("verify a new wrap: %w", err)
-	}
-	return nil
-}
-
 // call makes one request to the transit key and returns one string of its
-// answer. All three operations may be repeated without harm, so a request
-// that Vault forbids is made once more after a fresh login.
+// answer.
 func (v *vault) call(ctx context.Context, op string, body map[string]any, field string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, v.c.Timeout)
 	defer cancel()
-	s, err := v.logins.session(ctx)
+	answer, err := ask(ctx, v.logins, op, func(ctx context.Context, client *api.Client) (*api.Secret, error) {
+		return client.Logical().WriteWithContext(ctx, v.c.Mount+"/"+op+"/"+v.c.Key, body)
+	})
 	if err != nil {
 		return "", err
 	}
-	answer, err := v.send(ctx, s, op, body)
-	if forbidden(err) {
-		if s, err = v.logins.replace(ctx, s); err != nil {
-			return "", err
-		}
-		answer, err = v.send(ctx, s, op, body)
-	}
-	switch {
-	case forbidden(err):
-		return "", v.logins.denied(s, v.classify(op, err))
-	case err != nil:
-		return "", v.classify(op, err)
-	}
-	v.logins.welcome(s)
 	if answer == nil {
 		return "", v.fault(op, "its answer is empty", custodian.ErrProviderUnavailable)
 	}
@@ -386,10 +381,6 @@ func (v *vault) call(ctx context.Context, op string, body map[string]any, field 
 		return "", v.fault(op, "its answer has no "+field, custodian.ErrProviderUnavailable)
 	}
 	return text, nil
-}
-
-func (v *vault) send(ctx context.Context, s *session, op string, body map[string]any) (*api.Secret, error) {
-	return s.client.Logical().WriteWithContext(ctx, v.c.Mount+"/"+op+"/"+v.c.Key, body)
 }
 
 func (v *vault) Status() custodian.ProviderStatus {

@@ -37,6 +37,9 @@ func (v *vault) fault(op, what string, sentinel error) error {
 	return fmt.Errorf("kms %s: %s with %s: %s: %w", v.name, op, v.keyRef(), what, sentinel)
 }
 
+// binds says how a transit key is made that binds the context.
+func (v *vault) binds() string { return "the key must be made with derived=true" }
+
 func sentinel(op string, answer *api.ResponseError) error {
 	switch {
 	case answer.StatusCode == http.StatusTooManyRequests:
@@ -64,6 +67,8 @@ func answerOf(err error) *api.ResponseError {
 	}
 	return nil
 }
+
+func (v *vault) forbidden(err error) bool { return forbidden(err) }
 
 // forbidden reports whether Vault itself, not something in between, answers
 // that the token may not do this or is none.

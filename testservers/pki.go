@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -87,4 +88,25 @@ func writePEM(file, kind string, der []byte) error {
 		return fmt.Errorf("write %s: %w", kind, err)
 	}
 	return nil
+}
+
+// Certificate makes a certificate for 127.0.0.1 under a CA of its own, for a
+// server in the test's process, and writes the CA's certificate to a file of
+// the test's.
+func Certificate(t TB) (cert tls.Certificate, caFile string) {
+	t.Helper()
+	dir := t.TempDir()
+	caFile = filepath.Join(dir, "ca.pem")
+	ca, err := newAuthority(caFile)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	certFile, keyFile, err := ca.issue(dir, "server", 2, x509.ExtKeyUsageServerAuth)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	if cert, err = tls.LoadX509KeyPair(certFile, keyFile); err != nil {
+		t.Fatalf("load test certificate: %v", err)
+	}
+	return cert, caFile
 }

@@ -296,7 +296,17 @@ func (v *VaultServer) Start() {
 }
 
 // Pause makes the server hang: its kernel accepts connections, nothing answers.
-func (v *VaultServer) Pause() { v.signal(syscall.SIGSTOP) }
+func (v *VaultServer) Pause() {
+	v.t.Helper()
+	v.signal(syscall.SIGSTOP)
+	// A thread that is on a processor stops a moment later than the signal is
+	// sent, and could answer once more.
+	for deadline := time.Now().Add(startLimit); !v.process.stopped(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			v.t.Fatalf("pause vault: it does not stop")
+		}
+	}
+}
 
 // Resume ends Pause.
 func (v *VaultServer) Resume() { v.signal(syscall.SIGCONT) }
@@ -441,6 +451,25 @@ func (p *process) ended() bool {
 	default:
 		return false
 	}
+}
+
+// stopped reports whether all threads are stopped; proc(5), stat.
+func (p *process) stopped() bool {
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.cmd.Process.Pid))
+	if err != nil || len(files) == 0 {
+		return false
+	}
+	for _, file := range files {
+		stat, err := os.ReadFile(file)
+		if err != nil {
+			return false
+		}
+		// The state follows the name, which stands in parentheses.
+		if _, rest, ok := strings.Cut(string(stat), ") "); !ok || !strings.HasPrefix(rest, "T") {
+			return false
+		}
+	}
+	return true
 }
 
 func (p *process) kill() {

@@ -211,6 +211,14 @@ func (c *custody) withVault(v *testservers.VaultServer) {
 	v.CreateTransitKey("custodian", true)
 	v.WritePolicy("custodian", vaultPolicy)
 	role, secret := v.AppRole("custodian", "custodian")
+	c.withKMS("name: outer\n    kind: vault\n    vault: {address: '" + v.Address + "', ca_file: " + v.CAFile +
+		", cert_file: " + v.ClientCertFile + ", key_file: " + v.ClientKeyFile +
+		", key: custodian, approle: {role_id_file: " + role + ", secret_id_file: " + secret + "}}", "5s")
+}
+
+// withKMS makes the provider outer, written in YAML, the only one, with a grace.
+func (c *custody) withKMS(outer, grace string) {
+	c.t.Helper()
 	raw, err := os.ReadFile(c.dev.configFile())
 	if err != nil {
 		c.t.Fatal(err)
@@ -220,9 +228,7 @@ func (c *custody) withVault(v *testservers.VaultServer) {
 	if !ok || !ok2 {
 		c.t.Fatalf("the configuration has no kms section followed by tls:\n%s", raw)
 	}
-	kms := "\nkms:\n  default: [vault]\n  providers:\n  - name: vault\n    kind: vault\n    vault:\n      address: " + v.Address +
-		"\n      ca_file: " + v.CAFile + "\n      cert_file: " + v.ClientCertFile + "\n      key_file: " + v.ClientKeyFile +
-		"\n      key: custodian\n      approle: {role_id_file: " + role + ", secret_id_file: " + secret + "}\n  grace: 5s\n"
+	kms := "\nkms:\n  default: [outer]\n  providers:\n  - " + outer + "\n  grace: " + grace + "\n"
 	if err := os.WriteFile(c.dev.configFile(), []byte(before+kms+"\ntls:\n"+after), 0o600); err != nil {
 		c.t.Fatal(err)
 	}

@@ -191,8 +191,10 @@ func (c *Config) resolve(dir string) {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
 	for i := range c.KMS.Providers {
-		v := &c.KMS.Providers[i].Vault
-		paths = append(paths, &v.CAFile, &v.CertFile, &v.KeyFile, &v.TokenFile, &v.AppRole.RoleIDFile, &v.AppRole.SecretIDFile)
+		p := &c.KMS.Providers[i]
+		v := &p.Vault
+		paths = append(paths, &p.AWS.CAFile, &p.AWS.CredentialsFile, &p.GCP.CAFile, &p.GCP.CredentialsFile)
+		paths = append(paths, &v.CAFile, &v.CertFile, &v.KeyFile, &v.TokenFile, &v.AppRole.RoleIDFile, &v.AppRole.SecretIDFile, &v.Kubernetes.JWTFile)
 	}
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) {
