@@ -49,7 +49,7 @@ func (a *app) auditVerifyCmd() *cobra.Command {
 A log cannot show by itself that its end was cut off. Keep the number of entries
 and the root elsewhere, and see that the number never falls.`,
 	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
-		r, err := audit.Verify(ctx, dir, progressOn(a.err))
+		r, err := audit.Verify(ctx, dir, audit.VerifyOptions{Progress: progressOn(a.err)})
 		if err != nil {
 			return fmt.Errorf("verify: %w", err)
 		}
