@@ -14,6 +14,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	v1 "github.com/keycustody/custodian/api/custodian/v1"
+	"github.com/keycustody/custodian/client"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/internal/audit"
 	"github.com/keycustody/custodian/internal/checkpoint"
@@ -22,10 +24,10 @@ import (
 func (a *app) auditCmd() *cobra.Command {
 	return group(&cobra.Command{
 		Use:   "audit",
-		Short: "Check and read an audit log, without the daemon",
+		Short: "Check and read an audit log, without the daemon; and the daemon's key",
 		Long: `Check and read an audit log from its files: on the daemon's machine while it runs,
 or a copy anywhere.`,
-	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd())
+	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd(), a.auditKeyCmd())
 }
 
 // A reportView is a verified log in JSON.
@@ -232,6 +234,42 @@ it, to one file. On any machine custodianctl audit verify FILE --key PEM checks 
 	f.Uint64Var(&to, "to", 0, "end before the entry with this `INDEX`; 0 for all that are signed")
 	f.StringVar(&out, "out", "", "`FILE` to write, which must not exist")
 	return need(c, "out")
+}
+
+// An auditKeyView is the key of the checkpoints in JSON.
+type auditKeyView struct {
+	PublicKey   string     `json:"public_key"`
+	Label       string     `json:"label"`
+	ID          hexBytes   `json:"id"`
+	TokenSerial string     `json:"token_serial"`
+	Attributes  []string   `json:"attributes"`
+	CreateTime  *time.Time `json:"create_time,omitempty"`
+	Checkpoint  string     `json:"checkpoint"`
+}
+
+func (a *app) auditKeyCmd() *cobra.Command {
+	return leaf(&cobra.Command{
+		Use:   "key",
+		Short: "Print the public key of the checkpoints, in PEM, and where it is kept (auditor)",
+		Long: `Ask the daemon for the public key that verifies the audit log's checkpoints, and
+print it in PEM, with the attributes of its private half in the token as comments
+before it. The newest checkpoint is in the JSON.`,
+		Example: `  custodianctl audit key > audit.pem`,
+	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
+		got, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.GetCheckpointResponse, error) {
+			return cl.GetCheckpoint(ctx)
+		})
+		if err != nil {
+			return fmt.Errorf("audit key: %w", err)
+		}
+		k := got.GetSigningKey()
+		if a.json {
+			return a.printJSON(auditKeyView{PublicKey: string(checkpoint.FormatKey(k.GetPublicKey())), Label: k.GetLabel(), ID: k.GetId(),
+				TokenSerial: k.GetTokenSerial(), Attributes: k.GetAttributes(), CreateTime: timeOrNone(k.GetCreateTime()), Checkpoint: string(got.GetCheckpoint())})
+		}
+		return a.printf("# key %s, CKA_ID %x, token %s\n# %s\n%s", plain(k.GetLabel()), k.GetId(), plain(k.GetTokenSerial()),
+			plain(strings.Join(k.GetAttributes(), " ")), checkpoint.FormatKey(k.GetPublicKey()))
+	})
 }
 
 // A proofView is an inclusion proof in JSON.

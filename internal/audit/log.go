@@ -314,6 +314,9 @@ func (l *Log) repair(v *verifier) error {
 // ID returns the random number that tells this log from others.
 func (l *Log) ID() [16]byte { return l.id }
 
+// Dir returns the directory of the log, for Read and the proofs.
+func (l *Log) Dir() string { return filepath.Dir(l.path) }
+
 // Append writes the entries, one after the other and all or none, and returns
 // when they are on disk. It gives them their index and salt, and its time to
 // those without one. If ctx ends before, Append returns, and the entries may or
