@@ -117,18 +117,23 @@ func TestForeignCheckpoint(t *testing.T) {
 // What the token does not sign, or does not say that it signed, is not
 // released. It goes on by itself.
 func TestSigningFails(t *testing.T) {
-	for name, fail := range map[string]func(h *custodiantest.HSM){
-		"before": func(h *custodiantest.HSM) { h.Fail("Sign", custodian.ErrHSMUnavailable, 1) },
-		"after":  func(h *custodiantest.HSM) { h.FailAfter("Sign", custodian.ErrHSMUnavailable, 1) },
+	broken := errors.New("broken")
+	for name, tt := range map[string]struct {
+		fail func(h *custodiantest.HSM)
+		want error
+	}{
+		"before":   {func(h *custodiantest.HSM) { h.Fail("Sign", broken, 1) }, custodian.ErrAuditBlocked},
+		"after":    {func(h *custodiantest.HSM) { h.FailAfter("Sign", broken, 1) }, custodian.ErrAuditBlocked},
+		"no token": {func(h *custodiantest.HSM) { h.Fail("Sign", custodian.ErrHSMUnavailable, 1) }, custodian.ErrHSMUnavailable},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			w.category("movies")
 			kid := w.issue("movies", "film-1", "SD")[0].KID
 			size := w.log.Size()
-			fail(w.hsm)
-			if err := w.release(provider, kid); !errors.Is(err, custodian.ErrAuditBlocked) {
-				t.Errorf("release = %v, want ErrAuditBlocked", err)
+			tt.fail(w.hsm)
+			if err := w.release(provider, kid); !errors.Is(err, tt.want) {
+				t.Errorf("release = %v, want %v", err, tt.want)
 			}
 			if err := w.c.Ready(t.Context()); !errors.Is(err, custodian.ErrAuditBlocked) {
 				t.Errorf("Ready = %v, want ErrAuditBlocked", err)
