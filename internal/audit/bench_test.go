@@ -94,3 +94,38 @@ func BenchmarkVerify(b *testing.B) {
 	}
 	b.ReportMetric(float64(b.N)*entries/b.Elapsed().Seconds(), "entries/s")
 }
+
+// BenchmarkProve proves an entry of a log of 100,000 in signed batches of 100,
+// which reads all of it, and verifies all its signatures.
+func BenchmarkProve(b *testing.B) {
+	dir := filepath.Join(b.TempDir(), "audit")
+	k := newTestKey(b)
+	l := create(b, dir, audit.Options{})
+	signWith(b, l, k)
+	const entries = 100_000
+	batch := make([]audit.Entry, 100)
+	for i := 0; i < entries; i += len(batch) {
+		for j := range batch {
+			batch[j] = release(i + j)
+		}
+		appendTo(b, l, batch...)
+	}
+	shut(b, l)
+	b.Run("inclusion", func(b *testing.B) {
+		for b.Loop() {
+			p, err := audit.ProveInclusion(context.Background(), dir, entries/3, 0)
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.ReportMetric(float64(32*len(p.Hashes)), "proof-bytes")
+		}
+	})
+	b.Run("verify", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := verifySigned(dir, k); err != nil {
+				b.Fatal(err)
+			}
+		}
+		b.ReportMetric(float64(b.N)*entries/b.Elapsed().Seconds(), "entries/s")
+	})
+}
