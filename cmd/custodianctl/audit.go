@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/client"
@@ -24,7 +25,7 @@ import (
 func (a *app) auditCmd() *cobra.Command {
 	return group(&cobra.Command{
 		Use:   "audit",
-		Short: "Check and read an audit log, without the daemon; and the daemon's key",
+		Short: "Check and read an audit log, without the daemon or from it",
 		Long: `Check and read an audit log from its files: on the daemon's machine while it runs,
 or a copy anywhere.`,
 	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd(), a.auditKeyCmd())
@@ -410,7 +411,11 @@ line. What the log says is not checked: custodianctl audit verify does that.`,
 		if err := f.check(); err != nil {
 			return invalid(err)
 		}
-		entries, err := newest(ctx, dir, &f)
+		read := func(fn func(*audit.Entry) error) error { return audit.Read(dir, 0, fn) }
+		if dir == "" {
+			read = func(fn func(*audit.Entry) error) error { return a.readFromDaemon(ctx, &f, fn) }
+		}
+		entries, err := newest(ctx, read, &f)
 		if err != nil {
 			return fmt.Errorf("read: %w", err)
 		}
@@ -430,15 +435,15 @@ line. What the log says is not checked: custodianctl audit verify does that.`,
 		}
 		return a.printTable([]string{"INDEX", "TIME", "OUTCOME", "ACTION", "CALLER", "ABOUT"}, rows)
 	})
-	dirFlag(c, &dir)
+	c.Flags().StringVar(&dir, "dir", "", "`DIR`ectory of the log; without it the daemon is asked (auditor)")
 	f.flags(c)
 	return c
 }
 
 // newest returns the last entries that f wants, in the order of the log.
-func newest(ctx context.Context, dir string, f *filter) ([]*audit.Entry, error) {
+func newest(ctx context.Context, read func(func(*audit.Entry) error) error, f *filter) ([]*audit.Entry, error) {
 	var kept []*audit.Entry
-	err := audit.Read(dir, 0, func(e *audit.Entry) error {
+	err := read(func(e *audit.Entry) error {
 		if !f.Match(e) {
 			return ctx.Err()
 		}
@@ -453,6 +458,44 @@ func newest(ctx context.Context, dir string, f *filter) ([]*audit.Entry, error) 
 		kept = kept[len(kept)-f.limit:]
 	}
 	return kept, err
+}
+
+// readFromDaemon calls fn with every entry that f picks, page by page.
+func (a *app) readFromDaemon(ctx context.Context, f *filter, fn func(*audit.Entry) error) error {
+	cl, err := a.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer cl.Close()
+	// The numbers of the outcomes are the same here and there.
+	req := &v1.ListEntriesRequest{PageSize: 1000, Caller: f.Caller, Action: f.Action, Outcome: v1.AuditOutcome(f.Outcome), Category: f.Category,
+		ContentId: f.ContentID, Kid: f.KID, KeyVersion: f.KeyVersion}
+	if !f.Since.IsZero() {
+		req.SinceTime = timestamppb.New(f.Since)
+	}
+	if !f.Before.IsZero() {
+		req.BeforeTime = timestamppb.New(f.Before)
+	}
+	for {
+		bounded, cancel := a.bounded(ctx)
+		resp, err := cl.ListAuditEntries(bounded, req)
+		cancel()
+		if err != nil {
+			return err
+		}
+		for _, b := range resp.GetEntries() {
+			e, err := audit.UnmarshalEntry(b)
+			if err != nil {
+				return err
+			}
+			if err := fn(&e); err != nil {
+				return err
+			}
+		}
+		if req.FromIndex = resp.GetNextIndex(); req.FromIndex == 0 {
+			return nil
+		}
+	}
 }
 
 func outcome(e *audit.Entry) string {
