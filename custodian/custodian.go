@@ -232,6 +232,9 @@ func (c *Custodian) record(ctx context.Context, entries ...audit.Entry) ([]audit
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("audit: %w: %w", err, ErrDeadline)
 		}
+		if errors.Is(err, ErrHSMUnavailable) { // no checkpoint without the token: the log itself is well
+			return nil, fmt.Errorf("audit: %w", err)
+		}
 		return nil, fmt.Errorf("audit: %w: %w", err, ErrAuditBlocked)
 	}
 	return receipts, nil

@@ -145,7 +145,7 @@ func RefuseForeign(ctx context.Context, hsm HSM, prefix string) error {
 }
 
 func (c *Custodian) initSigner(ctx context.Context, j InitJournal) (Signer, error) {
-	g := Signer{Purpose: "audit", Version: 1, Label: j.SignLbl, ID: j.SignID, State: StateActive, CreateTime: j.Start, Revision: 1}
+	g := Signer{Purpose: signerAudit, Version: 1, Label: j.SignLbl, ID: j.SignID, State: StateActive, CreateTime: j.Start, Revision: 1}
 	if err := c.hsm.GenerateSigner(ctx, g.Label, g.ID); err != nil {
 		return g, fmt.Errorf("signing key %s: generate: %w", g.Label, err)
 	}
@@ -209,6 +209,9 @@ func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer 
 		return tx.DeleteInitJournal()
 	})
 	if err != nil {
+		return err
+	}
+	if err := c.signLog(ctx, set); err != nil {
 		return err
 	}
 	c.set.Store(set)

@@ -95,6 +95,9 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	if err := c.checkToken(ctx, set); err != nil {
 		return err
 	}
+	if err := c.signLog(ctx, set); err != nil {
+		return err
+	}
 	c.set.Store(set)
 	if !cfg.Restored && cfg.Logged.Revision < set.head.Revision {
 		// The last run ended between the store's commit and the log's.

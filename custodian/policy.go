@@ -47,6 +47,7 @@ const (
 	ActionReadKeys       Action = "keys.read"
 	ActionReadStatus     Action = "status.read"
 	ActionBackup         Action = "backup"
+	ActionReadAudit      Action = "audit.read"
 )
 
 // permits says which roles may do an action at all.
@@ -60,6 +61,7 @@ var permits = map[Action][]Role{
 	ActionReadKeys:       {RoleAuditor},
 	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
 	ActionBackup:         {RoleOperator},
+	ActionReadAudit:      {RoleAuditor},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only

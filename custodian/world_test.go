@@ -297,7 +297,7 @@ func (w *world) whole() {
 		}
 		seen[n.String()] = k.Key.KID
 	}
-	if _, err := audit.Verify(w.t.Context(), w.auditDir(), nil); err != nil {
+	if _, err := audit.Verify(w.t.Context(), w.auditDir(), audit.VerifyOptions{}); err != nil {
 		w.t.Errorf("audit log: %v", err)
 	}
 }

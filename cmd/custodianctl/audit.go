@@ -1,9 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
+	"crypto"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -12,18 +13,22 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
+	v1 "github.com/keycustody/custodian/api/custodian/v1"
+	"github.com/keycustody/custodian/client"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/checkpoint"
 )
 
 func (a *app) auditCmd() *cobra.Command {
 	return group(&cobra.Command{
 		Use:   "audit",
-		Short: "Check and read an audit log, without the daemon",
+		Short: "Check and read an audit log, without the daemon or from it",
 		Long: `Check and read an audit log from its files: on the daemon's machine while it runs,
 or a copy anywhere.`,
-	}, a.auditVerifyCmd(), a.auditListCmd())
+	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd(), a.auditKeyCmd())
 }
 
 // A reportView is a verified log in JSON.
@@ -36,45 +41,272 @@ type reportView struct {
 	Last    *time.Time `json:"last_time,omitempty"`
 	Bytes   int64      `json:"bytes"`
 	Torn    int64      `json:"torn_bytes"`
+
+	Checkpoints uint64 `json:"checkpoints"`
+	Unsigned    uint64 `json:"unsigned_entries"`
+	Signed      bool   `json:"signatures_checked"`
+	Checkpoint  string `json:"checkpoint,omitempty"`
 }
 
 func (a *app) auditVerifyCmd() *cobra.Command {
-	var dir string
+	var dir, keyFile, since string
 	c := leaf(&cobra.Command{
-		Use:   "verify",
-		Short: "Check every byte and every hash of a log; exit code 7 if it does not verify",
+		Use:   "verify [FILE]",
+		Short: "Check every byte, hash and signature of a log or an export; exit code 7 if it does not verify",
 		Long: `Check every byte and every hash of an audit log, and print its Merkle root
-(RFC 6962).
+(RFC 6962); with --key the signature of every checkpoint too. With FILE, check
+what custodianctl audit export wrote, which needs nothing but the key.
 
-A log cannot show by itself that its end was cut off. Keep the number of entries
-and the root elsewhere, and see that the number never falls.`,
-	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
-		r, err := audit.Verify(ctx, dir, progressOn(a.err))
-		if err != nil {
-			return fmt.Errorf("verify: %w", err)
+A log cannot show by itself that its end was cut off. Keep its newest checkpoint
+elsewhere, and check with --since that the log still contains it.`,
+		Example: `  custodianctl audit verify --dir /var/lib/custodian/audit --key audit.pem
+  custodianctl audit verify entries.jsonl --key audit.pem`,
+	}, cobra.MaximumNArgs(1), func(ctx context.Context, args []string) error {
+		if (len(args) == 1) == (dir != "") {
+			return invalid(errors.New("name an export, or a log by --dir"))
 		}
-		if a.json {
-			v := reportView{LogID: r.ID[:], Entries: r.Entries, Batches: r.Batches, Root: r.Root[:], Bytes: r.Bytes, Torn: r.Torn}
-			if r.Entries > 0 {
-				v.First, v.Last = &r.First, &r.Last
+		var key crypto.PublicKey
+		if keyFile != "" {
+			var err error
+			if key, err = readAuditKey(keyFile); err != nil {
+				return err
 			}
-			return a.printJSON(v)
 		}
-		fields := [][2]string{
-			{"verified", dir},
-			{"log id", hexBytes(r.ID[:]).String()},
-			{"entries", fmt.Sprintf("%d, in %s, %s", r.Entries, number(r.Batches, "batch", "batches"), bytesText(r.Bytes))},
-			{"root", hexBytes(r.Root[:]).String()},
-			{"from", stamp(r.First)},
-			{"to", stamp(r.Last)},
+		if len(args) == 1 {
+			return a.verifyExport(ctx, args[0], key)
 		}
-		if r.Torn > 0 {
-			fields = append(fields, [2]string{"note", fmt.Sprintf("%s follow the last whole batch: one that is being written, or that a crash cut off; nobody was answered on it", number(r.Torn, "byte", "bytes"))})
+		return a.verifyLog(ctx, dir, key, since)
+	})
+	f := c.Flags()
+	f.StringVar(&dir, "dir", "", "`DIR`ectory of the log: audit in the daemon's data_dir")
+	f.StringVar(&keyFile, "key", "", "`FILE` with the public key of the checkpoints, in PEM")
+	f.StringVar(&since, "since", "", "`FILE` with an older checkpoint of this log, which must be in it; needs --key")
+	c.ValidArgsFunction = nil
+	return c
+}
+
+// readAuditKey reads the public key of the checkpoints.
+func readAuditKey(path string) (crypto.PublicKey, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	key, err := checkpoint.ParseKey(b)
+	if err != nil {
+		return nil, invalid(fmt.Errorf("--key %s: %w", path, err))
+	}
+	return key, nil
+}
+
+func (a *app) verifyLog(ctx context.Context, dir string, key crypto.PublicKey, since string) error {
+	o := audit.VerifyOptions{Progress: progressOn(a.err)}
+	var old checkpoint.Checkpoint
+	found := since == ""
+	if since != "" {
+		b, err := os.ReadFile(since)
+		if err != nil {
+			return invalid(err)
 		}
-		return a.printFields(fields)
+		if key == nil {
+			return invalid(errors.New("--since: a checkpoint is worth nothing without --key"))
+		}
+		if old, err = checkpoint.Verify(b, key); err != nil {
+			return fmt.Errorf("--since %s: %w", since, err)
+		}
+	}
+	if key != nil {
+		o.Check = func(signed []byte) error {
+			c, err := checkpoint.Verify(signed, key)
+			found = found || c == old
+			return err
+		}
+	}
+	r, err := audit.Verify(ctx, dir, o)
+	if err != nil {
+		return fmt.Errorf("verify: %w", err)
+	}
+	if !found {
+		return fmt.Errorf("verify: the checkpoint of %d entries in %s is not in this log: %w", old.Size, since, checkpoint.ErrProof)
+	}
+	if key != nil && r.Checkpoints == 0 {
+		return fmt.Errorf("verify: no entry of the log is signed: %w", checkpoint.ErrSignature)
+	}
+	if a.json {
+		v := reportView{LogID: r.ID[:], Entries: r.Entries, Batches: r.Batches, Root: r.Root[:], Bytes: r.Bytes, Torn: r.Torn,
+			Checkpoints: r.Checkpoints, Unsigned: r.Unsigned, Checkpoint: string(r.Checkpoint), Signed: key != nil}
+		if r.Entries > 0 {
+			v.First, v.Last = &r.First, &r.Last
+		}
+		return a.printJSON(v)
+	}
+	fields := [][2]string{
+		{"verified", dir},
+		{"log id", hexBytes(r.ID[:]).String()},
+		{"entries", fmt.Sprintf("%d, in %s, %s", r.Entries, number(r.Batches, "batch", "batches"), bytesText(r.Bytes))},
+		{"root", hexBytes(r.Root[:]).String()},
+		{"signed", signedText(r, key != nil)},
+		{"from", stamp(r.First)},
+		{"to", stamp(r.Last)},
+	}
+	if r.Torn > 0 {
+		fields = append(fields, [2]string{"note", fmt.Sprintf("%s follow the last whole batch: one that is being written, or that a crash cut off; nobody was answered on it", number(r.Torn, "byte", "bytes"))})
+	}
+	return a.printFields(fields)
+}
+
+// signedText says how much of a log is signed, and whether that was checked.
+func signedText(r audit.Report, checked bool) string {
+	if r.Checkpoints == 0 {
+		return "no"
+	}
+	s := number(r.Checkpoints, "checkpoint", "checkpoints")
+	if !checked {
+		s += "; signatures not checked, which needs --key"
+	}
+	if r.Unsigned > 0 {
+		s += fmt.Sprintf("; the first %s were written before there was a key", number(r.Unsigned, "entry", "entries"))
+	}
+	return s
+}
+
+// An exportView is a verified export in JSON.
+type exportView struct {
+	Origin string   `json:"origin"`
+	From   uint64   `json:"from"`
+	To     uint64   `json:"to"`
+	Size   uint64   `json:"log_entries"`
+	Root   hexBytes `json:"root"`
+}
+
+func (a *app) verifyExport(ctx context.Context, path string, key crypto.PublicKey) error {
+	if key == nil {
+		return invalid(errors.New("an export is checked against a key: --key is needed"))
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return invalid(err)
+	}
+	defer f.Close()
+	r, err := audit.VerifyExport(ctx, f, func(signed []byte) error {
+		_, err := checkpoint.Verify(signed, key)
+		return err
+	}, nil)
+	if err != nil {
+		return fmt.Errorf("verify %s: %w", path, err)
+	}
+	return a.printExport("verified", path, r)
+}
+
+func (a *app) printExport(did, path string, r audit.ExportReport) error {
+	if a.json {
+		return a.printJSON(exportView{Origin: r.Checkpoint.Origin, From: r.From, To: r.To, Size: r.Checkpoint.Size, Root: r.Checkpoint.Root[:]})
+	}
+	return a.printFields([][2]string{
+		{did, path},
+		{"log", plain(r.Checkpoint.Origin)},
+		{"entries", fmt.Sprintf("%d to %d, of %d", r.From, r.To-1, r.Checkpoint.Size)},
+		{"root", hexBytes(r.Checkpoint.Root[:]).String()},
+	})
+}
+
+func (a *app) auditExportCmd() *cobra.Command {
+	var dir, out string
+	var from, to uint64
+	c := leaf(&cobra.Command{
+		Use:   "export",
+		Short: "Write entries with what proves them to one file",
+		Long: `Write a range of entries, with the newest checkpoint and the hashes that lead to
+it, to one file. On any machine custodianctl audit verify FILE --key PEM checks it.`,
+		Example: `  custodianctl audit export --dir /var/lib/custodian/audit --from 1200 --to 1300 --out entries.jsonl`,
+	}, cobra.NoArgs, func(ctx context.Context, _ []string) (err error) {
+		f, err := os.OpenFile(out, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		if err != nil {
+			return invalid(err)
+		}
+		r, err := audit.Export(ctx, dir, from, to, f)
+		if err = errors.Join(err, f.Close()); err != nil {
+			return fmt.Errorf("export: %w", errors.Join(err, os.Remove(out)))
+		}
+		return a.printExport("exported", out, r)
 	})
 	dirFlag(c, &dir)
-	return c
+	f := c.Flags()
+	f.Uint64Var(&from, "from", 0, "first entry, by its `INDEX`")
+	f.Uint64Var(&to, "to", 0, "end before the entry with this `INDEX`; 0 for all that are signed")
+	f.StringVar(&out, "out", "", "`FILE` to write, which must not exist")
+	return need(c, "out")
+}
+
+// An auditKeyView is the key of the checkpoints in JSON.
+type auditKeyView struct {
+	PublicKey   string     `json:"public_key"`
+	Label       string     `json:"label"`
+	ID          hexBytes   `json:"id"`
+	TokenSerial string     `json:"token_serial"`
+	Attributes  []string   `json:"attributes"`
+	CreateTime  *time.Time `json:"create_time,omitempty"`
+	Checkpoint  string     `json:"checkpoint"`
+}
+
+func (a *app) auditKeyCmd() *cobra.Command {
+	return leaf(&cobra.Command{
+		Use:   "key",
+		Short: "Print the public key of the checkpoints, in PEM, and where it is kept (auditor)",
+		Long: `Ask the daemon for the public key that verifies the audit log's checkpoints, and
+print it in PEM, with the attributes of its private half in the token as comments
+before it. The newest checkpoint is in the JSON.`,
+		Example: `  custodianctl audit key > audit.pem`,
+	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
+		got, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.GetCheckpointResponse, error) {
+			return cl.GetCheckpoint(ctx)
+		})
+		if err != nil {
+			return fmt.Errorf("audit key: %w", err)
+		}
+		k := got.GetSigningKey()
+		if a.json {
+			return a.printJSON(auditKeyView{PublicKey: string(checkpoint.FormatKey(k.GetPublicKey())), Label: k.GetLabel(), ID: k.GetId(),
+				TokenSerial: k.GetTokenSerial(), Attributes: k.GetAttributes(), CreateTime: timeOrNone(k.GetCreateTime()), Checkpoint: string(got.GetCheckpoint())})
+		}
+		return a.printf("# key %s, CKA_ID %x, token %s\n# %s\n%s", plain(k.GetLabel()), k.GetId(), plain(k.GetTokenSerial()),
+			plain(strings.Join(k.GetAttributes(), " ")), checkpoint.FormatKey(k.GetPublicKey()))
+	})
+}
+
+// A proofView is an inclusion proof in JSON.
+type proofView struct {
+	Index      uint64     `json:"index"`
+	LeafHash   hexBytes   `json:"leaf_hash"`
+	Proof      []hexBytes `json:"inclusion_proof"`
+	Checkpoint string     `json:"checkpoint"`
+	Entry      entryView  `json:"entry"`
+}
+
+func (a *app) auditProveCmd() *cobra.Command {
+	var dir string
+	var index, size uint64
+	c := leaf(&cobra.Command{
+		Use:   "prove",
+		Short: "Print the inclusion proof (RFC 6962) of one entry, as JSON",
+		Long: `Print the inclusion proof of the entry with the index that a receipt names: the
+hashes that lead from its leaf hash to the root of a checkpoint.`,
+		Example: `  custodianctl audit prove --dir /var/lib/custodian/audit --index 1234`,
+	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
+		p, err := audit.ProveInclusion(ctx, dir, index, size)
+		if err != nil {
+			return fmt.Errorf("prove: %w", err)
+		}
+		v := proofView{Index: index, LeafHash: p.LeafHash[:], Proof: []hexBytes{}, Checkpoint: string(p.Checkpoint), Entry: viewEntry(&p.Entry)}
+		for i := range p.Hashes {
+			v.Proof = append(v.Proof, p.Hashes[i][:])
+		}
+		return a.printJSON(v)
+	})
+	dirFlag(c, &dir)
+	f := c.Flags()
+	f.Uint64Var(&index, "index", 0, "`INDEX` of the entry")
+	f.Uint64Var(&size, "size", 0, "to the checkpoint of `N` entries; 0 for the newest")
+	return need(c, "index")
 }
 
 func dirFlag(c *cobra.Command, dir *string) {
@@ -104,12 +336,12 @@ func progressOn(w io.Writer) func(done, total int64) {
 	}
 }
 
-// A filter picks entries.
+// A filter picks entries, as flags say it.
 type filter struct {
-	kid, caller, action, outcome string
-	limit                        int
+	kid, caller, action, outcome, category, content, keyVersion, request, since, before string
 
-	wantKID []byte
+	limit int
+	audit.Filter
 }
 
 func (f *filter) check() error {
@@ -118,21 +350,49 @@ func (f *filter) check() error {
 		if err != nil {
 			return err
 		}
-		f.wantKID = kid[:]
+		f.KID = kid[:]
 	}
 	if f.limit < 0 {
 		return fmt.Errorf("--limit %d: must be 0 or more", f.limit)
 	}
-	switch f.outcome {
-	case "", audit.Allowed.String(), audit.Denied.String(), audit.Failed.String():
-		return nil
+	if f.outcome != "" {
+		var ok bool
+		if f.Outcome, ok = audit.ParseOutcome(f.outcome); !ok {
+			return fmt.Errorf("--outcome %s: must be allowed, denied or failed", plain(f.outcome))
+		}
 	}
-	return fmt.Errorf("--outcome %s: must be allowed, denied or failed", plain(f.outcome))
+	for _, t := range []struct {
+		flag, text string
+		to         *time.Time
+	}{{"since", f.since, &f.Since}, {"before", f.before, &f.Before}} {
+		if t.text == "" {
+			continue
+		}
+		var err error
+		if *t.to, err = time.Parse(time.RFC3339, t.text); err != nil {
+			return fmt.Errorf("--%s %s: must be a time such as 2026-11-22T16:00:00Z", t.flag, plain(t.text))
+		}
+	}
+	f.Caller, f.Action, f.Category, f.ContentID = f.caller, f.action, f.category, []byte(f.content)
+	f.KeyVersion, f.RequestID = f.keyVersion, f.request
+	return nil
 }
 
-func (f *filter) wants(e *audit.Entry) bool {
-	return (f.wantKID == nil || bytes.Equal(e.KID, f.wantKID)) && (f.caller == "" || e.Caller == f.caller) &&
-		(f.action == "" || e.Action == f.action) && (f.outcome == "" || e.Outcome.String() == f.outcome)
+func (f *filter) flags(c *cobra.Command) {
+	fl := c.Flags()
+	fl.StringVar(&f.kid, "kid", "", "only entries about this `KID`: who was given this key")
+	fl.StringVar(&f.caller, "caller", "", "only entries of this caller `NAME`: which keys did it get")
+	fl.StringVar(&f.action, "action", "", "only this `ACTION`: issue, release, category.create and so on")
+	fl.StringVar(&f.outcome, "outcome", "", "only this `OUTCOME`: allowed, denied or failed")
+	fl.StringVar(&f.category, "category", "", "only entries about this `CATEGORY`")
+	fl.StringVar(&f.content, "content", "", "only entries about this content `ID`")
+	fl.StringVar(&f.keyVersion, "key-version", "", "only entries about keys under this key-encryption key, as `CATEGORY/VERSION`")
+	fl.StringVar(&f.request, "request-id", "", "only entries of this request `ID`")
+	fl.StringVar(&f.since, "since", "", "only entries from this `TIME` on, as 2026-11-22T16:00:00Z")
+	fl.StringVar(&f.before, "before", "", "only entries earlier than this `TIME`")
+	fl.IntVar(&f.limit, "limit", 100, "the newest `N` of them, 0 for all")
+	completeWords(c, "outcome", "allowed", "denied", "failed")
+	completeWords(c, "action", "issue", "reissue", "release", "category.create", "category.freeze", "category.open", "backup")
 }
 
 func (a *app) auditListCmd() *cobra.Command {
@@ -143,12 +403,19 @@ func (a *app) auditListCmd() *cobra.Command {
 		Short: "Print the newest entries of a log, oldest first",
 		Long: `Print the newest entries of an audit log, oldest first; with --json one object a
 line. What the log says is not checked: custodianctl audit verify does that.`,
-		Example: `  custodianctl audit list --dir /var/lib/custodian/audit --action release --limit 0 --json`,
+		Example: `  custodianctl audit list --dir /var/lib/custodian/audit --action release --limit 0 --json
+  custodianctl audit list --dir DIR --kid KID --action release --outcome allowed --limit 0     who was given this key
+  custodianctl audit list --dir DIR --caller NAME --action release --outcome allowed --limit 0 which keys did it get
+  custodianctl audit list --dir DIR --key-version movies/1 --limit 0                           all under this version`,
 	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
 		if err := f.check(); err != nil {
 			return invalid(err)
 		}
-		entries, err := newest(ctx, dir, &f)
+		read := func(fn func(*audit.Entry) error) error { return audit.Read(dir, 0, fn) }
+		if dir == "" {
+			read = func(fn func(*audit.Entry) error) error { return a.readFromDaemon(ctx, &f, fn) }
+		}
+		entries, err := newest(ctx, read, &f)
 		if err != nil {
 			return fmt.Errorf("read: %w", err)
 		}
@@ -168,23 +435,16 @@ line. What the log says is not checked: custodianctl audit verify does that.`,
 		}
 		return a.printTable([]string{"INDEX", "TIME", "OUTCOME", "ACTION", "CALLER", "ABOUT"}, rows)
 	})
-	dirFlag(c, &dir)
-	fl := c.Flags()
-	fl.StringVar(&f.kid, "kid", "", "only entries about this `KID`")
-	fl.StringVar(&f.caller, "caller", "", "only entries of this caller `NAME`")
-	fl.StringVar(&f.action, "action", "", "only this `ACTION`: issue, release, category.create and so on")
-	fl.StringVar(&f.outcome, "outcome", "", "only this `OUTCOME`: allowed, denied or failed")
-	fl.IntVar(&f.limit, "limit", 100, "the newest `N` of them, 0 for all")
-	completeWords(c, "outcome", "allowed", "denied", "failed")
-	completeWords(c, "action", "issue", "reissue", "release", "category.create", "category.freeze", "category.open", "backup")
+	c.Flags().StringVar(&dir, "dir", "", "`DIR`ectory of the log; without it the daemon is asked (auditor)")
+	f.flags(c)
 	return c
 }
 
 // newest returns the last entries that f wants, in the order of the log.
-func newest(ctx context.Context, dir string, f *filter) ([]*audit.Entry, error) {
+func newest(ctx context.Context, read func(func(*audit.Entry) error) error, f *filter) ([]*audit.Entry, error) {
 	var kept []*audit.Entry
-	err := audit.Read(dir, 0, func(e *audit.Entry) error {
-		if !f.wants(e) {
+	err := read(func(e *audit.Entry) error {
+		if !f.Match(e) {
 			return ctx.Err()
 		}
 		kept = append(kept, e)
@@ -198,6 +458,44 @@ func newest(ctx context.Context, dir string, f *filter) ([]*audit.Entry, error) 
 		kept = kept[len(kept)-f.limit:]
 	}
 	return kept, err
+}
+
+// readFromDaemon calls fn with every entry that f picks, page by page.
+func (a *app) readFromDaemon(ctx context.Context, f *filter, fn func(*audit.Entry) error) error {
+	cl, err := a.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer cl.Close()
+	// The numbers of the outcomes are the same here and there.
+	req := &v1.ListEntriesRequest{PageSize: 1000, Caller: f.Caller, Action: f.Action, Outcome: v1.AuditOutcome(f.Outcome), Category: f.Category,
+		ContentId: f.ContentID, Kid: f.KID, KeyVersion: f.KeyVersion}
+	if !f.Since.IsZero() {
+		req.SinceTime = timestamppb.New(f.Since)
+	}
+	if !f.Before.IsZero() {
+		req.BeforeTime = timestamppb.New(f.Before)
+	}
+	for {
+		bounded, cancel := a.bounded(ctx)
+		resp, err := cl.ListAuditEntries(bounded, req)
+		cancel()
+		if err != nil {
+			return err
+		}
+		for _, b := range resp.GetEntries() {
+			e, err := audit.UnmarshalEntry(b)
+			if err != nil {
+				return err
+			}
+			if err := fn(&e); err != nil {
+				return err
+			}
+		}
+		if req.FromIndex = resp.GetNextIndex(); req.FromIndex == 0 {
+			return nil
+		}
+	}
 }
 
 func outcome(e *audit.Entry) string {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/keycustody/custodian/client"
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/checkpoint"
 )
 
 // The exit codes. Scripts rely on them: a number never changes its meaning.
@@ -131,6 +132,10 @@ func classify(err error) *failure {
 		return &failure{reason: reasonDamaged, code: codes.DataLoss, err: err}
 	}
 	switch {
+	case errors.Is(err, checkpoint.ErrMalformed), errors.Is(err, checkpoint.ErrSignature), errors.Is(err, checkpoint.ErrProof):
+		return &failure{reason: reasonDamaged, code: codes.DataLoss, err: err}
+	case errors.Is(err, audit.ErrNoEntry), errors.Is(err, audit.ErrNoCheckpoint):
+		return &failure{reason: reasonNotThere, code: codes.NotFound, err: err}
 	case errors.Is(err, fs.ErrNotExist):
 		return &failure{reason: reasonNotThere, code: codes.NotFound, err: err}
 	case errors.Is(err, fs.ErrExist):

@@ -48,6 +48,8 @@ type keyView struct {
 type receiptView struct {
 	Index    uint64   `json:"index"`
 	LeafHash hexBytes `json:"leaf_hash,omitempty"`
+
+	Checkpoint string `json:"checkpoint,omitempty"`
 }
 
 // A hexKID is a KID in the 8-4-4-4-12 form, or what else came in its place.
@@ -74,7 +76,7 @@ func viewKey(k *v1.ContentKey, reveal bool) keyView {
 		v.Period = &index
 	}
 	if r := k.GetReceipt(); r != nil {
-		v.Receipt = &receiptView{r.GetIndex(), r.GetLeafHash()}
+		v.Receipt = &receiptView{r.GetIndex(), r.GetLeafHash(), string(r.GetCheckpoint())}
 	}
 	if !reveal {
 		clear(k.GetKey())

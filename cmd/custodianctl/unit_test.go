@@ -18,6 +18,7 @@ import (
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/client"
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/checkpoint"
 	"github.com/keycustody/custodian/internal/rpc"
 )
 
@@ -41,6 +42,8 @@ func TestExitCodes(t *testing.T) {
 		{&client.Error{Code: codes.Internal, Reason: "INTERNAL"}, exitOther, "INTERNAL"},
 		{&client.Error{Code: codes.Canceled, Reason: "CANCELLED"}, exitOther, "CANCELLED"},
 		{&audit.DamageError{Problem: errors.New("bad")}, exitIntegrity, reasonDamaged},
+		{fmt.Errorf("verify: %w", checkpoint.ErrSignature), exitIntegrity, reasonDamaged},
+		{fmt.Errorf("prove: %w", audit.ErrNoEntry), exitNotFound, reasonNotThere},
 		{fs.ErrNotExist, exitNotFound, reasonNotThere},
 		{fs.ErrExist, exitState, reasonExists},
 		{fs.ErrPermission, exitOther, reasonLocal},

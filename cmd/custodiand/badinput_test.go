@@ -211,9 +211,9 @@ func (c *custody) withVault(v *testservers.VaultServer) {
 	v.CreateTransitKey("custodian", true)
 	v.WritePolicy("custodian", vaultPolicy)
 	role, secret := v.AppRole("custodian", "custodian")
-	c.withKMS("name: outer\n    kind: vault\n    vault: {address: '" + v.Address + "', ca_file: " + v.CAFile +
-		", cert_file: " + v.ClientCertFile + ", key_file: " + v.ClientKeyFile +
-		", key: custodian, approle: {role_id_file: " + role + ", secret_id_file: " + secret + "}}", "5s")
+	c.withKMS("name: outer\n    kind: vault\n    vault: {address: '"+v.Address+"', ca_file: "+v.CAFile+
+		", cert_file: "+v.ClientCertFile+", key_file: "+v.ClientKeyFile+
+		", key: custodian, approle: {role_id_file: "+role+", secret_id_file: "+secret+"}}", "5s")
 }
 
 // withKMS makes the provider outer, written in YAML, the only one, with a grace.

@@ -172,7 +172,7 @@ func randomBelow(t *testing.T, d time.Duration) time.Duration {
 func (c *custody) checkAtRest(l *ledger) {
 	t := c.t
 	t.Helper()
-	if _, err := audit.Verify(t.Context(), c.config.auditDir(), nil); err != nil {
+	if _, err := audit.Verify(t.Context(), c.config.auditDir(), audit.VerifyOptions{}); err != nil {
 		t.Errorf("audit verify: %v", err)
 	}
 	logged := map[custodian.KID]bool{}

@@ -11,6 +11,7 @@ import (
 	"crypto/rand"
 	"crypto/subtle"
 	"fmt"
+	"io"
 	"slices"
 	"sync"
 
@@ -273,13 +274,33 @@ func (h *HSM) Signer(ctx context.Context, label string, id [16]byte) (s crypto.S
 		if k == nil {
 			return fmt.Errorf("signer %s (CKA_ID %x): %w", label, id, custodian.ErrNoObject)
 		}
-		s = k
+		s = signingKey{h, k}
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
 	return s, nil
+}
+
+// A signingKey signs in the HSM, as the operation "Sign".
+type signingKey struct {
+	hsm *HSM
+	key *ecdsa.PrivateKey
+}
+
+func (s signingKey) Public() crypto.PublicKey { return s.key.Public() }
+
+func (s signingKey) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) (sig []byte, err error) {
+	// A crypto.Signer has no context.
+	err = s.hsm.do(context.Background(), "Sign", func() error {
+		sig, err = s.key.Sign(random, digest, opts)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return sig, nil
 }
 
 // DestroyLeftovers removes MEKs, signers and foreign objects by name.

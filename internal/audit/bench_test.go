@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
 )
@@ -26,14 +27,17 @@ func BenchmarkAppend(b *testing.B) {
 					}
 					b.Cleanup(func() { os.RemoveAll(dir) })
 				}
-				benchmarkAppend(b, filepath.Join(dir, "audit"), inFlight)
+				benchmarkAppend(b, filepath.Join(dir, "audit"), inFlight, nil)
 			})
 		}
 	}
 }
 
-func benchmarkAppend(b *testing.B, dir string, inFlight int) {
+func benchmarkAppend(b *testing.B, dir string, inFlight int, k *testKey) {
 	l := create(b, dir, audit.Options{})
+	if k != nil {
+		signWith(b, l, k)
+	}
 	entry := release(1)
 	b.ReportAllocs()
 	b.ResetTimer()
@@ -53,6 +57,20 @@ func benchmarkAppend(b *testing.B, dir string, inFlight int) {
 	b.StopTimer()
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "entries/s")
 	b.ReportMetric(float64(b.N)/float64(l.Stats().Batches), "entries/batch")
+}
+
+// BenchmarkAppendSigned is BenchmarkAppend with a software key that signs, and
+// with one that takes a millisecond, as a token does.
+func BenchmarkAppendSigned(b *testing.B) {
+	for _, slow := range []time.Duration{0, time.Millisecond} {
+		for _, inFlight := range []int{1, 32, 128} {
+			b.Run(fmt.Sprintf("slow=%v/inflight=%d", slow, inFlight), func(b *testing.B) {
+				k := newTestKey(b)
+				k.slow = slow
+				benchmarkAppend(b, filepath.Join(b.TempDir(), "audit"), inFlight, k)
+			})
+		}
+	}
 }
 
 // BenchmarkVerify verifies a log of 100,000 entries in batches of 100.
@@ -75,4 +93,39 @@ func BenchmarkVerify(b *testing.B) {
 		}
 	}
 	b.ReportMetric(float64(b.N)*entries/b.Elapsed().Seconds(), "entries/s")
+}
+
+// BenchmarkProve proves an entry of a log of 100,000 in signed batches of 100,
+// which reads all of it, and verifies all its signatures.
+func BenchmarkProve(b *testing.B) {
+	dir := filepath.Join(b.TempDir(), "audit")
+	k := newTestKey(b)
+	l := create(b, dir, audit.Options{})
+	signWith(b, l, k)
+	const entries = 100_000
+	batch := make([]audit.Entry, 100)
+	for i := 0; i < entries; i += len(batch) {
+		for j := range batch {
+			batch[j] = release(i + j)
+		}
+		appendTo(b, l, batch...)
+	}
+	shut(b, l)
+	b.Run("inclusion", func(b *testing.B) {
+		for b.Loop() {
+			p, err := audit.ProveInclusion(context.Background(), dir, entries/3, 0)
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.ReportMetric(float64(32*len(p.Hashes)), "proof-bytes")
+		}
+	})
+	b.Run("verify", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := verifySigned(dir, k); err != nil {
+				b.Fatal(err)
+			}
+		}
+		b.ReportMetric(float64(b.N)*entries/b.Elapsed().Seconds(), "entries/s")
+	})
 }

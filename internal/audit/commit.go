@@ -28,6 +28,7 @@ func (l *Log) run() {
 		case <-second.C:
 			l.flush()
 			l.lookForRoom()
+			l.lookForSigner()
 		case <-l.closing:
 			for batch := l.take(); len(batch) > 0; batch = l.take() {
 				l.commit(batch)
@@ -86,15 +87,9 @@ func (l *Log) flush() {
 func (l *Log) commit(batch []*request) {
 	admitted := l.admit(batch)
 	if len(admitted) > 0 {
-		root := l.build(admitted)
-		err := l.write()
-		if err != nil {
-			err = l.latch(err)
-		} else {
-			l.end += int64(len(l.frame))
-			l.publish(root)
-		}
+		signed, err := l.store(admitted)
 		for _, r := range admitted {
+			r.signed = signed
 			r.answer(err)
 		}
 		if cap(l.frame) > maxGather {
@@ -105,6 +100,26 @@ func (l *Log) commit(batch []*request) {
 	l.mu.Lock()
 	l.spare = batch
 	l.mu.Unlock()
+}
+
+// store makes a batch of the requests, signs its root and writes it, and returns
+// its checkpoint. What cannot be signed has not happened: the next batch may
+// try. What could not be written blocks the log.
+func (l *Log) store(batch []*request) ([]byte, error) {
+	l.undo.size, l.undo.edge = l.tree.size, append(l.undo.edge[:0], l.tree.edge...)
+	h := l.build(batch)
+	signed, err := l.sign(h.root)
+	if err != nil {
+		l.tree, l.undo = l.undo, l.tree
+		return nil, err
+	}
+	l.finish(h, signed)
+	if err := l.write(); err != nil {
+		return nil, l.latch(err)
+	}
+	l.end += int64(len(l.frame))
+	l.publish(h.root, signed)
+	return signed, nil
 }
 
 // answer tells Append how it went. The request is not the committer's any more.
@@ -120,7 +135,7 @@ func (l *Log) admit(batch []*request) []*request {
 	for _, r := range batch {
 		total += len(r.entries)
 	}
-	l.grow(frameSize(total))
+	l.grow(frameSize(total) + l.checkpointRoom())
 	admitted, size := batch[:0], 0
 	for _, r := range batch {
 		if !r.state.CompareAndSwap(waiting, taken) {
@@ -142,7 +157,7 @@ func (l *Log) refusal(size int, priority bool) error {
 	if l.latched != nil { // only this goroutine sets it
 		return l.latched
 	}
-	room := l.alloc - l.end - frameSize(size)
+	room := l.alloc - l.end - frameSize(size) - l.checkpointRoom()
 	if !priority {
 		room -= l.reserve
 	}
@@ -185,6 +200,9 @@ func (l *Log) tellRoom() {
 	l.stats.Free = l.alloc - l.end
 	l.stats.OnReserve = l.full != nil
 	l.stats.Blocked = ""
+	if l.unsigned != nil {
+		l.stats.Blocked = l.unsigned.Error()
+	}
 	if l.full != nil && l.alloc-l.end < leastRoom {
 		l.stats.Blocked = l.full.Error()
 	}
@@ -192,7 +210,7 @@ func (l *Log) tellRoom() {
 	l.mu.Unlock()
 
 	switch {
-	case is.Blocked != "" && was.Blocked == "":
+	case l.full != nil && is.Blocked != "" && was.Blocked == "":
 		l.log.Error("audit log: no room, nothing can be written", "error", is.Blocked)
 	case is.OnReserve && !was.OnReserve:
 		l.log.Error("audit log: no room but the reserve", "error", l.full, "bytes", is.Free)
@@ -202,10 +220,13 @@ func (l *Log) tellRoom() {
 }
 
 // publish makes a batch known that is on disk.
-func (l *Log) publish(root tlog.Hash) {
+func (l *Log) publish(root tlog.Hash, signed []byte) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.root = root
+	if signed != nil {
+		l.signed = signed
+	}
 	l.stats.Entries = l.tree.size
 	l.stats.Bytes = l.end
 	l.stats.Free = l.alloc - l.end
@@ -222,9 +243,8 @@ func (l *Log) latch(cause error) error {
 	return err
 }
 
-// build makes the frame of a batch, adds its entries to the tree and returns
-// the root after it.
-func (l *Log) build(batch []*request) tlog.Hash {
+// build begins the frame of a batch and adds its entries to the tree.
+func (l *Log) build(batch []*request) batchHeader {
 	h := batchHeader{first: l.tree.size}
 	frame := append(l.frame[:0], make([]byte, headerSize)...)
 	for _, r := range batch {
@@ -241,14 +261,24 @@ func (l *Log) build(batch []*request) tlog.Hash {
 		}
 		h.count += r.n
 	}
-	h.payload = len(frame) - headerSize
 	h.root = l.tree.root()
+	l.frame = frame
+	return h
+}
+
+// finish ends the frame that build began, with the checkpoint if there is one.
+func (l *Log) finish(h batchHeader, signed []byte) {
+	frame := l.frame
+	if h.signed = signed != nil; h.signed {
+		frame = appendCheckpoint(frame, signed)
+		l.sealed = true
+	}
+	h.payload = len(frame) - headerSize
 	frame = append(frame, zeros[:h.padded()-h.payload]...)
 	h.sum = crc32.Checksum(frame[headerSize:], crcTable)
 	frame = append(frame, batchTrailer...)
 	h.encode(frame, l.id)
 	l.frame = frame
-	return h.root
 }
 
 // write returns nil when the frame is on disk, in the file that is the log.

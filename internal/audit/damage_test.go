@@ -50,7 +50,7 @@ func (s sample) batch(i int) []byte { return s.file[s.ends[i-1]:s.ends[i]] }
 func verifyBytes(t testing.TB, dir string, b []byte) (audit.Report, error) {
 	t.Helper()
 	store(t, dir, b)
-	return audit.Verify(context.Background(), dir, nil)
+	return audit.Verify(context.Background(), dir, audit.VerifyOptions{})
 }
 
 // Every byte of the log counts, for Verify as for Open.
@@ -96,7 +96,7 @@ func checkFlip(t *testing.T, dir string, f *os.File, s sample, at int) {
 		if mask != 0x80 {
 			continue // to save time
 		}
-		_, err := audit.Verify(context.Background(), dir, nil)
+		_, err := audit.Verify(context.Background(), dir, audit.VerifyOptions{})
 		if !errors.As(err, &damage) {
 			t.Errorf("byte %d changed by %#x: Verify says %v", at, mask, err)
 			return
@@ -173,7 +173,7 @@ func checkTorn(t *testing.T, dir string, b []byte, size uint64) {
 		t.Error(err)
 		return
 	}
-	r, err := audit.Verify(context.Background(), dir, nil)
+	r, err := audit.Verify(context.Background(), dir, audit.VerifyOptions{})
 	if err != nil || r.Entries != size {
 		t.Errorf("%d bytes: Verify found %d entries, %v, want %d", len(b), r.Entries, err, size)
 	}
@@ -190,7 +190,7 @@ func checkTorn(t *testing.T, dir string, b []byte, size uint64) {
 	if err != nil || receipts[0].Index != size {
 		t.Errorf("%d bytes: next entry is %+v, %v, want index %d", len(b), receipts, err, size)
 	}
-	if r, err := audit.Verify(context.Background(), dir, nil); err != nil || r.Entries != size+1 || r.Torn != 0 {
+	if r, err := audit.Verify(context.Background(), dir, audit.VerifyOptions{}); err != nil || r.Entries != size+1 || r.Torn != 0 {
 		t.Errorf("%d bytes: after one more: %+v, %v", len(b), r, err)
 	}
 }

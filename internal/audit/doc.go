@@ -11,7 +11,7 @@
 // The package decides how entries are encoded, framed, hashed and made
 // durable, what happens when there is no room, and which denials are counted
 // instead of written. It does not decide what is worth an entry or who may
-// read it, and it knows nothing of keys.
+// read it, and it knows nothing of keys: a Signer signs.
 //
 // # The file
 //
@@ -24,6 +24,8 @@
 //	             CRC of payload and padding (4) · CRC of log ID and header (4)
 //	  payload    entries, each with its length as uvarint before it
 //	  trailer    "\nbatch.\n"
+//	signed batch as a batch, with the magic "batch/2\n" and another payload
+//	  payload    entries, as above · checkpoint · its length (2)
 //	tail         zeros, room that is allocated ahead
 //
 // The CRCs are CRC-32C (RFC 3720); they find accidents, the root finds edits.
@@ -36,6 +38,12 @@
 // bytes that are not zero, no string of an entry contains a zero byte, and no
 // other field is as long as a sector. A last batch that is wrong in another
 // way was changed after it was written, which is damage.
+//
+// The checkpoint is the root after the batch, signed: a note as package
+// checkpoint describes it, whose origin names the log ID. A log begins with
+// batches that are not signed, where there was no key yet; after the first
+// signed one all are. Signing comes before writing, so a root can have been
+// signed whose batch never was on disk; such a checkpoint was in memory only.
 //
 // Later formats add kinds of frames, with magics of their own; version 1 of
 // the file header and the batches in it stay as they are.

@@ -9,6 +9,8 @@ import (
 	"math/bits"
 
 	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/keycustody/custodian/internal/checkpoint"
 )
 
 // The package doc describes the format that this file writes and reads.
@@ -17,6 +19,8 @@ const (
 	fileMagic    = "custaud\n"
 	fileVersion  = 1
 	batchMagic   = "batch/1\n"
+	signedMagic  = "batch/2\n"
+	magicPrefix  = "batch/" // of both
 	batchTrailer = "\nbatch.\n"
 
 	headerSize  = 64 // of the file and of a batch
@@ -64,6 +68,7 @@ type batchHeader struct {
 	first   uint64
 	root    tlog.Hash // of the tree after the batch
 	sum     uint32    // CRC of payload and padding
+	signed  bool      // the payload ends in a checkpoint
 }
 
 // padded returns the length of the payload with its padding.
@@ -76,6 +81,9 @@ func frameSize(payload int) int64 {
 
 func (h *batchHeader) encode(b []byte, id logID) {
 	copy(b, batchMagic)
+	if h.signed {
+		copy(b, signedMagic)
+	}
 	binary.BigEndian.PutUint32(b[8:], uint32(h.payload))
 	binary.BigEndian.PutUint32(b[12:], uint32(h.count))
 	binary.BigEndian.PutUint64(b[16:], h.first)
@@ -90,7 +98,11 @@ func headerSum(b []byte, id logID) uint32 {
 
 // decodeBatchHeader reports whether b begins with a batch header of the log.
 func decodeBatchHeader(b []byte, id logID) (batchHeader, bool) {
-	if len(b) < headerSize || string(b[:8]) != batchMagic || headerSum(b, id) != binary.BigEndian.Uint32(b[60:]) {
+	if len(b) < headerSize || headerSum(b, id) != binary.BigEndian.Uint32(b[60:]) {
+		return batchHeader{}, false
+	}
+	magic := string(b[:8])
+	if magic != batchMagic && magic != signedMagic {
 		return batchHeader{}, false
 	}
 	return batchHeader{
@@ -99,6 +111,7 @@ func decodeBatchHeader(b []byte, id logID) (batchHeader, bool) {
 		first:   binary.BigEndian.Uint64(b[16:]),
 		root:    tlog.Hash(b[24:56]),
 		sum:     binary.BigEndian.Uint32(b[56:]),
+		signed:  magic == signedMagic,
 	}, true
 }
 
@@ -109,6 +122,28 @@ func (h *batchHeader) whole(body []byte) bool {
 		string(body[n:]) == batchTrailer &&
 		allZero(body[h.payload:n]) &&
 		crc32.Checksum(body[:n], crcTable) == h.sum
+}
+
+// split parts a payload into entries and checkpoint, which is nil where the
+// batch is not signed.
+func (h *batchHeader) split(payload []byte) (entries, signed []byte, err error) {
+	if !h.signed {
+		return payload, nil, nil
+	}
+	end := len(payload) - 2
+	if end < 0 {
+		return nil, nil, errors.New("the batch has no room for its checkpoint")
+	}
+	n := int(binary.BigEndian.Uint16(payload[end:]))
+	if n == 0 || n > end || n > checkpoint.MaxSize {
+		return nil, nil, fmt.Errorf("a checkpoint of %d bytes in %d bytes of payload", n, len(payload))
+	}
+	return payload[:end-n], payload[end-n : end : end], nil
+}
+
+// appendCheckpoint appends what split takes off.
+func appendCheckpoint(b, signed []byte) []byte {
+	return binary.BigEndian.AppendUint16(append(b, signed...), uint16(len(signed)))
 }
 
 // entries calls fn with the encoding of each entry of the payload, and checks

@@ -67,7 +67,7 @@ func FuzzReader(f *testing.F) {
 func checkReader(t *testing.T, dir string, b []byte) {
 	t.Helper()
 	store(t, dir, b)
-	report, failed := audit.Verify(context.Background(), dir, nil)
+	report, failed := audit.Verify(context.Background(), dir, audit.VerifyOptions{})
 	entries := uint64(0)
 	err := audit.Read(dir, 0, func(e *audit.Entry) error { entries++; return nil })
 	if failed == nil && (err != nil || entries != report.Entries) {

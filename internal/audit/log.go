@@ -94,8 +94,8 @@ type Receipt struct {
 	Index    uint64
 	LeafHash [32]byte // RFC 6962 hash of the canonical encoding
 
-	// Checkpoint is a signed root that covers the entry. Nothing makes one
-	// yet, so it is empty.
+	// Checkpoint is a signed root that covers the entry, empty where the log
+	// has no Signer. It is not to be changed: other receipts have it too.
 	Checkpoint []byte
 
 	// Coalesced means that the entry, a denial, was counted and not written;
@@ -142,6 +142,11 @@ type Log struct {
 	alloc int64 // where the allocated room ends
 	full  error // why the last allocation failed, or nil
 	frame []byte
+	undo  tree // before the batch that is being made
+
+	// sealed tells that all batches from here on are signed.
+	sealed   bool
+	unsigned error // why the last batch could not be signed, or nil
 
 	mu      sync.Mutex // guards the fields below
 	queue   []*request
@@ -151,6 +156,8 @@ type Log struct {
 	latched error // stays, and wraps ErrBlocked
 	stats   Stats
 	root    tlog.Hash // of what is acknowledged
+	signed  []byte    // the checkpoint of what is acknowledged, if it has one
+	signer  *Signer
 }
 
 // A request is one Append on its way.
@@ -165,6 +172,7 @@ type request struct {
 	// Set by the committer before it sends on done.
 	first  uint64
 	leaves []tlog.Hash
+	signed []byte
 	err    error
 	done   chan struct{} // holds one
 }
@@ -251,11 +259,13 @@ func open(dir string, o Options, lock *os.File) (_ *Log, err error) {
 		tree:    v.tree,
 		end:     s.off,
 		alloc:   s.off,
+		sealed:  s.sealed,
+		signed:  v.checkpoint,
 	}
 	if err := l.repair(v); err != nil {
 		return nil, fmt.Errorf("open audit log %s: %w", l.path, err)
 	}
-	l.publish(l.tree.root())
+	l.publish(l.tree.root(), v.checkpoint)
 	l.stats.Batches = 0
 	go l.run()
 	return l, nil
@@ -304,6 +314,9 @@ func (l *Log) repair(v *verifier) error {
 // ID returns the random number that tells this log from others.
 func (l *Log) ID() [16]byte { return l.id }
 
+// Dir returns the directory of the log, for Read and the proofs.
+func (l *Log) Dir() string { return filepath.Dir(l.path) }
+
 // Append writes the entries, one after the other and all or none, and returns
 // when they are on disk. It gives them their index and salt, and its time to
 // those without one. If ctx ends before, Append returns, and the entries may or
@@ -348,6 +361,7 @@ func (l *Log) Append(ctx context.Context, entries []Entry) ([]Receipt, error) {
 		}
 		receipts[i].Index = r.first + uint64(next)
 		receipts[i].LeafHash = r.leaves[next]
+		receipts[i].Checkpoint = r.signed
 		next++
 	}
 	return receipts, nil
@@ -387,7 +401,7 @@ func (l *Log) prepare(entries []Entry) (*request, []Receipt, error) {
 func (l *Log) request(n int) *request {
 	r := l.pool.Get().(*request)
 	r.entries, r.leaves = r.entries[:0], r.leaves[:0]
-	r.n, r.priority, r.err = 0, false, nil
+	r.n, r.priority, r.signed, r.err = 0, false, nil, nil
 	r.state.Store(waiting)
 	if cap(r.salts) < 16*n {
 		r.salts = make([]byte, 16*n)
@@ -457,6 +471,14 @@ func (l *Log) Root() [32]byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.root
+}
+
+// Checkpoint returns the signed root of the entries that are on disk, or of the
+// beginning of them if the last ones are not signed; nil where nothing is.
+func (l *Log) Checkpoint() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.signed
 }
 
 // Stats returns how the log is doing.

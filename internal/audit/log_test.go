@@ -87,7 +87,7 @@ func readAll(t testing.TB, dir string) []audit.Entry {
 
 func verify(t testing.TB, dir string) audit.Report {
 	t.Helper()
-	r, err := audit.Verify(context.Background(), dir, nil)
+	r, err := audit.Verify(context.Background(), dir, audit.VerifyOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -482,12 +482,12 @@ func TestVerifyProgress(t *testing.T) {
 	dir := t.TempDir()
 	store(t, dir, s.file)
 	var got []int64
-	_, err := audit.Verify(context.Background(), dir, func(done, total int64) {
+	_, err := audit.Verify(context.Background(), dir, audit.VerifyOptions{Progress: func(done, total int64) {
 		if total != int64(len(s.file)) {
 			t.Errorf("total = %d, want %d", total, len(s.file))
 		}
 		got = append(got, done)
-	})
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -496,7 +496,7 @@ func TestVerifyProgress(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, err := audit.Verify(ctx, dir, nil); !errors.Is(err, context.Canceled) {
+	if _, err := audit.Verify(ctx, dir, audit.VerifyOptions{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("error = %v, want %v", err, context.Canceled)
 	}
 }

@@ -29,7 +29,11 @@ func Read(dir string, from uint64, fn func(*Entry) error) error {
 			return err
 		}
 		var refused error
-		err = h.entries(payload, func(b []byte) error {
+		entries, _, err := h.split(payload)
+		if err != nil {
+			return &DamageError{Path: s.file.Name(), Offset: s.off - frameSize(h.payload), Index: h.first, Problem: err}
+		}
+		err = h.entries(entries, func(b []byte) error {
 			e, err := UnmarshalEntry(b)
 			if err != nil || e.Index < from {
 				return err
@@ -56,17 +60,34 @@ type Report struct {
 	Last    time.Time // of the last entry
 	Bytes   int64     // from the start of the file to the end of the last whole batch
 
+	Checkpoints uint64 // one for each signed batch
+	Checkpoint  []byte // the last one; nil where there is none
+	// Unsigned counts the entries before the first signed batch. Its
+	// checkpoint covers them, but nobody signed before it was made.
+	Unsigned uint64
+
 	// Torn counts the bytes after the last whole batch that are not zero as
 	// they should be: a batch that is being written, one that a crash cut
 	// off, or something that somebody else appended.
 	Torn int64
 }
 
-// Verify checks every byte of a log, and calls progress, if it is not nil,
-// after each batch with bytes done and bytes in all. It changes nothing and can
-// run beside the writer; it ends at what was there when it began. What it finds
-// wrong is a *DamageError.
-func Verify(ctx context.Context, dir string, progress func(done, total int64)) (Report, error) {
+// VerifyOptions says what Verify does beside checking the log. The zero value
+// is good.
+type VerifyOptions struct {
+	// Progress is called after each batch with bytes done and bytes in all.
+	Progress func(done, total int64)
+
+	// Check is called with every checkpoint, once its size and root are right,
+	// and decides on its signature. Where it is nil, signatures are not
+	// looked at.
+	Check func(signed []byte) error
+}
+
+// Verify checks every byte of a log. It changes nothing and can run beside the
+// writer; it ends at what was there when it began. What it finds wrong, or
+// o.Check, is a *DamageError.
+func Verify(ctx context.Context, dir string, o VerifyOptions) (Report, error) {
 	s, err := openLog(dir, os.O_RDONLY)
 	if err != nil {
 		return Report{}, err
@@ -76,7 +97,7 @@ func Verify(ctx context.Context, dir string, progress func(done, total int64)) (
 	if err != nil {
 		return Report{}, err
 	}
-	v := &verifier{scanner: s}
+	v := &verifier{scanner: s, check: o.Check}
 	// The file is longer than what is written, so the bound is loose; it is
 	// there so that a busy writer cannot keep Verify running.
 	for v.off < info.Size() {
@@ -90,8 +111,8 @@ func Verify(ctx context.Context, dir string, progress func(done, total int64)) (
 		if err != nil {
 			return Report{}, err
 		}
-		if progress != nil {
-			progress(v.off, max(v.off, info.Size()))
+		if o.Progress != nil {
+			o.Progress(v.off, max(v.off, info.Size()))
 		}
 	}
 	return Report{
@@ -103,5 +124,9 @@ func Verify(ctx context.Context, dir string, progress func(done, total int64)) (
 		Last:    v.last,
 		Bytes:   v.off,
 		Torn:    v.torn,
+
+		Checkpoints: v.checkpoints,
+		Checkpoint:  v.checkpoint,
+		Unsigned:    v.unsigned,
 	}, nil
 }

@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/mod/sumdb/tlog"
 	"golang.org/x/sys/unix"
+
+	"github.com/keycustody/custodian/internal/checkpoint"
 )
 
 const fileName = "audit.log"
@@ -35,10 +37,11 @@ type scanner struct {
 	id   logID
 	live bool // somebody may be writing to the file
 
-	off   int64  // where the next batch is
-	index uint64 // its first entry
-	torn  int64  // after io.EOF: how many bytes of a torn batch follow
-	buf   []byte
+	off    int64  // where the next batch is
+	index  uint64 // its first entry
+	sealed bool   // a signed batch was there, so all that follow are signed
+	torn   int64  // after io.EOF: how many bytes of a torn batch follow
+	buf    []byte
 }
 
 // openLog opens the file of dir and reads its header.
@@ -78,9 +81,15 @@ func (s *scanner) next() (h batchHeader, payload []byte, err error) {
 	if err != nil {
 		return batchHeader{}, nil, err
 	}
+	s.step(&h)
+	return h, payload, nil
+}
+
+// step goes over the batch at s.off.
+func (s *scanner) step(h *batchHeader) {
 	s.off += frameSize(h.payload)
 	s.index += uint64(h.count)
-	return h, payload, nil
+	s.sealed = s.sealed || h.signed
 }
 
 func (s *scanner) look() (batchHeader, []byte, error) {
@@ -117,6 +126,9 @@ func (s *scanner) header() (batchHeader, [headerSize]byte, error) {
 	if h.first != s.index {
 		return batchHeader{}, b, s.damage(fmt.Errorf("a batch that begins with entry %d is here", h.first))
 	}
+	if s.sealed && !h.signed {
+		return batchHeader{}, b, s.damage(errors.New("a batch without a checkpoint follows one that has it"))
+	}
 	if h.payload > maxPayload || h.count == 0 || h.count > h.payload/entryPrefix {
 		return batchHeader{}, b, s.damage(fmt.Errorf("a batch of %d bytes says that it has %d entries", h.payload, h.count))
 	}
@@ -133,8 +145,7 @@ func (s *scanner) skip(from uint64) bool {
 	if err != nil || h.first+uint64(h.count) > from {
 		return false
 	}
-	s.off += frameSize(h.payload)
-	s.index += uint64(h.count)
+	s.step(&h)
 	return true
 }
 
@@ -171,7 +182,7 @@ func (s *scanner) tail() (last, later int64, err error) {
 			last = off + int64(len(bytes.TrimRight(b[:n], "\x00"))) - 1
 		}
 		for at := 0; ; at++ {
-			i := bytes.Index(b[at:n], []byte(batchMagic))
+			i := bytes.Index(b[at:n], []byte(magicPrefix))
 			if i < 0 {
 				break
 			}
@@ -207,7 +218,11 @@ type verifier struct {
 	tree tree
 
 	batches     uint64
-	lastBatch   int64 // offset of the last batch, 0 while there is none
+	lastBatch   int64                     // offset of the last batch, 0 while there is none
+	check       func(signed []byte) error // of each checkpoint; nil: their signatures are not looked at
+	checkpoint  []byte                    // the last one, nil while there is none
+	checkpoints uint64
+	unsigned    uint64 // entries before the first signed batch
 	first, last time.Time
 }
 
@@ -220,7 +235,11 @@ func (v *verifier) next(visit func(*Entry) error) error {
 		return err
 	}
 	var refused error
-	err = h.entries(payload, func(b []byte) error {
+	entries, signed, err := h.split(payload)
+	if err != nil {
+		return v.damageAt(at, index, err)
+	}
+	err = h.entries(entries, func(b []byte) error {
 		e, err := UnmarshalEntry(b)
 		if err != nil {
 			return err
@@ -241,10 +260,39 @@ func (v *verifier) next(visit func(*Entry) error) error {
 	if err == nil && v.tree.root() != h.root {
 		err = errors.New("the root of the tree is not the one that the batch carries")
 	}
+	if err == nil && h.signed {
+		err = v.signed(signed)
+	}
 	if err != nil {
-		return &DamageError{Path: v.file.Name(), Offset: at, Index: index, Problem: err}
+		return v.damageAt(at, index, err)
+	}
+	if !h.signed {
+		v.unsigned = v.tree.size
 	}
 	v.batches++
 	v.lastBatch = at
 	return nil
+}
+
+// signed checks that the checkpoint is that of the log as it is now.
+func (v *verifier) signed(signed []byte) error {
+	c, err := checkpoint.Parse(signed)
+	if err != nil {
+		return err
+	}
+	if want := (checkpoint.Checkpoint{Origin: checkpoint.Origin(v.id), Size: v.tree.size, Root: v.tree.root()}); c != want {
+		return fmt.Errorf("the checkpoint of %d entries of %q is not that of the batch", c.Size, c.Origin)
+	}
+	if v.check != nil {
+		if err := v.check(signed); err != nil {
+			return fmt.Errorf("the checkpoint of %d entries: %w", c.Size, err)
+		}
+	}
+	v.checkpoint = append(v.checkpoint[:0], signed...)
+	v.checkpoints++
+	return nil
+}
+
+func (v *verifier) damageAt(off int64, index uint64, problem error) error {
+	return &DamageError{Path: v.file.Name(), Offset: off, Index: index, Problem: problem}
 }

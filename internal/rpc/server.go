@@ -38,6 +38,10 @@ type Custody interface {
 	DescribeContentKey(context.Context, custodian.Caller, custodian.KID) (custodian.ContentKeyInfo, error)
 	Status(context.Context, custodian.Caller) (custodian.Status, error)
 	Backup(ctx context.Context, who custodian.Caller, recipient string, w io.Writer) error
+	AuditCheckpoint(context.Context, custodian.Caller) ([]byte, custodian.AuditKey, error)
+	AuditInclusion(ctx context.Context, who custodian.Caller, index, size uint64) (custodian.AuditProof, error)
+	AuditConsistency(ctx context.Context, who custodian.Caller, old, size uint64) ([][32]byte, []byte, error)
+	AuditEntries(context.Context, custodian.Caller, custodian.AuditQuery) ([]custodian.AuditEntry, uint64, error)
 }
 
 // Sizes and limits of the transport.
@@ -185,6 +189,7 @@ func NewServer(c Config) (*Server, error) {
 	s.register(&v1.KeyRetrievalService_ServiceDesc, &retrieval{server: s})
 	s.register(&v1.KeyIssuanceService_ServiceDesc, &issuance{server: s})
 	s.register(&v1.CustodyService_ServiceDesc, &custodyService{server: s})
+	s.register(&v1.AuditService_ServiceDesc, &auditService{server: s})
 	healthv1.RegisterHealthServer(s.grpc, &health{server: s})
 	return s, nil
 }

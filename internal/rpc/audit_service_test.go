@@ -1,0 +1,188 @@
+package rpc_test
+
+import (
+	"bytes"
+	"crypto"
+	"errors"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	v1 "github.com/keycustody/custodian/api/custodian/v1"
+	"github.com/keycustody/custodian/client"
+	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/checkpoint"
+)
+
+// auditKey is the key that an auditor hands out.
+func auditKey(t testing.TB, c *client.Client) crypto.PublicKey {
+	t.Helper()
+	got, err := c.GetCheckpoint(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := client.ParseAuditKey(checkpoint.FormatKey(got.GetSigningKey().GetPublicKey()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// A packager and a provider can check their receipts with the key alone; with
+// an auditor's proof they see that it is their entry.
+func TestReceipts(t *testing.T) {
+	k := newKit(t, options{})
+	k.createCategory(t, "movies")
+	keys := k.issue(t, "film-1", "SD", "HD")
+	ctx := t.Context()
+	auditor := k.dial(t, auditor)
+	key := auditKey(t, auditor)
+	released, err := k.dial(t, provider).GetContentKeys(ctx, &v1.GetContentKeysRequest{Kids: [][]byte{keys[0].GetKid()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	receipts := []*v1.Receipt{keys[0].GetReceipt(), keys[1].GetReceipt(), released.GetResults()[0].GetKey().GetReceipt()}
+	for i, r := range receipts {
+		first, err := client.VerifyReceipt(r, key)
+		if err != nil {
+			t.Fatalf("receipt %d: %v", i, err)
+		}
+		proof, err := auditor.GetInclusionProof(ctx, &v1.GetInclusionProofRequest{Index: r.GetIndex()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c, err := client.VerifyInclusion(r, proof, key); err != nil || c.Size < first.Size {
+			t.Errorf("receipt %d: %+v, %v", i, c, err)
+		}
+		e, err := audit.UnmarshalEntry(proof.GetEntry())
+		if err != nil || e.Category != "movies" || e.Outcome != audit.Allowed {
+			t.Errorf("receipt %d: entry = %+v, %v", i, e, err)
+		}
+		consistent, err := auditor.GetConsistencyProof(ctx, &v1.GetConsistencyProofRequest{OldSize: first.Size})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := client.VerifyConsistency(first, consistent, key); err != nil {
+			t.Errorf("receipt %d: %v", i, err)
+		}
+		forked := first
+		forked.Root[0]++
+		if _, err := client.VerifyConsistency(forked, consistent, key); !errors.Is(err, client.ErrReceipt) {
+			t.Errorf("receipt %d of another history: error = %v, want ErrReceipt", i, err)
+		}
+		for what, change := range map[string]func(r *v1.Receipt){
+			"index":      func(r *v1.Receipt) { r.Index++ },
+			"leaf":       func(r *v1.Receipt) { r.LeafHash[3] ^= 1 },
+			"checkpoint": func(r *v1.Receipt) { r.Checkpoint = nil },
+			"signature":  func(r *v1.Receipt) { r.Checkpoint[len(r.Checkpoint)-9] ^= 1 },
+		} {
+			bad := proto.Clone(r).(*v1.Receipt)
+			change(bad)
+			if _, err := client.VerifyInclusion(bad, proof, key); !errors.Is(err, client.ErrReceipt) {
+				t.Errorf("receipt %d with another %s: error = %v, want ErrReceipt", i, what, err)
+			}
+		}
+	}
+	// Somebody else's key does not do.
+	other := newKit(t, options{})
+	if _, err := client.VerifyReceipt(receipts[0], auditKey(t, other.dial(t, "auditor/ada"))); !errors.Is(err, client.ErrReceipt) {
+		t.Errorf("another key: error = %v, want ErrReceipt", err)
+	}
+}
+
+// An auditor finds entries by what they are about, page by page.
+func TestListEntries(t *testing.T) {
+	k := newKit(t, options{})
+	k.createCategory(t, "movies")
+	keys := k.issue(t, "film-1", "SD", "HD")
+	ctx := t.Context()
+	for range 3 {
+		if _, err := k.dial(t, provider).GetContentKeys(ctx, &v1.GetContentKeysRequest{Kids: [][]byte{keys[0].GetKid()}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := k.dial(t, auditor)
+	list := func(req *v1.ListEntriesRequest) (entries []audit.Entry) {
+		t.Helper()
+		for {
+			resp, err := c.ListAuditEntries(ctx, req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, b := range resp.GetEntries() {
+				e, err := audit.UnmarshalEntry(b)
+				if err != nil {
+					t.Fatal(err)
+				}
+				entries = append(entries, e)
+			}
+			if req.FromIndex = resp.GetNextIndex(); req.FromIndex == 0 {
+				return entries
+			}
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		req  *v1.ListEntriesRequest
+		want int
+	}{
+		{"who was given this key", &v1.ListEntriesRequest{Kid: keys[0].GetKid(), Action: "release", Outcome: v1.AuditOutcome_AUDIT_OUTCOME_ALLOWED, PageSize: 2}, 3},
+		{"which keys did this caller get", &v1.ListEntriesRequest{Caller: identity(packager), Action: "issue", PageSize: 1}, 2},
+		{"all under a version", &v1.ListEntriesRequest{KeyVersion: "movies/1", Action: "release"}, 3},
+		{"by content", &v1.ListEntriesRequest{ContentId: []byte("film-1"), Category: "movies"}, 5},
+		{"later", &v1.ListEntriesRequest{SinceTime: timestamppb.New(time.Now().Add(24 * 365 * 100 * time.Hour))}, 0},
+		{"denied", &v1.ListEntriesRequest{Outcome: v1.AuditOutcome_AUDIT_OUTCOME_DENIED}, 0},
+	} {
+		got := list(tt.req)
+		if len(got) != tt.want {
+			t.Errorf("%s: %d entries, want %d", tt.name, len(got), tt.want)
+		}
+		for i := 1; i < len(got); i++ {
+			if got[i].Index <= got[i-1].Index {
+				t.Errorf("%s: entry %d follows entry %d", tt.name, got[i].Index, got[i-1].Index)
+			}
+		}
+	}
+	if all := list(&v1.ListEntriesRequest{PageSize: 3}); len(all) < 7 || all[len(all)-1].Index != uint64(len(all)-1) {
+		t.Errorf("%d entries, the last one is %+v", len(all), all[len(all)-1])
+	}
+	for what, req := range map[string]*v1.ListEntriesRequest{
+		"page size": {PageSize: 1001}, "outcome": {Outcome: 9}, "kid": {Kid: bytes.Repeat([]byte{1}, 15)}, "time": {SinceTime: &timestamppb.Timestamp{Nanos: -1}},
+	} {
+		if _, err := c.ListAuditEntries(ctx, req); codeOf(err) != codes.InvalidArgument {
+			t.Errorf("%s: error = %v, want INVALID_ARGUMENT", what, err)
+		}
+	}
+	if _, err := c.GetInclusionProof(ctx, &v1.GetInclusionProofRequest{Index: 1 << 40}); codeOf(err) != codes.InvalidArgument {
+		t.Errorf("an entry that is not there: error = %v, want INVALID_ARGUMENT", err)
+	}
+}
+
+// Only auditors read the audit log.
+func TestAuditIsForAuditors(t *testing.T) {
+	k := newKit(t, options{})
+	ctx := t.Context()
+	for _, who := range []string{packager, provider, officer, operator, stranger} {
+		c := k.dial(t, who)
+		_, checkpointErr := c.GetCheckpoint(ctx)
+		_, proofErr := c.GetInclusionProof(ctx, &v1.GetInclusionProofRequest{})
+		_, consistencyErr := c.GetConsistencyProof(ctx, &v1.GetConsistencyProofRequest{OldSize: 1})
+		_, listErr := c.ListAuditEntries(ctx, &v1.ListEntriesRequest{})
+		for i, err := range []error{checkpointErr, proofErr, consistencyErr, listErr} {
+			if codeOf(err) != codes.PermissionDenied {
+				t.Errorf("%s, call %d: error = %v, want PERMISSION_DENIED", who, i, err)
+			}
+		}
+	}
+}
+
+func codeOf(err error) codes.Code {
+	var e *client.Error
+	if errors.As(err, &e) {
+		return e.Code
+	}
+	return codes.OK
+}
