@@ -155,7 +155,7 @@ func likeCallback() *v1.GetContentKeysResponse {
 			Kid: kid, KeyMaterial: &v1.ContentKey_Key{Key: make([]byte, custodian.CEKSize)}, Category: string(category),
 			ContentId: []byte(contentID(0)), TrackType: "HD", Scheme: string(custodian.SchemeCENC), Generation: 1,
 			Period: &v1.Period{Index: 100}, CreateTime: timestamppb.Now(),
-			Receipt: &v1.Receipt{Index: 10_000, LeafHash: make([]byte, 32)},
+			Receipt: &v1.Receipt{Index: 10_000, LeafHash: make([]byte, 32), Checkpoint: make([]byte, 243) /* as long as a signed one */},
 		}},
 	}}}
 }
