@@ -162,4 +162,4 @@ say "$entries entries verify; Merkle root $merkle_root"
 say "entry $receipt is the release of KID $kid; the refused call is there too"
 
 echo
-echo "All of it held, in $((SECONDS - began)) seconds. Nothing is left running or on disk."
+echo "All of it held, in $((SECONDS - began)) s. Nothing is left running or on disk."
