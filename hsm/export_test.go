@@ -5,9 +5,9 @@ import "context"
 // Tests of the tables that decide, which have no door of their own.
 
 // Classified is what the package makes of a return code.
-func Classified(c string, code uint) (err error, lost, retried bool) {
+func Classified(c string, code uint) (lost, retried bool, err error) {
 	f := newFault(call(c), code)
-	return f, hasClass(f, classLost), hasClass(f, classSession)
+	return hasClass(f, classLost), hasClass(f, classSession), f
 }
 
 // CodeName is the name of a code in messages.

@@ -35,7 +35,7 @@ func TestClassification(t *testing.T) {
 	} {
 		for _, call := range strings.Fields(row.calls) {
 			for _, code := range row.codes {
-				err, lost, drop := hsm.Classified(call, code)
+				lost, drop, err := hsm.Classified(call, code)
 				if !errors.Is(err, row.want) || lost != row.lost || drop != row.drop {
 					t.Errorf("%s %#x: %v, lost %v, drop %v; want %v, %v, %v", call, code, err, lost, drop, row.want, row.lost, row.drop)
 				}
@@ -45,7 +45,7 @@ func TestClassification(t *testing.T) {
 			}
 		}
 	}
-	if err, _, _ := hsm.Classified("C_Decrypt", 0); err != nil {
+	if _, _, err := hsm.Classified("C_Decrypt", 0); err != nil {
 		t.Errorf("OK is an error: %v", err)
 	}
 }
