@@ -78,14 +78,15 @@ type GCMLimits struct{ Block, Soft, Hard uint64 }
 
 // A Custodian is the domain at work. It is safe for concurrent use.
 type Custodian struct {
-	store  Store
-	hsm    HSM
-	audit  *audit.Log
-	keys   *keyring
-	arena  *secret.Arena
-	log    *slog.Logger
-	prefix string
-	limits GCMLimits
+	store   Store
+	hsm     HSM
+	audit   *audit.Log
+	keys    *keyring
+	rewraps *rewrapping
+	arena   *secret.Arena
+	log     *slog.Logger
+	prefix  string
+	limits  GCMLimits
 
 	clock          func() time.Time
 	defaultWraps   []string
@@ -150,7 +151,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}}
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
 	return c, nil

@@ -19,7 +19,7 @@ import (
 // while one is away.
 type KMSLimits struct {
 	// Deadline of opening one wrap, with its retries. Making a wrap, which a
-	// provider proves by opening it, may take three times as long. Zero: 5 s.
+	// provider proves to be bound to its record, may take twice as long. Zero: 5 s.
 	Deadline time.Duration
 	// Grace is how long after the last contact with its provider a loaded KEK
 	// serves on beyond its lifetime. Zero: not at all.
@@ -34,6 +34,9 @@ type KMSLimits struct {
 	// be slow before a KEK in its grace serves; half of its own time at most.
 	// Zero: 100 ms.
 	Patience time.Duration
+	// RewrapRate is how many keys a second get new outer wraps while a job
+	// moves them. Zero: 50.
+	RewrapRate float64
 }
 
 func (l KMSLimits) withDefaults() KMSLimits {
@@ -41,6 +44,7 @@ func (l KMSLimits) withDefaults() KMSLimits {
 	l.GraceCeiling = cmp.Or(l.GraceCeiling, 24*time.Hour)
 	l.BreakerPause = cmp.Or(l.BreakerPause, 5*time.Second)
 	l.Patience = cmp.Or(l.Patience, 100*time.Millisecond)
+	l.RewrapRate = cmp.Or(l.RewrapRate, 50)
 	return l
 }
 
@@ -69,12 +73,13 @@ const (
 // A CallReason is why a provider is called.
 type CallReason string
 
-// To load a key into the token, to make a new one, or to see whether the
-// provider answers.
+// To load a key into the token, to make a new one, to see whether the provider
+// answers, or to move a key's outer wraps.
 const (
-	CallLoad  CallReason = "load"
-	CallMake  CallReason = "make"
-	CallProbe CallReason = "probe"
+	CallLoad   CallReason = "load"
+	CallMake   CallReason = "make"
+	CallProbe  CallReason = "probe"
+	CallRewrap CallReason = "rewrap"
 )
 
 // A CallResult is how a call of a provider ended: ok, or one of the classes of
@@ -214,15 +219,32 @@ func (g *guard) unwrap(ctx context.Context, why CallReason, w OuterWrap, ident [
 }
 
 // wrap makes a wrap. It is not tried again: the caller decides that.
-func (g *guard) wrap(ctx context.Context, blob, ident []byte) (w OuterWrap, err error) {
-	bounded, cancel := context.WithTimeout(ctx, 3*g.limits.Deadline)
+func (g *guard) wrap(ctx context.Context, why CallReason, blob, ident []byte) (w OuterWrap, err error) {
+	bounded, cancel := context.WithTimeout(ctx, 2*g.limits.Deadline)
 	defer cancel()
-	err = g.call(ctx, CallMake, func() error {
+	err = g.call(ctx, why, func() error {
 		var err error
 		w, err = g.p.Wrap(bounded, blob, ident)
 		return err
 	})
 	return w, err
+}
+
+// rewrap moves w, which opens to blob, to the newest version of the provider's
+// own key: inside the provider, where it can do that.
+func (g *guard) rewrap(ctx context.Context, w OuterWrap, blob, ident []byte) (moved OuterWrap, err error) {
+	p, ok := g.p.(Rewrapper)
+	if !ok {
+		return g.wrap(ctx, CallRewrap, blob, ident)
+	}
+	bounded, cancel := context.WithTimeout(ctx, 2*g.limits.Deadline)
+	defer cancel()
+	err = g.call(ctx, CallRewrap, func() error {
+		var err error
+		moved, err = p.Rewrap(bounded, w, ident)
+		return err
+	})
+	return moved, err
 }
 
 // call makes one call, unless the provider is to be left alone. ctx is the

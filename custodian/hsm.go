@@ -94,7 +94,8 @@ type HSMStatus struct {
 type Provider interface {
 	// Name is the instance's name in the configuration.
 	Name() string
-	// Wrap puts the provider's layer around blob.
+	// Wrap puts the provider's layer around blob. It returns none that opens
+	// under another context; that it opens under its own, the caller proves.
 	Wrap(ctx context.Context, blob, context []byte) (OuterWrap, error)
 	// Unwrap takes the layer off. w must be of this provider.
 	Unwrap(ctx context.Context, w OuterWrap, context []byte) ([]byte, error)
@@ -104,7 +105,8 @@ type Provider interface {
 	Close() error
 }
 
-// A Rewrapper can move its layer to its newest key version by itself.
+// A Rewrapper can move its layer to its newest key version by itself. What it
+// returns is as a Wrap's.
 type Rewrapper interface {
 	Rewrap(ctx context.Context, w OuterWrap, context []byte) (OuterWrap, error)
 }

@@ -1,7 +1,6 @@
 package custodian
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -233,7 +232,7 @@ func (r *keyring) load(ctx context.Context, s *controlSet, id keyID) (*loadedKey
 	if err := Usable(m.State, Process, false); err != nil {
 		return nil, fmt.Errorf("%s: mek %s: %w", id, m.Label, err)
 	}
-	inner, err := r.openOuter(ctx, id, w, ident)
+	inner, err := r.openOuter(ctx, CallLoad, id, w, ident)
 	if err != nil {
 		return nil, err
 	}
@@ -272,7 +271,7 @@ const hedgeAfter = 75 * time.Millisecond
 // openOuter takes the outer layer off, by any one of the providers: the last
 // good one first, the next when that one fails or takes long. Whoever answers
 // too late runs to its own deadline, so that its guard learns of it.
-func (r *keyring) openOuter(ctx context.Context, id keyID, w Wrapped, ident []byte) ([]byte, error) {
+func (r *keyring) openOuter(ctx context.Context, why CallReason, id keyID, w Wrapped, ident []byte) ([]byte, error) {
 	if len(w.Outer) == 0 {
 		return nil, corrupt(id.String(), errors.New("no outer wrap is recorded"))
 	}
@@ -293,7 +292,7 @@ func (r *keyring) openOuter(ctx context.Context, id keyID, w Wrapped, ident []by
 		}
 		go func() {
 			defer r.calls.Done()
-			inner, err := r.guards[o.Provider].unwrap(r.base, CallLoad, o, ident)
+			inner, err := r.guards[o.Provider].unwrap(r.base, why, o, ident)
 			if err != nil {
 				err = fmt.Errorf("%s: provider %s: %w", id, o.Provider, kmsError(err))
 			}
@@ -442,16 +441,12 @@ func (r *keyring) make(ctx context.Context, m MEK, use KeyUse, ident []byte, pro
 		if g == nil {
 			return Wrapped{}, fmt.Errorf("provider %q is not configured: %w", name, ErrKMSUnavailable)
 		}
-		o, err := g.wrap(ctx, inner, ident)
+		o, err := g.wrap(ctx, CallMake, inner, ident)
 		if err != nil {
 			return Wrapped{}, fmt.Errorf("provider %s: wrap: %w", name, kmsError(err))
 		}
-		back, err := g.unwrap(ctx, CallMake, o, ident)
-		if err != nil {
-			return Wrapped{}, fmt.Errorf("provider %s: open the new wrap: %w", name, kmsError(err))
-		}
-		if !bytes.Equal(back, inner) { // both are wrapped by the HSM: no secret is compared
-			return Wrapped{}, fmt.Errorf("provider %s: the new wrap opens to something else: %w", name, ErrKMSUnavailable)
+		if err := r.proveWrap(ctx, CallMake, g, o, inner, ident); err != nil {
+			return Wrapped{}, err
 		}
 		w.Outer = append(w.Outer, o)
 	}

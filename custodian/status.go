@@ -32,6 +32,7 @@ type Status struct {
 	Incidents       uint64           `json:"unknown_kid_incidents"`
 	UnknownObjects  []TokenObject    `json:"unknown_token_objects"`
 	Authority       string           `json:"authority"` // who may change policy
+	Rewraps         []RewrapStatus   `json:"rewraps"`   // jobs that have not ended
 }
 
 // A MEKStatus describes one MEK version.
@@ -75,7 +76,7 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 		HSM: c.hsm.Status(), Store: stats, Categories: len(set.categories), KEKsLoaded: c.keys.count(), KEKLoads: c.keys.loads.Load(),
 		CEKsInClear: c.arena.InUse(), Incidents: c.incidents.Load(), UnknownObjects: c.unknownObjects,
 		Audit:     AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked},
-		Authority: "configuration file (no officers' quorum)"}
+		Authority: "configuration file (no officers' quorum)", Rewraps: c.rewrapStatuses(set)}
 	for _, m := range set.meks {
 		s.MEKs = append(s.MEKs, MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24)})
 	}
@@ -111,6 +112,11 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 		case !p.AwaySince.IsZero():
 			w = append(w, fmt.Sprintf("provider %s does not answer since %s; loaded keys that need it have %s of grace left",
 				p.Name, p.AwaySince.Format(time.RFC3339), p.GraceLeft.Round(time.Second)))
+		}
+	}
+	for _, j := range s.Rewraps {
+		if j.LastError != "" {
+			w = append(w, fmt.Sprintf("outer wraps of %s: %d of %d keys are moved, and it does not go on: %s", scope(j.Category), j.Done, j.Total, j.LastError))
 		}
 	}
 	for id, k := range set.keks {

@@ -84,6 +84,12 @@ func (a *app) printStatus(s *v1.Status) error {
 			add("", "%s to %s: %d", plain(c.GetResult()), plain(c.GetReason()), c.GetCount())
 		}
 	}
+	for _, j := range s.GetRewraps() {
+		add("job", "outer wraps of %s to %s: %s keys", scopeOf(j.GetCategory()), names(j.GetProviders()), progress(j))
+		if j.GetLastError() != "" {
+			add("", "does not go on: %s", plain(j.GetLastError()))
+		}
+	}
 	st, l := s.GetStore(), s.GetAudit()
 	add("store", "%s, %s, %s, schema %d", number(st.GetContentKeys(), "content key", "content keys"), bytesText(st.GetSizeBytes()), orDash(st.GetEngine()), st.GetSchema())
 	add("", "%s", orDash(st.GetPath()))

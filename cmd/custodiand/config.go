@@ -69,6 +69,10 @@ type KMSConfig struct {
 	Grace        *time.Duration `yaml:"grace"`
 	GraceCeiling time.Duration  `yaml:"grace_ceiling"`
 
+	// RewrapRate is how many keys a second get new outer wraps while a job moves
+	// them to other providers; 50.
+	RewrapRate float64 `yaml:"rewrap_rate"`
+
 	Webhook WebhookConfig `yaml:"webhook"`
 }
 
@@ -176,6 +180,9 @@ func parseConfig(raw []byte) (*Config, error) {
 	}
 	if c.KMS.GraceCeiling == 0 {
 		c.KMS.GraceCeiling = 24 * time.Hour
+	}
+	if c.KMS.RewrapRate == 0 {
+		c.KMS.RewrapRate = 50
 	}
 	if c.Limits.DrainTimeout == 0 {
 		c.Limits.DrainTimeout = 10 * time.Second

@@ -130,6 +130,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	// Two of them: a KMS that hangs holds its probe up, but not the incident.
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
+	g.Go(func() error { d.custody.RunRewraps(gctx); return nil })
 	return g.Wait()
 }
 

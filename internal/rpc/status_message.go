@@ -62,6 +62,9 @@ func encodeStatus(s custodian.Status) *v1.Status {
 	for _, p := range s.Providers {
 		out.Providers = append(out.Providers, encodeProvider(p))
 	}
+	for _, j := range s.Rewraps {
+		out.Rewraps = append(out.Rewraps, encodeRewrap(j))
+	}
 	return out
 }
 
