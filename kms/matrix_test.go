@@ -35,15 +35,18 @@ const (
 	hangsAfter         badDay = "hangs after having done it"
 	credentialsExpired badDay = "credentials expired"
 	loginRefused       badDay = "login refused"
+	// The KMS answers what it should answer to another record's blob.
+	anothersAnswer badDay = "answers another record's blob"
 )
 
 // A site is a provider with its KMS, and the ways to break and mend it. What
 // harm makes, a mend without a row of its own ends by unbreak.
 type site struct {
-	p    custodian.Provider
-	pass func() // lets any wait before the next login pass
-	harm map[badDay]func()
-	mend map[badDay]func()
+	p     custodian.Provider
+	clock *clock
+	pass  func() // lets any wait before the next login pass
+	harm  map[badDay]func()
+	mend  map[badDay]func()
 	// unbreak has the KMS answer by itself again.
 	unbreak func()
 }
@@ -205,7 +208,7 @@ func vaultSite(t *testing.T) *site {
 	breaks := func(h behaviour) func() { return func() { b.proxy.set(h) } }
 	refuse := only(logins, answer(400, `{"errors":["invalid role or secret ID"]}`))
 	return &site{
-		p: b.p, pass: b.pass, unbreak: breaks(forward),
+		p: b.p, clock: b.clock, pass: b.pass, unbreak: breaks(forward),
 		harm: map[badDay]func(){
 			sealedOrDisabled:   b.vault.Seal,
 			permissionDenied:   func() { b.vault.WritePolicy(b.key, policy(b.key, "rewrap")) },
@@ -219,6 +222,7 @@ func vaultSite(t *testing.T) *site {
 			hangsAfter:         breaks(hangAfter),
 			credentialsExpired: func() { b.revoke(t) },
 			loginRefused:       func() { b.revoke(t); b.proxy.set(refuse) },
+			anothersAnswer:     func() { b.proxy.set(repeater()) },
 		},
 		mend: map[badDay]func(){sealedOrDisabled: b.vault.Unseal, permissionDenied: b.allow},
 	}
@@ -228,7 +232,7 @@ func awsSite(t *testing.T) *site {
 	b := newAWSBed(t)
 	breaks := func(h behaviour) func() { return func() { b.server.Break(awskms.Handler(h)) } }
 	return &site{
-		p: b.p, pass: func() { b.clock.Add(time.Minute) }, unbreak: func() { b.server.Break(nil) },
+		p: b.p, clock: b.clock, pass: func() { b.clock.Add(time.Minute) }, unbreak: func() { b.server.Break(nil) },
 		harm: map[badDay]func(){
 			sealedOrDisabled:   func() { b.server.SetState(b.key, awskms.Disabled) },
 			permissionDenied:   func() { b.server.Deny("Encrypt", "Decrypt", "ReEncrypt") },
@@ -242,6 +246,7 @@ func awsSite(t *testing.T) *site {
 			hangsAfter:         breaks(hangAfter),
 			credentialsExpired: func() { b.server.Expire(); b.server.NewCredentials() },
 			loginRefused:       b.server.Expire,
+			anothersAnswer:     func() { b.server.Break(awskms.Handler(repeater())) },
 		},
 		mend: map[badDay]func(){
 			sealedOrDisabled: func() { b.server.SetState(b.key, awskms.Enabled) },
@@ -255,7 +260,7 @@ func gcpSite(t *testing.T) *site {
 	b := newGCPBed(t)
 	breaks := func(h gcpkms.Handler) func() { return func() { b.server.Break(h) } }
 	return &site{
-		p: b.p, pass: func() { b.clock.Add(time.Minute) }, unbreak: breaks(nil),
+		p: b.p, clock: b.clock, pass: func() { b.clock.Add(time.Minute) }, unbreak: breaks(nil),
 		harm: map[badDay]func(){
 			sealedOrDisabled: func() { b.server.SetState(b.key, 1, kmspb.CryptoKeyVersion_DISABLED) },
 			permissionDenied: func() { b.server.Deny("Encrypt", "Decrypt") },
@@ -281,6 +286,7 @@ func gcpSite(t *testing.T) *site {
 			}),
 			credentialsExpired: b.server.Revoke,
 			loginRefused:       func() { b.server.Revoke(); b.server.RefuseLogins(true) },
+			anothersAnswer:     func() { b.server.Break(gcpRepeater()) },
 		},
 		mend: map[badDay]func(){
 			sealedOrDisabled: func() { b.server.SetState(b.key, 1, kmspb.CryptoKeyVersion_ENABLED) },
