@@ -27,7 +27,8 @@ type keyring struct {
 	limits   KMSLimits
 	lifetime time.Duration // of a loaded KEK without grace
 	timeout  time.Duration // of one load
-	clock    *steady
+	outages  *Outages
+	clock    *steady // theirs
 	flight   singleflight.Group
 	loads    atomic.Uint64
 
@@ -67,16 +68,16 @@ type loadedKey struct {
 func (l *loadedKey) fresh(now time.Time) bool { return l.until.IsZero() || now.Before(l.until) }
 
 // newKeyring makes a keyring. ctx gives its calls their values, not their end.
-func newKeyring(ctx context.Context, hsm HSM, providers []Provider, lifetime time.Duration, limits KMSLimits, now func() time.Time) (*keyring, error) {
+func newKeyring(ctx context.Context, hsm HSM, providers []Provider, lifetime time.Duration, limits KMSLimits, outages *Outages) (*keyring, error) {
 	r := &keyring{hsm: hsm, guards: map[string]*guard{}, limits: limits.withDefaults(), lifetime: lifetime, timeout: 30 * time.Second,
-		clock: newSteady(now), loaded: map[keyID]*loadedKey{}}
+		outages: outages, clock: outages.clock, loaded: map[keyID]*loadedKey{}}
 	r.base, r.stop = context.WithCancel(context.WithoutCancel(ctx))
 	successes := &atomic.Uint64{}
 	for _, p := range providers {
 		if r.guards[p.Name()] != nil {
 			return nil, fmt.Errorf("provider %q is configured twice", p.Name())
 		}
-		g := newGuard(p, r.limits, r.clock, successes)
+		g := newGuard(p, r.limits, outages, successes)
 		r.guards[p.Name()], r.order = g, append(r.order, g)
 	}
 	return r, nil

@@ -112,6 +112,9 @@ func TestMoveProviders(t *testing.T) {
 		w.whole()
 		gone.set(nil)
 	}
+	if v, l := w.status("vault"), w.status("local"); v.KeyVersions != len(w.keks("movies")) || v.SoleKeyVersions != 0 || l.KeyVersions != 3 || l.SoleKeyVersions != 3 {
+		t.Errorf("status: vault holds %d key versions, %d alone, and local %d, %d; want all, none, and the 3 helper keys", v.KeyVersions, v.SoleKeyVersions, l.KeyVersions, l.SoleKeyVersions)
+	}
 	w.wantJobEntries(from, "category.providers", "from vault to vault, aws: a test", "now by vault, aws", "all by vault, aws")
 
 	w.moveTo("aws")

@@ -82,10 +82,32 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 	}
 	slices.SortFunc(s.MEKs, func(a, b MEKStatus) int { return int(a.Version) - int(b.Version) })
 	for _, g := range c.keys.order {
-		s.Providers = append(s.Providers, g.describe())
+		p := g.describe()
+		p.KeyVersions, p.SoleKeyVersions = set.heldBy(p.Name)
+		s.Providers = append(s.Providers, p)
 	}
 	s.Warnings = c.warnings(set, s)
 	return s, nil
+}
+
+// heldBy counts the keys that a provider holds a wrap of, and those that nobody
+// else does.
+func (s *controlSet) heldBy(provider string) (all, alone int) {
+	count := func(w Wrapped) {
+		if slices.ContainsFunc(w.Outer, func(o OuterWrap) bool { return o.Provider == provider }) {
+			all++
+			if len(w.Outer) == 1 {
+				alone++
+			}
+		}
+	}
+	for _, k := range s.keks {
+		count(k.Wrapped)
+	}
+	for _, h := range s.helpers {
+		count(h.Wrapped)
+	}
+	return all, alone
 }
 
 func (c *Custodian) warnings(set *controlSet, s Status) []string {
@@ -109,6 +131,9 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 		switch {
 		case p.Refused != "":
 			w = append(w, fmt.Sprintf("provider %s refuses its key to us: loaded keys have no grace there: %s", p.Name, p.Refused))
+		case p.LoginRefused != "":
+			w = append(w, fmt.Sprintf("provider %s refuses our login: renew its credentials; loaded keys that need it have %s of grace left: %s",
+				p.Name, p.GraceLeft.Round(time.Second), p.LoginRefused))
 		case !p.AwaySince.IsZero():
 			w = append(w, fmt.Sprintf("provider %s does not answer since %s; loaded keys that need it have %s of grace left",
 				p.Name, p.AwaySince.Format(time.RFC3339), p.GraceLeft.Round(time.Second)))

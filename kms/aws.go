@@ -295,7 +295,7 @@ func call[I, O any](ctx context.Context, a *amazon, op string, do func(*awskms.C
 }
 
 func (a *amazon) Status() custodian.ProviderStatus {
-	return a.contact.describe(custodian.ProviderStatus{Name: a.name, Kind: KindAWS, KeyRef: a.c.Key, OuterLayer: true})
+	return a.logins.describe(a.contact.describe(custodian.ProviderStatus{Name: a.name, Kind: KindAWS, KeyRef: a.c.Key, OuterLayer: true}))
 }
 
 // Close forgets the login.

@@ -312,6 +312,11 @@ func (h *house) badDay(day badDay, category string, kid, other []byte, want expe
 	s.clock.Add(houseGrace)
 	h.c.TickKMS()
 	h.want(string(day)+": when the grace is over", kid, want.over)
+	st, err := h.c.Snapshot(t.Context())
+	h.must(err)
+	if p := st.Providers[1]; (p.LoginRefused != "") != (day == loginRefused) || (p.Refused != "") != (want.warm == unavailable) {
+		t.Errorf("%s: the status says refused %q, and login refused %q", day, p.Refused, p.LoginRefused)
+	}
 	if err := h.createCategory(category); client.ReasonOf(err) != want.made || (err != nil) != (want.made != "") {
 		t.Errorf("%s: a new KEK: got %v, want %q", day, err, want.made)
 	}

@@ -353,7 +353,7 @@ func request[I, O any](ctx context.Context, g *google, op string, do func(contex
 }
 
 func (g *google) Status() custodian.ProviderStatus {
-	return g.contact.describe(custodian.ProviderStatus{Name: g.name, Kind: KindGCP, KeyRef: g.c.Key, OuterLayer: true})
+	return g.logins.describe(g.contact.describe(custodian.ProviderStatus{Name: g.name, Kind: KindGCP, KeyRef: g.c.Key, OuterLayer: true}))
 }
 
 // Close forgets the login. The token ends with its lifetime.

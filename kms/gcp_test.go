@@ -243,7 +243,7 @@ func TestGCPTokens(t *testing.T) {
 	for range 20 {
 		_, err := b.p.Unwrap(t.Context(), w, context1)
 		wantOnly(t, "open when the login is refused", err, custodian.ErrProviderUnavailable)
-		if err != nil && !strings.Contains(err.Error(), "the login is refused") {
+		if err != nil && !strings.Contains(err.Error(), "refuses our login") {
 			t.Errorf("open when the login is refused: got %q, want it to say so", err)
 		}
 	}

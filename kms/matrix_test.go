@@ -131,6 +131,9 @@ func (s *site) wantBadDay(t *testing.T, day badDay, w custodian.OuterWrap, want 
 		if want != nil {
 			wantOnly(t, what, err, want)
 		}
+		if got := errors.Is(err, custodian.ErrProviderLogin); got != (day == loginRefused) {
+			t.Errorf("%s: got %v, told as a refused login: %v", what, err, got)
+		}
 		// The server ends the call at the same deadline, and may be a little early.
 		if took := time.Since(began); patience < time.Second && took < patience*8/10 {
 			t.Errorf("%s: got %v after %s, before the caller's %s were up", what, err, took, patience)
@@ -176,6 +179,27 @@ func (s *site) wantMended(t *testing.T, w custodian.OuterWrap) {
 	wantOpens(t, "what is wrapped after it was mended", s.p, wrapWith(t, s.p))
 	if status := s.p.Status(); !status.Reachable || status.LastError != "" {
 		t.Errorf("status after it was mended: got %+v", status)
+	}
+}
+
+// The status shows when a login is renewed: after two thirds of its life.
+func TestRenewalIsShown(t *testing.T) {
+	for _, kind := range sites {
+		t.Run(kind.kind, func(t *testing.T) {
+			s := kind.make(t)
+			wrapWith(t, s.p)
+			got, now := s.p.Status(), s.clock.Now()
+			if kind.kind == kms.KindAWS { // these credentials have no end
+				if !got.NextRenewal.IsZero() || !got.LoginEnd.IsZero() {
+					t.Errorf("got a renewal at %s and an end at %s, want none", got.NextRenewal, got.LoginEnd)
+				}
+				return
+			}
+			life := got.LoginEnd.Sub(now)
+			if renewal := got.NextRenewal.Sub(now); life <= 0 || renewal < life*6/10 || renewal > life*7/10 {
+				t.Errorf("got a renewal in %s and an end in %s, want it at two thirds", renewal, life)
+			}
+		})
 	}
 }
 

@@ -379,7 +379,7 @@ func (v *vault) call(ctx context.Context, op string, body map[string]any, field 
 }
 
 func (v *vault) Status() custodian.ProviderStatus {
-	return v.contact.describe(custodian.ProviderStatus{Name: v.name, Kind: KindVault, KeyRef: v.keyRef(), OuterLayer: true})
+	return v.logins.describe(v.contact.describe(custodian.ProviderStatus{Name: v.name, Kind: KindVault, KeyRef: v.keyRef(), OuterLayer: true}))
 }
 
 // Close forgets the login. The token ends with its lease.

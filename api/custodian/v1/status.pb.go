@@ -751,8 +751,19 @@ type ProviderStatus struct {
 	Incidents uint64 `protobuf:"varint,24,opt,name=incidents,proto3" json:"incidents,omitempty"`
 	// The calls by why they were made and how they ended.
 	CallsByReason []*ProviderCalls `protobuf:"bytes,25,rep,name=calls_by_reason,json=callsByReason,proto3" json:"calls_by_reason,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Why the KMS refuses our login. It is an outage, for the daemon's operators
+	// to mend. Empty: it does not.
+	LoginRefused string `protobuf:"bytes,26,opt,name=login_refused,json=loginRefused,proto3" json:"login_refused,omitempty"`
+	// When the login is renewed. Absent: there is none yet, or it has no end.
+	NextRenewalTime *timestamppb.Timestamp `protobuf:"bytes,27,opt,name=next_renewal_time,json=nextRenewalTime,proto3" json:"next_renewal_time,omitempty"`
+	// When the login ends. Absent as above.
+	LoginEndTime *timestamppb.Timestamp `protobuf:"bytes,28,opt,name=login_end_time,json=loginEndTime,proto3" json:"login_end_time,omitempty"`
+	// Key versions, those of the helper keys included, of which it holds a wrap.
+	KeyVersions int32 `protobuf:"varint,29,opt,name=key_versions,json=keyVersions,proto3" json:"key_versions,omitempty"`
+	// Those of them that nobody else holds a wrap of.
+	SoleKeyVersions int32 `protobuf:"varint,30,opt,name=sole_key_versions,json=soleKeyVersions,proto3" json:"sole_key_versions,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ProviderStatus) Reset() {
@@ -890,12 +901,47 @@ func (x *ProviderStatus) GetCallsByReason() []*ProviderCalls {
 	return nil
 }
 
+func (x *ProviderStatus) GetLoginRefused() string {
+	if x != nil {
+		return x.LoginRefused
+	}
+	return ""
+}
+
+func (x *ProviderStatus) GetNextRenewalTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextRenewalTime
+	}
+	return nil
+}
+
+func (x *ProviderStatus) GetLoginEndTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LoginEndTime
+	}
+	return nil
+}
+
+func (x *ProviderStatus) GetKeyVersions() int32 {
+	if x != nil {
+		return x.KeyVersions
+	}
+	return 0
+}
+
+func (x *ProviderStatus) GetSoleKeyVersions() int32 {
+	if x != nil {
+		return x.SoleKeyVersions
+	}
+	return 0
+}
+
 // ProviderCalls count calls of one KMS since the daemon started.
 type ProviderCalls struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Why: load, make or probe.
+	// Why: load, make, probe or rewrap.
 	Reason string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
-	// How they ended: ok, unavailable, throttled, denied, disabled, blob; held,
+	// How they ended: ok, unavailable, login, throttled, denied, disabled, blob; held,
 	// where the KMS was left alone; or abandoned.
 	Result string `protobuf:"bytes,2,opt,name=result,proto3" json:"result,omitempty"`
 	// How many.
@@ -1177,7 +1223,7 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\x0fsessions_in_use\x18\t \x01(\x05R\rsessionsInUse\x12!\n" +
 	"\fsessions_max\x18\n" +
 	" \x01(\x05R\vsessionsMax\x12'\n" +
-	"\x0fabandoned_calls\x18\v \x01(\x05R\x0eabandonedCalls\"\xe5\x04\n" +
+	"\x0fabandoned_calls\x18\v \x01(\x05R\x0eabandonedCalls\"\xe3\x06\n" +
 	"\x0eProviderStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x17\n" +
@@ -1196,7 +1242,12 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\arefused\x18\x16 \x01(\tR\arefused\x12?\n" +
 	"\rincident_time\x18\x17 \x01(\v2\x1a.google.protobuf.TimestampR\fincidentTime\x12\x1c\n" +
 	"\tincidents\x18\x18 \x01(\x04R\tincidents\x12C\n" +
-	"\x0fcalls_by_reason\x18\x19 \x03(\v2\x1b.custodian.v1.ProviderCallsR\rcallsByReason\"U\n" +
+	"\x0fcalls_by_reason\x18\x19 \x03(\v2\x1b.custodian.v1.ProviderCallsR\rcallsByReason\x12#\n" +
+	"\rlogin_refused\x18\x1a \x01(\tR\floginRefused\x12F\n" +
+	"\x11next_renewal_time\x18\x1b \x01(\v2\x1a.google.protobuf.TimestampR\x0fnextRenewalTime\x12@\n" +
+	"\x0elogin_end_time\x18\x1c \x01(\v2\x1a.google.protobuf.TimestampR\floginEndTime\x12!\n" +
+	"\fkey_versions\x18\x1d \x01(\x05R\vkeyVersions\x12*\n" +
+	"\x11sole_key_versions\x18\x1e \x01(\x05R\x0fsoleKeyVersions\"U\n" +
 	"\rProviderCalls\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06result\x18\x02 \x01(\tR\x06result\x12\x14\n" +
@@ -1269,11 +1320,13 @@ var file_custodian_v1_status_proto_depIdxs = []int32{
 	12, // 16: custodian.v1.ProviderStatus.grace_left:type_name -> google.protobuf.Duration
 	10, // 17: custodian.v1.ProviderStatus.incident_time:type_name -> google.protobuf.Timestamp
 	7,  // 18: custodian.v1.ProviderStatus.calls_by_reason:type_name -> custodian.v1.ProviderCalls
-	19, // [19:19] is the sub-list for method output_type
-	19, // [19:19] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	10, // 19: custodian.v1.ProviderStatus.next_renewal_time:type_name -> google.protobuf.Timestamp
+	10, // 20: custodian.v1.ProviderStatus.login_end_time:type_name -> google.protobuf.Timestamp
+	21, // [21:21] is the sub-list for method output_type
+	21, // [21:21] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_status_proto_init() }
