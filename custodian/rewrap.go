@@ -575,25 +575,26 @@ func (c *Custodian) keepRewrapped(ctx context.Context, job RewrapJob, batch []re
 // withOuter is the record of a key with other wraps, if it still has those that
 // the others were made from.
 func (s *controlSet) withOuter(id keyID, was, outer []OuterWrap) (r ControlRecord, ok bool) {
-	same := func(w Wrapped) bool {
-		return slices.EqualFunc(w.Outer, was, func(a, b OuterWrap) bool {
-			return a.Provider == b.Provider && a.KeyRef == b.KeyRef && bytes.Equal(a.Blob, b.Blob)
-		})
-	}
 	if id.helper != "" {
 		h, ok := s.helpers[helperID{id.helper, id.version}]
-		if !ok || !same(h.Wrapped) {
+		if !ok || !sameOuter(h.Wrapped.Outer, was) {
 			return r, false
 		}
 		h.Wrapped.Outer, h.Revision = outer, h.Revision+1
 		return helperRecord(h), true
 	}
 	k, ok := s.keks[KEKID{id.kek, id.version}]
-	if !ok || !same(k.Wrapped) {
+	if !ok || !sameOuter(k.Wrapped.Outer, was) {
 		return r, false
 	}
 	k.Wrapped.Outer, k.Revision = outer, k.Revision+1
 	return kekRecord(k), true
+}
+
+func sameOuter(a, b []OuterWrap) bool {
+	return slices.EqualFunc(a, b, func(a, b OuterWrap) bool {
+		return a.Provider == b.Provider && a.KeyRef == b.KeyRef && bytes.Equal(a.Blob, b.Blob)
+	})
 }
 
 // endRewrap takes a job away whose keys all rest as it wants.
