@@ -104,11 +104,13 @@ func (d *CPIX) Wipe() { d.root.wipe() }
 // versions that this package reads.
 var versions = []string{"", "2.0", "2.1", "2.2", "2.3", "2.3.1", "2.4"}
 
+var errVersion = errors.New("CPIX@version")
+
 func (d *CPIX) read() error {
 	d.ContentID, _ = d.root.attr("contentId")
 	d.Version, _ = d.root.attr("version")
 	if !slices.Contains(versions, d.Version) {
-		return fmt.Errorf("CPIX@version %.20q: must be 2.0 to 2.4", d.Version)
+		return fmt.Errorf("%w %.20q: must be 2.0 to 2.4", errVersion, d.Version)
 	}
 	for _, part := range []struct {
 		list, item string
