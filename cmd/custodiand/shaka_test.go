@@ -26,6 +26,7 @@ import (
 	"time"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
+	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/client"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/internal/packager"
@@ -416,5 +417,132 @@ func TestShakaRotation(t *testing.T) {
 				t.Errorf("%d periods have %d KIDs", periods, len(kids))
 			}
 		})
+	}
+}
+
+// A clip is one second of film, as a stream descriptor of the packager.
+func (s *shaka) clip() string {
+	s.t.Helper()
+	s.ffmpeg("-f", "lavfi", "-i", "testsrc2=size=320x180:rate=5:duration=1", "-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "clip.mp4")
+	return "in=clip.mp4,stream=video,output=out.mp4"
+}
+
+// TestShakaRefused: what the packager says, and that it writes nothing, where it
+// is not let in.
+func TestShakaRefused(t *testing.T) {
+	needShaka(t)
+	s := newShaka(t, provision(t), true)
+	clip := s.clip()
+	pki := filepath.Join(s.dev.dir, "pki")
+	good := s.encrypts("film", custodian.SchemeCENC, s.aes...)
+	with := func(pairs ...string) []string {
+		args := slices.Clone(good)
+		for i := 0; i < len(pairs); i += 2 {
+			at := slices.Index(args, pairs[i])
+			if at < 0 {
+				t.Fatalf("there is no flag %s", pairs[i])
+			}
+			args[at+1] = pairs[i+1]
+		}
+		return args
+	}
+	foreign, err := certs.OpenAuthority(filepath.Join(t.TempDir(), "pki"), devTrustDomain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rogue, err := foreign.IssueClient("/packager", time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	status := func(name string) string {
+		return strings.TrimRight(base64.StdEncoding.EncodeToString([]byte(`{"status":"`+name+`"`)), "=")[:20]
+	}
+	for _, test := range []struct {
+		name string
+		args []string
+		want string // in what the packager says
+	}{
+		{"unknown signer", with("--signer", "nobody"), status("SIGNATURE_FAILED")},
+		{"another key", with("--aes_signing_key", strings.Repeat("ab", 32)), status("SIGNATURE_FAILED")},
+		{"no grant", with("--client_cert_file", filepath.Join(pki, "auditor.pem"), "--client_cert_private_key_file", filepath.Join(pki, "auditor.key"))[:len(good)-len(s.aes)], status("ACCESS_DENIED")},
+		{"a certificate of another CA", with("--client_cert_file", rogue.CertFile, "--client_cert_private_key_file", rogue.KeyFile), "SSL connect error"},
+		{"unknown category", with("--key_server_url", strings.Replace(s.url, "movies", "series", 1)), "response code: 404"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			os.Remove(filepath.Join(s.dir, "out.mp4"))
+			out, code := s.pack(append(test.args, clip)...)
+			if code != 1 || !strings.Contains(out, test.want) {
+				t.Errorf("exit %d, want 1 and %q:\n%s", code, test.want, out)
+			}
+			if b, err := os.ReadFile(filepath.Join(s.dir, "out.mp4")); err == nil && len(b) > 0 {
+				t.Errorf("a file of %d bytes was written", len(b))
+			}
+		})
+	}
+	for _, want := range []string{`"signature refused"`, `"connection refused"`, "is not configured"} {
+		s.wantLog(want)
+	}
+	s.mustPack(append(good, clip)...)
+}
+
+// TestShakaTokenAway: the token fails while the packager asks. It is back before
+// the packager's patience ends, and the packager has noticed nothing.
+func TestShakaTokenAway(t *testing.T) {
+	needShaka(t)
+	c, f := provisionWithFaults(t)
+	s := newShaka(t, c, false)
+	clip := s.clip()
+	s.mustPack(append(s.encrypts("before", custodian.SchemeCENC), clip)...)
+	f.Fail("C_GenerateRandom", ckrDeviceError, 1<<30)
+	back := time.AfterFunc(8*time.Second, f.Reset)
+	defer back.Stop()
+	began := time.Now()
+	out, code := s.pack(append(s.encrypts("meanwhile", custodian.SchemeCENC), clip)...)
+	if code != 0 {
+		t.Fatalf("exit %d:\n%s\n%s", code, out, s.logText())
+	}
+	if took := time.Since(began); took < 8*time.Second {
+		t.Errorf("it took %s: the token was not away", took)
+	}
+	kid := boxKID(t, s.read("out.mp4"), "tenc", 8)
+	if got, want := s.frames("out.mp4", s.keys(kid)[0].GetKey()), s.frames("clip.mp4", nil); !slices.Equal(got, want) {
+		t.Error("the decrypted frames are not the clear ones")
+	}
+}
+
+// TestLongShakaTokenAway: the token is away for two minutes. A packager that
+// starts meanwhile ends before a minute is over, with a reason; one that rotates
+// its keys goes on asking, and finishes when the token is back.
+func TestLongShakaTokenAway(t *testing.T) {
+	if os.Getenv("CUSTODIAN_LONG") == "" {
+		t.Skip("two minutes: make long runs it")
+	}
+	needShaka(t)
+	c, f := provisionWithFaults(t)
+	s := newShaka(t, c, false)
+	clip := s.clip()
+	s.mustPack(append(s.encrypts("channel", custodian.SchemeCENC), clip)...)
+	f.Fail("C_GenerateRandom", ckrDeviceError, 1<<30)
+	back := time.AfterFunc(2*time.Minute, f.Reset)
+	defer back.Stop()
+	live := make(chan string)
+	go func() {
+		out, code := s.pack(append(s.encrypts("channel", custodian.SchemeCENC), "--crypto_period_duration", "1", "--segment_duration", "1",
+			"in=clip.mp4,stream=video,init_segment=init.mp4,segment_template=$Number$.m4s")...)
+		if code == 0 {
+			out = ""
+		}
+		live <- out
+	}()
+	began := time.Now()
+	out, code := s.pack(append(s.encrypts("new", custodian.SchemeCENC), clip)...)
+	if took := time.Since(began); code != 1 || !strings.Contains(out, "response code: 503") || took < 50*time.Second || took > time.Minute {
+		t.Errorf("exit %d after %s, want 1 with a 503 after 55 s:\n%s", code, took, out)
+	}
+	if out := <-live; out != "" {
+		t.Errorf("the packager that rotates its keys ended with an error:\n%s", out)
+	}
+	if took := time.Since(began); took < 2*time.Minute {
+		t.Errorf("it ended after %s: the token was not away for it", took)
 	}
 }
