@@ -101,6 +101,9 @@ type Custodian struct {
 	lastLook   atomic.Int64  // Unix nanoseconds, when the clock was believed last; 0: never since the start
 	incidents  atomic.Uint64 // KEY_NOT_FOUND answers to callers who may know
 
+	checkLogged func(signed []byte) error // a checkpoint of the audit log
+	prunedNoted atomic.Uint64             // pruned entries that the audit log has been told of
+
 	// controlMu serialises changes of the control set and guards unsettled.
 	controlMu sync.Mutex
 	unsettled *unsettled

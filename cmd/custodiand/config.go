@@ -32,12 +32,14 @@ type Config struct {
 	// DataDir holds store.db, audit/ and pin.latch; mode 0700.
 	DataDir string `yaml:"data_dir"`
 
-	HSM    HSMConfig     `yaml:"hsm"`
-	KMS    KMSConfig     `yaml:"kms"`
-	TLS    TLSConfig     `yaml:"tls"`
-	Grants []GrantConfig `yaml:"grants"`
-	Limits LimitsConfig  `yaml:"limits"`
-	Log    LogConfig     `yaml:"log"`
+	HSM       HSMConfig       `yaml:"hsm"`
+	KMS       KMSConfig       `yaml:"kms"`
+	TLS       TLSConfig       `yaml:"tls"`
+	Packagers PackagersConfig `yaml:"packagers"`
+	Grants    []GrantConfig   `yaml:"grants"`
+	Limits    LimitsConfig    `yaml:"limits"`
+	Audit     AuditConfig     `yaml:"audit"`
+	Log       LogConfig       `yaml:"log"`
 
 	digest [32]byte
 }
@@ -193,7 +195,8 @@ func parseConfig(raw []byte) (*Config, error) {
 // resolve makes relative paths relative to dir.
 func (c *Config) resolve(dir string) {
 	paths := []*string{&c.DataDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile,
-		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile}
+		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile, &c.Audit.ArchiveDir}
+	paths = append(paths, c.Packagers.paths()...)
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
@@ -268,9 +271,11 @@ func (c *Config) check() error {
 			}
 		}
 	}
+	faults = append(faults, c.Packagers.check()...)
 	if _, err := c.policy(); err != nil {
 		faults = append(faults, err)
 	}
+	faults = append(faults, c.Audit.check()...)
 	if c.Limits.CallbackDeadline < time.Millisecond || c.Limits.CallbackDeadline > time.Minute {
 		fault("limits.callback_deadline", "%s: must be 1ms to 1m", c.Limits.CallbackDeadline)
 	}

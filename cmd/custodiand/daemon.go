@@ -19,6 +19,7 @@ import (
 	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/internal/packager"
 	"github.com/keycustody/custodian/internal/rpc"
 	"github.com/keycustody/custodian/store"
 )
@@ -35,9 +36,12 @@ type daemon struct {
 	server  *rpc.Server
 	metrics *prometheus.Registry
 	outages *custodian.Outages
-	webhook *webhook // nil: nobody is told of incidents
-	custody *custodian.Custodian
-	parts   parts
+	// packagers and its address are nil where no listener for them is configured.
+	packagers    *packager.Server
+	packagerAddr net.Addr
+	webhook      *webhook // nil: nobody is told of incidents
+	custody      *custodian.Custodian
+	parts        parts
 
 	// mu guards the fields below.
 	mu      sync.Mutex
@@ -82,6 +86,12 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		listener.Close()
 		return fmt.Errorf("admin_listen: %w", err)
 	}
+	packagers, err := d.listenPackagers()
+	if err != nil {
+		listener.Close()
+		admin.Close()
+		return err
+	}
 	d.log.Info("listening", "listen", listener.Addr().String(), "admin", admin.Addr().String())
 	// The parts outlive the calls that use them.
 	defer func() { err = errors.Join(err, d.closeParts(context.WithoutCancel(ctx))) }()
@@ -89,6 +99,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.server.Serve(gctx, listener, d.config.Limits.DrainTimeout) })
 	g.Go(func() error { return d.serveAdmin(gctx, admin) })
+	if packagers != nil {
+		g.Go(func() error { return d.servePackagers(gctx, packagers) })
+	}
 	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
 	g.Go(func() error { d.heedHangups(gctx, hup); return nil })
 	if d.webhook != nil {
@@ -136,6 +149,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.keepHouse(gctx) })
+	g.Go(func() error { d.pruneLog(gctx); return nil })
 	// Two of them: a KMS that hangs holds its probe up, but not the incident.
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
