@@ -394,22 +394,21 @@ func (c *Custodian) RunRewraps(ctx context.Context) {
 				c.log.Warn("outer wraps are not all moved yet; the job goes on", "job", scope(name), "again_in", pause.String(), "err", err)
 			}
 		}
-		var again <-chan time.Time
-		if failed {
-			if c.set.Load().head.Revision != began { // it got somewhere
-				pause = rewrapPause
-			}
-			t := time.NewTimer(pause)
-			defer t.Stop()
-			again, pause = t.C, min(2*pause, maxRewrapPause)
-		} else {
+		if !failed || c.set.Load().head.Revision != began { // there is nothing to do, or it got somewhere
 			pause = rewrapPause
+		}
+		again := time.NewTimer(pause)
+		if failed {
+			pause = min(2*pause, maxRewrapPause)
+		} else {
+			again.Stop()
 		}
 		select {
 		case <-c.rewraps.poke:
-		case <-again:
+		case <-again.C:
 		case <-ctx.Done():
 		}
+		again.Stop()
 	}
 }
 
