@@ -48,6 +48,8 @@ const (
 	ActionReadStatus     Action = "status.read"
 	ActionBackup         Action = "backup"
 	ActionReadAudit      Action = "audit.read"
+	ActionImport         Action = "keys.import"
+	ActionExport         Action = "keys.export"
 )
 
 // permits says which roles may do an action at all.
@@ -62,6 +64,8 @@ var permits = map[Action][]Role{
 	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
 	ActionBackup:         {RoleOperator},
 	ActionReadAudit:      {RoleAuditor},
+	ActionImport:         {RoleOfficer},
+	ActionExport:         {RoleOfficer},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only
@@ -236,9 +240,9 @@ func (r Request) unusable() error {
 // purposeOf is what an action uses keys for; zero where it uses none.
 func purposeOf(a Action) Purpose {
 	switch a {
-	case ActionIssue, ActionReissue:
+	case ActionIssue, ActionReissue, ActionImport:
 		return Protect
-	case ActionRelease:
+	case ActionRelease, ActionExport:
 		return Process
 	}
 	return 0

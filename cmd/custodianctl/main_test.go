@@ -57,6 +57,8 @@ func TestMain(m *testing.M) {
 //	keep VAR FIELD           set VAR to the first FIELD in the JSON on stdout
 //	samekey FILE FILE        both JSON files hold the same one content key
 //	flip FILE OFFSET         change one byte
+//
+// VECTORS is the folder of DASH-IF's CPIX documents.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
@@ -67,6 +69,11 @@ func TestScripts(t *testing.T) {
 			e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
 			e.Setenv("XDG_CONFIG_HOME", "")
 			e.Setenv(configEnv, "")
+			vectors, err := filepath.Abs("../../internal/packager/testdata/cpix")
+			if err != nil {
+				return err
+			}
+			e.Setenv("VECTORS", vectors)
 			e.Values[processKey{}] = new(process)
 			return nil
 		},
