@@ -36,6 +36,7 @@ type Config struct {
 	KMS       KMSConfig       `yaml:"kms"`
 	TLS       TLSConfig       `yaml:"tls"`
 	Packagers PackagersConfig `yaml:"packagers"`
+	CPIX      CPIXConfig      `yaml:"cpix"`
 	Grants    []GrantConfig   `yaml:"grants"`
 	Limits    LimitsConfig    `yaml:"limits"`
 	Audit     AuditConfig     `yaml:"audit"`
@@ -197,6 +198,7 @@ func (c *Config) resolve(dir string) {
 	paths := []*string{&c.DataDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile,
 		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile, &c.Audit.ArchiveDir}
 	paths = append(paths, c.Packagers.paths()...)
+	paths = append(paths, c.CPIX.paths()...)
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
@@ -272,6 +274,9 @@ func (c *Config) check() error {
 		}
 	}
 	faults = append(faults, c.Packagers.check()...)
+	if _, _, err := c.CPIX.load(); err != nil {
+		faults = append(faults, err)
+	}
 	if _, err := c.policy(); err != nil {
 		faults = append(faults, err)
 	}

@@ -39,6 +39,7 @@ type daemon struct {
 	// packagers and its address are nil where no listener for them is configured.
 	packagers    *packager.Server
 	packagerAddr net.Addr
+	exports      *packager.Exports
 	webhook      *webhook // nil: nobody is told of incidents
 	custody      *custodian.Custodian
 	parts        parts
@@ -67,7 +68,12 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	d.metrics = prometheus.NewRegistry()
-	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Metrics: d.metrics, Log: d.log, Version: version,
+	_, recipients, err := d.config.CPIX.load()
+	if err != nil {
+		return err
+	}
+	d.exports = packager.NewExports(recipients)
+	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Exports: d.exports, Metrics: d.metrics, Log: d.log, Version: version,
 		EarlyStatus: d.earlyStatus(), RetrieveDeadline: d.config.Limits.CallbackDeadline})
 	if err != nil {
 		return err

@@ -314,7 +314,7 @@ func (d *CPIX) specs() ([]custodian.KeySpec, error) {
 	}
 	specs := make([]custodian.KeySpec, len(d.Keys))
 	for i, k := range d.Keys {
-		track, period, err := d.purpose(k.KID)
+		track, period, err := d.Purpose(k.KID)
 		if err != nil {
 			return nil, unprocessable("%s", err)
 		}

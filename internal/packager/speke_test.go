@@ -10,6 +10,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -605,5 +606,22 @@ func TestSPEKEDoor(t *testing.T) {
 	k.rpc.SetUnavailable(custodian.ErrStarting)
 	if res, text := ask(doorPackager, "movies", "2.0", small); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || text != "the daemon is starting" {
 		t.Errorf("no domain yet: got %d, %v, %q", res.StatusCode, res.Header, text)
+	}
+}
+
+// What docs/OPERATIONS.md tells to paste works.
+func TestSPEKEDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/OPERATIONS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, found := bytes.Cut(page, []byte("```xml\n<cpix:CPIX"))
+	request, _, ends := bytes.Cut(append([]byte("<cpix:CPIX"), after...), []byte("```"))
+	if !found || !ends {
+		t.Fatal("the page has no CPIX document")
+	}
+	r := mustAsk(t, packager.NewSPEKE(packager.SPEKEConfig{}), openCustody(t), "2.0", request)
+	if len(r.keys(t)) != 2 || len(r.Systems) != 2 {
+		t.Errorf("got %s", r.raw)
 	}
 }
