@@ -381,6 +381,7 @@ func TestRewrapRefusals(t *testing.T) {
 		"no provider":              {Category: "movies"},
 		"one named twice":          {Category: "movies", Providers: []string{"aws", "aws"}},
 		"one that is not there":    {Category: "movies", Providers: []string{"azure"}},
+		"more than can hold one":   {Category: "movies", Providers: slices.Repeat([]string{"aws"}, 17)},
 		"a category and helpers":   {Category: "movies", HelperKeys: true, Providers: []string{"aws"}},
 		"neither of them":          {Providers: []string{"aws"}},
 		"a cause that is too long": {Category: "movies", Providers: []string{"aws"}, Cause: strings.Repeat("x", custodian.MaxCauseSize+1)},
