@@ -48,6 +48,8 @@ const (
 	ActionReadStatus     Action = "status.read"
 	ActionBackup         Action = "backup"
 	ActionReadAudit      Action = "audit.read"
+	ActionSetProviders   Action = "category.providers"
+	ActionReencrypt      Action = "category.reencrypt"
 	ActionImport         Action = "keys.import"
 	ActionExport         Action = "keys.export"
 )
@@ -64,8 +66,12 @@ var permits = map[Action][]Role{
 	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
 	ActionBackup:         {RoleOperator},
 	ActionReadAudit:      {RoleAuditor},
-	ActionImport:         {RoleOfficer},
-	ActionExport:         {RoleOfficer},
+	// Who holds the outer layer is decided by those who decide who holds keys;
+	// that its wraps follow a provider's own rotation is housekeeping.
+	ActionSetProviders: {RoleOfficer},
+	ActionReencrypt:    {RoleOfficer, RoleOperator},
+	ActionImport:       {RoleOfficer},
+	ActionExport:       {RoleOfficer},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only
