@@ -78,6 +78,11 @@ var roles = map[string]func(context.Context, []string) error{
 	rolePrepare:    prepare,
 	roleLoad:       load,
 	roleToken:      token,
+
+	roleAuditAppend: auditAppend,
+	roleAuditMake:   auditMake,
+	roleAuditVerify: auditVerify,
+	roleAuditProve:  auditProve,
 }
 
 const (
@@ -87,6 +92,11 @@ const (
 	rolePrepare    = "prepare"
 	roleLoad       = "load"
 	roleToken      = "token"
+
+	roleAuditAppend = "audit-append"
+	roleAuditMake   = "audit-make"
+	roleAuditVerify = "audit-verify"
+	roleAuditProve  = "audit-prove"
 )
 
 // A scale says how long and how much is measured.
@@ -112,11 +122,12 @@ var sections = []struct {
 	{"issue", (*rig).issue},
 	{"million", (*rig).million},
 	{"kms", (*rig).kms},
+	{"audit", (*rig).audit},
 }
 
 func parent(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("custodybench", flag.ContinueOnError)
-	only := fs.String("sections", "", "comma-separated: callback, issue, million, kms; all if empty")
+	only := fs.String("sections", "", "comma-separated: callback, issue, million, kms, audit; all if empty")
 	quick := fs.Bool("quick", false, "less of everything, within a minute")
 	out := fs.String("out", "bench.json", "file of the results")
 	dir := fs.String("dir", "bin", "folder, on a real disk, under which data is kept while this runs")
