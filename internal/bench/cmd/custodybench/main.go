@@ -110,7 +110,7 @@ type scale struct {
 
 var (
 	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, connections: 4}
-	quickScale = scale{warm: 200 * time.Millisecond, time: 700 * time.Millisecond, rounds: 3, keys: 10_000, million: 50_000, connections: 4}
+	quickScale = scale{warm: 200 * time.Millisecond, time: 600 * time.Millisecond, rounds: 3, keys: 10_000, million: 50_000, connections: 4}
 )
 
 // sections in the order in which they run.
