@@ -23,6 +23,7 @@ var (
 	ErrKeyState         error = &refusal{"KEY_STATE", "the key's state does not permit this"}
 	ErrKeyCompromised   error = &refusal{"KEY_COMPROMISED", "the key is compromised and no decision to go on serving it is recorded"}
 	ErrCategoryFrozen   error = &refusal{"CATEGORY_FROZEN", "the category is frozen"}
+	ErrSealingRequired  error = &refusal{"SEALING_REQUIRED", "keys of this category leave only sealed to a recipient key, and none is pinned for the caller"}
 	ErrMEKExpired       error = &refusal{"MEK_EXPIRED", "the MEK is past its cryptoperiod; rotate it"}
 	ErrKEKExhausted     error = &refusal{"KEK_EXHAUSTED", "the KEK has reached its limit of GCM invocations; rotate it"}
 	ErrKeyDestroyed     error = &refusal{"KEY_DESTROYED", "the key is destroyed"}

@@ -83,6 +83,7 @@ type Policy struct {
 	byIdentity map[string][]rule
 	officers   map[[32]byte]bool // public keys that are pinned for officers
 	digest     [32]byte
+	sealing    *sealingRule // nil: nothing is sealed to callers
 }
 
 // A rule is a grant and what names it in a Decision, written once: every call

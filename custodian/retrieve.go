@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/sealing"
 	"github.com/keycustody/custodian/internal/secret"
 )
 
@@ -17,14 +18,21 @@ type RetrieveRequest struct {
 	// a category granted to it may hear that a KID is unknown.
 	ContentID ContentID
 	KIDs      []KID
+	// RecipientKeyID names which of the caller's pinned public keys the answer
+	// is sealed to; empty: the first, where there is one.
+	RecipientKeyID string
+
+	recipient sealing.PublicKey
 }
 
-// A RetrieveResult is the answer for one KID: Key and Info, or Err. Whoever
-// gets it destroys Key.
+// A RetrieveResult is the answer for one KID: Info and Key, or Sealed in Key's
+// place where the caller has a recipient key; or Err. Whoever gets it destroys
+// Key.
 type RetrieveResult struct {
 	KID     KID
 	Err     error
 	Key     secret.Secret
+	Sealed  *SealedTo
 	Info    ContentKey
 	Receipt audit.Receipt
 	// Grace is what is left of the grace on which the key was released while
@@ -62,10 +70,14 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if err := req.Check(); err != nil {
 		return nil, err
 	}
+	var err error
+	if req.recipient, err = c.policy.Load().recipient(who, req.RecipientKeyID); err != nil {
+		return nil, err
+	}
 	results := make([]RetrieveResult, len(req.KIDs))
 	sealed := make([]SealedKey, len(req.KIDs))
 	var contentCategory CategoryName
-	err := c.store.View(ctx, func(tx Tx) error {
+	err = c.store.View(ctx, func(tx Tx) error {
 		for i, kid := range req.KIDs {
 			sealed[i], results[i].Err = tx.ContentKey(kid)
 		}
@@ -95,7 +107,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 			about.key = &r.Info
 		}
 		entries[i] = c.entry(set, who, r.decision, ActionRelease, req.RequestID, about, r.Err)
-		entries[i].Detail = graceDetail(r.Grace)
+		entries[i].Detail = r.Sealed.detail(graceDetail(r.Grace))
 	}
 	receipts, err := c.record(ctx, entries...)
 	if err == nil && ctx.Err() != nil {
@@ -139,8 +151,13 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
 		return
 	}
+	if r.Err = c.policy.Load().mayLeave(k.Key.Category, req.recipient); r.Err != nil {
+		r.decision.Allow = false
+		return
+	}
 	if r.Key, r.Grace, r.Err = c.openCEK(ctx, set, k); r.Err == nil {
 		r.Info = k.Key
+		r.Sealed, r.Err = sealTo(req.recipient, who, req.RequestID, &r.Info, r.Key)
 	}
 }
 

@@ -161,6 +161,7 @@ var nextSteps = map[string]string{
 	"KEY_STATE":          "custodianctl keys show KID",
 	"KEY_COMPROMISED":    "custodianctl keys show KID; an officer decides whether it is served on",
 	"CATEGORY_FROZEN":    "custodianctl audit list --action category.freeze says why; an officer opens it with custodianctl category unfreeze",
+	"SEALING_REQUIRED":   "custodianctl pki recipient-key makes a key; the daemon's config pins its public half in sealing.recipients",
 	"MEK_EXPIRED":        "the root key is due for rotation: call the officers; keys in use go on being served",
 	"KEK_EXHAUSTED":      "the category's key is due for rotation: call the officers",
 	"KID_CONFLICT":       "leave --kid out, and the daemon draws a KID",

@@ -40,6 +40,7 @@ type keyView struct {
 	IV           hexBytes     `json:"iv,omitempty"`
 	Created      *bool        `json:"created,omitempty"`
 	Key          hexBytes     `json:"key,omitempty"`
+	SealedTo     string       `json:"sealed_to,omitempty"` // a recipient key that this user has not
 	CreateTime   *time.Time   `json:"create_time,omitempty"`
 	Receipt      *receiptView `json:"receipt,omitempty"`
 	Error        *errorView   `json:"error,omitempty"`
@@ -78,6 +79,7 @@ func viewKey(k *v1.ContentKey, reveal bool) keyView {
 	if r := k.GetReceipt(); r != nil {
 		v.Receipt = &receiptView{r.GetIndex(), r.GetLeafHash(), string(r.GetCheckpoint())}
 	}
+	v.SealedTo = k.GetSealedKey().GetRecipientKeyId()
 	if !reveal {
 		clear(k.GetKey())
 		return v
@@ -129,6 +131,8 @@ func tableOfKeys(out *bytes.Buffer, views []keyView) {
 			out.WriteString("KEY")
 		case views[i-1].Error != nil:
 			out.WriteString("(not released: " + views[i-1].Error.Reason + ")")
+		case views[i-1].SealedTo != "":
+			out.WriteString("(sealed to recipient key " + plain(views[i-1].SealedTo) + "; recipient_key_files opens it)")
 		case len(views[i-1].Key) == 0:
 			out.WriteString(hiddenKey)
 		default:

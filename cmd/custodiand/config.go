@@ -32,12 +32,13 @@ type Config struct {
 	// DataDir holds store.db, audit/ and pin.latch; mode 0700.
 	DataDir string `yaml:"data_dir"`
 
-	HSM    HSMConfig     `yaml:"hsm"`
-	KMS    KMSConfig     `yaml:"kms"`
-	TLS    TLSConfig     `yaml:"tls"`
-	Grants []GrantConfig `yaml:"grants"`
-	Limits LimitsConfig  `yaml:"limits"`
-	Log    LogConfig     `yaml:"log"`
+	HSM     HSMConfig     `yaml:"hsm"`
+	KMS     KMSConfig     `yaml:"kms"`
+	TLS     TLSConfig     `yaml:"tls"`
+	Grants  []GrantConfig `yaml:"grants"`
+	Sealing SealingConfig `yaml:"sealing"`
+	Limits  LimitsConfig  `yaml:"limits"`
+	Log     LogConfig     `yaml:"log"`
 
 	digest [32]byte
 }
@@ -353,7 +354,7 @@ func (c *Config) policy() (*custodian.Policy, error) {
 	if err := errors.Join(append(faults, err)...); err != nil {
 		return nil, err
 	}
-	return p, nil
+	return c.Sealing.apply(p)
 }
 
 func (c *Config) serverCerts(log *slog.Logger) certs.ServerOptions {

@@ -32,7 +32,7 @@ func (d *daemon) heedHangups(ctx context.Context, hup <-chan os.Signal) {
 	}
 }
 
-// reload takes grants and certificates anew. Everything else of the file needs
+// reload takes grants, sealing and certificates anew. Everything else of the file needs
 // a restart, and the log says what of it has changed.
 func (d *daemon) reload(ctx context.Context) error {
 	if err := d.certs.Reload(); err != nil {
@@ -54,7 +54,7 @@ func (d *daemon) reload(ctx context.Context) error {
 		return fmt.Errorf("config %s: compare with the one in force: %w", d.path, err)
 	}
 	if len(keys) > 0 {
-		d.log.Warn("what has changed in the configuration beside grants is not in force before a restart", "keys", strings.Join(keys, " "))
+		d.log.Warn("what has changed in the configuration beside grants and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -88,7 +88,7 @@ func (d *daemon) lastPolicy() *custodian.Policy {
 }
 
 // restartKeys names the keys that differ between two configurations, but for
-// grants, which are taken without a restart.
+// those that are taken without a restart.
 func restartKeys(inForce, loaded *Config) ([]string, error) {
 	was, err := tree(inForce)
 	if err != nil {
@@ -98,8 +98,10 @@ func restartKeys(inForce, loaded *Config) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	delete(was, "grants")
-	delete(is, "grants")
+	for _, taken := range []string{"grants", "sealing"} {
+		delete(was, taken)
+		delete(is, taken)
+	}
 	return changedKeys("", was, is), nil
 }
 

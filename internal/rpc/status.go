@@ -56,6 +56,7 @@ var table = index(
 	row{reason: reasonOf(custodian.ErrKeyState), code: codes.FailedPrecondition, http: 409, message: "the key's state does not permit this"},
 	row{reason: reasonOf(custodian.ErrKeyCompromised), code: codes.FailedPrecondition, http: 409, message: "the key is compromised"},
 	row{reason: reasonOf(custodian.ErrCategoryFrozen), code: codes.FailedPrecondition, http: 409, message: "the category is frozen"},
+	row{reason: reasonOf(custodian.ErrSealingRequired), code: codes.FailedPrecondition, http: 409, message: "keys of this category leave only sealed to a recipient key, and none is pinned for the caller"},
 	row{reason: reasonOf(custodian.ErrMEKExpired), code: codes.FailedPrecondition, http: 409, message: "the root key is past its cryptoperiod", ours: true},
 	row{reason: reasonOf(custodian.ErrKEKExhausted), code: codes.FailedPrecondition, http: 409, message: "the category's key has reached its limit of use", ours: true},
 	row{reason: reasonOf(custodian.ErrKeyDestroyed), code: codes.NotFound, http: 410, message: "the key is destroyed"},

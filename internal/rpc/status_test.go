@@ -36,6 +36,7 @@ var contract = []contractRow{
 	{custodian.ErrKeyState, codes.FailedPrecondition, 409, false},
 	{custodian.ErrKeyCompromised, codes.FailedPrecondition, 409, false},
 	{custodian.ErrCategoryFrozen, codes.FailedPrecondition, 409, false},
+	{custodian.ErrSealingRequired, codes.FailedPrecondition, 409, false},
 	{custodian.ErrMEKExpired, codes.FailedPrecondition, 409, false},
 	{custodian.ErrKEKExhausted, codes.FailedPrecondition, 409, false},
 	{custodian.ErrKeyDestroyed, codes.NotFound, 410, false},

@@ -31,9 +31,12 @@ type GetContentKeysRequest struct {
 	Kids [][]byte `protobuf:"bytes,2,rep,name=kids,proto3" json:"kids,omitempty"`
 	// The content item that the keys belong to, 1 to 300 bytes. Optional: where it
 	// is given, keys of other content are refused.
-	ContentId     []byte `protobuf:"bytes,3,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ContentId []byte `protobuf:"bytes,3,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
+	// Which of the recipient keys that are pinned for the caller the keys are
+	// sealed to. Empty: the first one, where there is one.
+	RecipientKeyId string `protobuf:"bytes,6,opt,name=recipient_key_id,json=recipientKeyId,proto3" json:"recipient_key_id,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *GetContentKeysRequest) Reset() {
@@ -85,6 +88,13 @@ func (x *GetContentKeysRequest) GetContentId() []byte {
 		return x.ContentId
 	}
 	return nil
+}
+
+func (x *GetContentKeysRequest) GetRecipientKeyId() string {
+	if x != nil {
+		return x.RecipientKeyId
+	}
+	return ""
 }
 
 // GetContentKeysResponse has one result for each KID that was asked for.
@@ -242,13 +252,14 @@ var File_custodian_v1_key_retrieval_service_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_key_retrieval_service_proto_rawDesc = "" +
 	"\n" +
-	"(custodian/v1/key_retrieval_service.proto\x12\fcustodian.v1\x1a\x1ecustodian/v1/content_key.proto\"\xa0\x01\n" +
+	"(custodian/v1/key_retrieval_service.proto\x12\fcustodian.v1\x1a\x1ecustodian/v1/content_key.proto\"\xbe\x01\n" +
 	"\x15GetContentKeysRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x12\n" +
 	"\x04kids\x18\x02 \x03(\fR\x04kids\x12\x1d\n" +
 	"\n" +
-	"content_id\x18\x03 \x01(\fR\tcontentIdJ\x04\b\x04\x10\aR\rlicence_tokenR\x0eviewer_contextR\x10recipient_key_id\"u\n" +
+	"content_id\x18\x03 \x01(\fR\tcontentId\x12(\n" +
+	"\x10recipient_key_id\x18\x06 \x01(\tR\x0erecipientKeyIdJ\x04\b\x04\x10\x05J\x04\b\x05\x10\x06R\rlicence_tokenR\x0eviewer_context\"u\n" +
 	"\x16GetContentKeysResponse\x12<\n" +
 	"\aresults\x18\x01 \x03(\v2\".custodian.v1.GetContentKeysResultR\aresults\x12\x1d\n" +
 	"\n" +
