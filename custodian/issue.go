@@ -396,7 +396,7 @@ func (c *Custodian) sealCEK(ctx context.Context, set *controlSet, k *SealedKey, 
 // handOutAgain gives a packager a key that exists: through the same decision,
 // and only within the re-issue window unless it is granted more.
 func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Caller, req IssueRequest, k SealedKey, out *issued) (Decision, error) {
-	res := resourceOf(set, k.Key)
+	res := resourceOf(set, &k.Key)
 	d := c.decide(who, ActionIssue, res)
 	if d.Allow && !c.withinWindow(set.categories[k.Key.Category], k.Key.CreateTime) {
 		d = c.decide(who, ActionReissue, res)

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"os"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -260,7 +261,7 @@ func contentID(text, hexed string) ([]byte, error) {
 }
 
 func (a *app) keysGetCmd() *cobra.Command {
-	var content, contentHex string
+	var content, contentHex, tokenFile string
 	var reveal bool
 	c := leaf(&cobra.Command{
 		Use:   "get KID...",
@@ -279,6 +280,11 @@ of the first refusal.`,
 		}
 		id, err := contentID(content, contentHex)
 		req.ContentId = id
+		if tokenFile != "" {
+			token, err := os.ReadFile(tokenFile)
+			faults = append(faults, err)
+			req.LicenceToken = strings.TrimSpace(string(token))
+		}
 		if err := errors.Join(append(faults, err)...); err != nil {
 			return invalid(err)
 		}
@@ -293,6 +299,7 @@ of the first refusal.`,
 	f := c.Flags()
 	f.StringVar(&content, "content", "", "content `ID` that the keys must belong to, as text")
 	f.StringVar(&contentHex, "content-hex", "", "the same in `HEX`adecimal")
+	f.StringVar(&tokenFile, "token-file", "", "`FILE` with the viewer's licence token")
 	f.BoolVar(&reveal, "reveal", false, "show the keys")
 	return c
 }

@@ -37,6 +37,7 @@ type Config struct {
 	TLS     TLSConfig     `yaml:"tls"`
 	Grants  []GrantConfig `yaml:"grants"`
 	Sealing SealingConfig `yaml:"sealing"`
+	Tokens  *TokensConfig `yaml:"tokens"` // nil: no licence token is asked for
 	Limits  LimitsConfig  `yaml:"limits"`
 	Log     LogConfig     `yaml:"log"`
 
@@ -191,6 +192,11 @@ func (c *Config) resolve(dir string) {
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
+	if c.Tokens != nil {
+		for i := range c.Tokens.Issuers {
+			paths = append(paths, &c.Tokens.Issuers[i].JWKSFile, &c.Tokens.Issuers[i].CAFile)
+		}
+	}
 	for i := range c.KMS.Providers {
 		p := &c.KMS.Providers[i]
 		v := &p.Vault
@@ -262,7 +268,8 @@ func (c *Config) check() error {
 			}
 		}
 	}
-	if _, err := c.policy(); err != nil {
+	faults = append(faults, c.Tokens.check()...)
+	if _, err := c.policy(nil); err != nil {
 		faults = append(faults, err)
 	}
 	if c.Limits.CallbackDeadline < time.Millisecond || c.Limits.CallbackDeadline > time.Minute {
@@ -327,8 +334,9 @@ func knownRole(r string) bool {
 	return false
 }
 
-// policy compiles the grants.
-func (c *Config) policy() (*custodian.Policy, error) {
+// policy compiles grants, sealing and tokens. sets are the keys of the issuers
+// of tokens that are loaded.
+func (c *Config) policy(sets tokenKeySets) (*custodian.Policy, error) {
 	var faults []error
 	grants := make([]custodian.Grant, len(c.Grants))
 	for i, g := range c.Grants {
@@ -354,7 +362,12 @@ func (c *Config) policy() (*custodian.Policy, error) {
 	if err := errors.Join(append(faults, err)...); err != nil {
 		return nil, err
 	}
-	return c.Sealing.apply(p)
+	sealed, err := c.Sealing.apply(p)
+	if err == nil {
+		p = sealed
+	}
+	with, terr := c.Tokens.apply(p, sets)
+	return with, errors.Join(err, terr)
 }
 
 func (c *Config) serverCerts(log *slog.Logger) certs.ServerOptions {

@@ -37,6 +37,8 @@ type daemon struct {
 	webhook *webhook // nil: nobody is told of incidents
 	custody *custodian.Custodian
 	parts   parts
+	// tokenKeys of the issuers of licence tokens; a reload keeps them.
+	tokenKeys tokenKeySets
 
 	// mu guards the fields below.
 	mu      sync.Mutex
@@ -53,7 +55,13 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
-	policy, err := d.config.policy()
+	d.metrics = prometheus.NewRegistry()
+	sources, sets, err := newTokenSources(ctx, d.config.Tokens, d.metrics, d.log)
+	if err != nil {
+		return fmt.Errorf("tokens: %w", err)
+	}
+	d.tokenKeys = sets
+	policy, err := d.config.policy(sets)
 	if err != nil {
 		return err
 	}
@@ -61,7 +69,6 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if d.certs, err = certs.NewServer(d.config.serverCerts(d.log)); err != nil {
 		return err
 	}
-	d.metrics = prometheus.NewRegistry()
 	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Metrics: d.metrics, Log: d.log, Version: version,
 		EarlyStatus: d.earlyStatus(), RetrieveDeadline: d.config.Limits.CallbackDeadline})
 	if err != nil {
@@ -88,6 +95,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	g.Go(func() error { return d.serveAdmin(gctx, admin) })
 	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
 	g.Go(func() error { d.heedHangups(gctx, hup); return nil })
+	for _, s := range sources {
+		g.Go(func() error { s.run(gctx); return nil })
+	}
 	if d.webhook != nil {
 		g.Go(func() error { d.webhook.run(gctx); return nil })
 	}

@@ -45,13 +45,14 @@ func (d *daemon) reload(ctx context.Context) error {
 	if err := certs.CheckCAs(c.serverCerts(d.log).CAs); err != nil {
 		return fmt.Errorf("config %s: tls.client_cas: %w", d.path, err)
 	}
-	policy, err := c.policy()
-	if err != nil {
-		return err
-	}
 	keys, err := restartKeys(d.config, c)
 	if err != nil {
 		return fmt.Errorf("config %s: compare with the one in force: %w", d.path, err)
+	}
+	c.Tokens = d.config.Tokens // until the restart that the log asks for
+	policy, err := c.policy(d.tokenKeys)
+	if err != nil {
+		return err
 	}
 	if len(keys) > 0 {
 		d.log.Warn("what has changed in the configuration beside grants and sealing is not in force before a restart", "keys", strings.Join(keys, " "))

@@ -29,7 +29,7 @@ func (s *Server) identify(ctx context.Context) (custodian.Caller, error) {
 		return custodian.Caller{}, &identityError{err}
 	}
 	s.metrics.peer(who)
-	caller := custodian.Caller{ID: who.Name, CA: who.CA, SPKI: who.SPKI, Roles: make([]custodian.Role, len(who.Roles))}
+	caller := custodian.Caller{ID: who.Name, CA: who.CA, SPKI: who.SPKI, Cert: who.Cert, Roles: make([]custodian.Role, len(who.Roles))}
 	for i, role := range who.Roles {
 		caller.Roles[i] = custodian.Role(role)
 	}
