@@ -34,6 +34,7 @@ var (
 	ErrKEKExhausted     error = &refusal{"KEK_EXHAUSTED", "the KEK has reached its limit of GCM invocations; rotate it"}
 	ErrKeyDestroyed     error = &refusal{"KEY_DESTROYED", "the key is destroyed"}
 	ErrKIDConflict      error = &refusal{"KID_CONFLICT", "the KID is stored for other content"}
+	ErrKeyConflict      error = &refusal{"KEY_CONFLICT", "the key, or what it is for, is in use otherwise"}
 	ErrContentCategory  error = &refusal{"CONTENT_CATEGORY", "the content item belongs to another category"}
 	ErrCategoryExists   error = &refusal{"CATEGORY_EXISTS", "the category exists"}
 	ErrInvalid          error = &refusal{"INVALID", "malformed request"}

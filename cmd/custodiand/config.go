@@ -32,14 +32,15 @@ type Config struct {
 	// DataDir holds store.db, audit/ and pin.latch; mode 0700.
 	DataDir string `yaml:"data_dir"`
 
-	HSM     HSMConfig     `yaml:"hsm"`
-	KMS     KMSConfig     `yaml:"kms"`
-	TLS     TLSConfig     `yaml:"tls"`
-	Grants  []GrantConfig `yaml:"grants"`
-	Sealing SealingConfig `yaml:"sealing"`
-	Tokens  *TokensConfig `yaml:"tokens"` // nil: no licence token is asked for
-	Limits  LimitsConfig  `yaml:"limits"`
-	Log     LogConfig     `yaml:"log"`
+	HSM       HSMConfig       `yaml:"hsm"`
+	KMS       KMSConfig       `yaml:"kms"`
+	TLS       TLSConfig       `yaml:"tls"`
+	Packagers PackagersConfig `yaml:"packagers"`
+	Grants    []GrantConfig   `yaml:"grants"`
+	Sealing   SealingConfig   `yaml:"sealing"`
+	Tokens    *TokensConfig   `yaml:"tokens"` // nil: no licence token is asked for
+	Limits    LimitsConfig    `yaml:"limits"`
+	Log       LogConfig       `yaml:"log"`
 
 	digest [32]byte
 }
@@ -189,6 +190,7 @@ func parseConfig(raw []byte) (*Config, error) {
 func (c *Config) resolve(dir string) {
 	paths := []*string{&c.DataDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile,
 		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile}
+	paths = append(paths, c.Packagers.paths()...)
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
@@ -269,6 +271,7 @@ func (c *Config) check() error {
 		}
 	}
 	faults = append(faults, c.Tokens.check()...)
+	faults = append(faults, c.Packagers.check()...)
 	if _, err := c.policy(nil); err != nil {
 		faults = append(faults, err)
 	}

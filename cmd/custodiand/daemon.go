@@ -19,6 +19,7 @@ import (
 	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/internal/packager"
 	"github.com/keycustody/custodian/internal/rpc"
 	"github.com/keycustody/custodian/store"
 )
@@ -34,9 +35,12 @@ type daemon struct {
 	certs   *certs.Server
 	server  *rpc.Server
 	metrics *prometheus.Registry
-	webhook *webhook // nil: nobody is told of incidents
-	custody *custodian.Custodian
-	parts   parts
+	// packagers and its address are nil where no listener for them is configured.
+	packagers    *packager.Server
+	packagerAddr net.Addr
+	webhook      *webhook // nil: nobody is told of incidents
+	custody      *custodian.Custodian
+	parts        parts
 	// tokenKeys of the issuers of licence tokens; a reload keeps them.
 	tokenKeys tokenKeySets
 
@@ -86,6 +90,12 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		listener.Close()
 		return fmt.Errorf("admin_listen: %w", err)
 	}
+	packagers, err := d.listenPackagers()
+	if err != nil {
+		listener.Close()
+		admin.Close()
+		return err
+	}
 	d.log.Info("listening", "listen", listener.Addr().String(), "admin", admin.Addr().String())
 	// The parts outlive the calls that use them.
 	defer func() { err = errors.Join(err, d.closeParts(context.WithoutCancel(ctx))) }()
@@ -93,6 +103,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.server.Serve(gctx, listener, d.config.Limits.DrainTimeout) })
 	g.Go(func() error { return d.serveAdmin(gctx, admin) })
+	if packagers != nil {
+		g.Go(func() error { return d.servePackagers(gctx, packagers) })
+	}
 	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
 	g.Go(func() error { d.heedHangups(gctx, hup); return nil })
 	for _, s := range sources {

@@ -26,13 +26,13 @@ func (d *daemon) heedHangups(ctx context.Context, hup <-chan os.Signal) {
 			if err := d.reload(ctx); err != nil {
 				d.log.Error("reload: the last good configuration stays", "err", err)
 			} else {
-				d.log.Info("reloaded grants and certificates")
+				d.log.Info("reloaded grants, signers and certificates")
 			}
 		}
 	}
 }
 
-// reload takes grants, sealing and certificates anew. Everything else of the file needs
+// reload takes grants, signers, sealing and certificates anew. Everything else of the file needs
 // a restart, and the log says what of it has changed.
 func (d *daemon) reload(ctx context.Context) error {
 	if err := d.certs.Reload(); err != nil {
@@ -45,6 +45,10 @@ func (d *daemon) reload(ctx context.Context) error {
 	if err := certs.CheckCAs(c.serverCerts(d.log).CAs); err != nil {
 		return fmt.Errorf("config %s: tls.client_cas: %w", d.path, err)
 	}
+	signers, err := c.Packagers.signers()
+	if err != nil {
+		return fmt.Errorf("config %s: %w", d.path, err)
+	}
 	keys, err := restartKeys(d.config, c)
 	if err != nil {
 		return fmt.Errorf("config %s: compare with the one in force: %w", d.path, err)
@@ -55,7 +59,7 @@ func (d *daemon) reload(ctx context.Context) error {
 		return err
 	}
 	if len(keys) > 0 {
-		d.log.Warn("what has changed in the configuration beside grants and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
+		d.log.Warn("what has changed in the configuration beside grants, signers and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -65,6 +69,9 @@ func (d *daemon) reload(ctx context.Context) error {
 		}
 	}
 	d.policy = policy
+	if d.packagers != nil {
+		return d.packagers.SetSigners(signers)
+	}
 	return nil
 }
 
@@ -99,9 +106,12 @@ func restartKeys(inForce, loaded *Config) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, taken := range []string{"grants", "sealing"} {
-		delete(was, taken)
-		delete(is, taken)
+	for _, t := range []map[string]any{was, is} {
+		delete(t, "grants")
+		delete(t, "sealing")
+		if packagers, ok := t["packagers"].(map[string]any); ok {
+			delete(packagers, "signers")
+		}
 	}
 	return changedKeys("", was, is), nil
 }

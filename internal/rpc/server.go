@@ -131,6 +131,7 @@ type Server struct {
 	grpc    *grpc.Server
 	codec   *codec
 	metrics *metrics
+	primers *primers
 
 	// serving is replaced as a whole.
 	serving atomic.Pointer[serving]
@@ -159,13 +160,12 @@ func NewServer(c Config) (*Server, error) {
 	if s.metrics, err = newMetrics(c.Metrics); err != nil {
 		return nil, fmt.Errorf("rpc server: %w", err)
 	}
-	primers, err := newPrimers(runtime.GOMAXPROCS(0))
-	if err != nil {
+	if s.primers, err = newPrimers(runtime.GOMAXPROCS(0)); err != nil {
 		return nil, fmt.Errorf("rpc server: %w", err)
 	}
 	s.SetUnavailable(custodian.ErrStarting)
 	s.grpc = grpc.NewServer(
-		grpc.Creds(wipingCreds{credentials.NewTLS(c.Certs.TLSConfig()), primers}),
+		grpc.Creds(wipingCreds{credentials.NewTLS(c.Certs.TLSConfig()), s.primers}),
 		grpc.ForceServerCodecV2(s.codec),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
