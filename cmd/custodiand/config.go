@@ -27,6 +27,9 @@ import (
 type Config struct {
 	// Listen is the address of the gRPC listener, mutual TLS only.
 	Listen string `yaml:"listen"`
+	// HTTPListen is the address of GetContentKeys as JSON over HTTPS, mutual TLS
+	// only; without it there is none.
+	HTTPListen string `yaml:"http_listen"`
 	// AdminListen serves /livez, /readyz and /metrics in clear; loopback only.
 	AdminListen string `yaml:"admin_listen"`
 	// DataDir holds store.db, audit/ and pin.latch; mode 0700.
@@ -231,6 +234,9 @@ func (c *Config) check() error {
 	}
 	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		fault("listen", "%w", err)
+	}
+	if _, _, err := net.SplitHostPort(c.HTTPListen); c.HTTPListen != "" && err != nil {
+		fault("http_listen", "%w", err)
 	}
 	if host, _, err := net.SplitHostPort(c.AdminListen); err != nil {
 		fault("admin_listen", "%w", err)

@@ -96,6 +96,15 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		admin.Close()
 		return err
 	}
+	twin, err := d.listenTwin()
+	if err != nil {
+		listener.Close()
+		admin.Close()
+		if packagers != nil {
+			packagers.Close()
+		}
+		return err
+	}
 	d.log.Info("listening", "listen", listener.Addr().String(), "admin", admin.Addr().String())
 	// The parts outlive the calls that use them.
 	defer func() { err = errors.Join(err, d.closeParts(context.WithoutCancel(ctx))) }()
@@ -105,6 +114,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	g.Go(func() error { return d.serveAdmin(gctx, admin) })
 	if packagers != nil {
 		g.Go(func() error { return d.servePackagers(gctx, packagers) })
+	}
+	if twin != nil {
+		g.Go(func() error { return d.server.ServeTwin(gctx, twin, d.config.Limits.DrainTimeout) })
 	}
 	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
 	g.Go(func() error { d.heedHangups(gctx, hup); return nil })
@@ -213,6 +225,19 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 		return err
 	}
 	return d.adopt(ctx, policy)
+}
+
+// listenTwin opens the listener of providers without gRPC, if there is one.
+func (d *daemon) listenTwin() (net.Listener, error) {
+	if d.config.HTTPListen == "" {
+		return nil, nil
+	}
+	l, err := net.Listen("tcp", d.config.HTTPListen)
+	if err != nil {
+		return nil, fmt.Errorf("http_listen: %w", err)
+	}
+	d.log.Info("listening for HTTPS", "http", l.Addr().String())
+	return l, nil
 }
 
 // storeMissing tells an uninitialised place from one that has lost its store:
