@@ -1,6 +1,9 @@
 package custodian
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+)
 
 // A Reason is the stable name of a refusal: ErrorInfo.reason on the wire and
 // the reason in the audit log. internal/rpc/status.go maps it to a status.
@@ -81,6 +84,9 @@ var (
 	// ErrProviderUnavailable: no answer, or the KMS says that it is out of
 	// order or sealed. The blob may be fine; try again later.
 	ErrProviderUnavailable = errors.New("kms unavailable")
+	// ErrProviderLogin: the KMS refuses our login, so nothing is known of our
+	// access to the key. It is an outage, and matches ErrProviderUnavailable.
+	ErrProviderLogin = fmt.Errorf("kms refuses our login: %w", ErrProviderUnavailable)
 	// ErrProviderThrottled: the KMS asks to be called less often.
 	ErrProviderThrottled = errors.New("kms throttles us")
 	// ErrProviderDenied: a fresh login was good and the KMS still says no.

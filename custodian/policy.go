@@ -49,6 +49,8 @@ const (
 	ActionReadStatus     Action = "status.read"
 	ActionBackup         Action = "backup"
 	ActionReadAudit      Action = "audit.read"
+	ActionSetProviders   Action = "category.providers"
+	ActionReencrypt      Action = "category.reencrypt"
 )
 
 // permits says which roles may do an action at all.
@@ -63,6 +65,10 @@ var permits = map[Action][]Role{
 	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
 	ActionBackup:         {RoleOperator},
 	ActionReadAudit:      {RoleAuditor},
+	// Who holds the outer layer is decided by those who decide who holds keys;
+	// that its wraps follow a provider's own rotation is housekeeping.
+	ActionSetProviders: {RoleOfficer},
+	ActionReencrypt:    {RoleOfficer, RoleOperator},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only

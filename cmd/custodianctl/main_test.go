@@ -83,7 +83,7 @@ func startDev(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("! dev has no meaning")
 	}
 	dir := ts.MkAbs("dev")
-	cmd := exec.Command(daemon, append([]string{"dev", "-dir", dir, "-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0"}, args...)...)
+	cmd := exec.Command(daemon, append([]string{"dev", "-dir", dir, "-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-packagers", ""}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	log, err := os.OpenFile(ts.MkAbs("dev.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	ts.Check(err)

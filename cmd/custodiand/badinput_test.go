@@ -49,6 +49,8 @@ func TestBadConfig(t *testing.T) {
 		"empty grants":          {[]string{"grants:", "grants: []\nlimits: {}\nlog: {}\n#"}, nil},
 		"officer without pin":   {[]string{"role: auditor", "role: officer"}, []string{"officer", "spki"}},
 		"no such PIN file":      {[]string{"pin_file: ", "pin_file: /nonexistent"}, []string{"hsm.pin_file", "no such file"}},
+		"rewraps without end":   {[]string{"rewrap_rate: 0", "rewrap_rate: 1e9"}, []string{"kms.rewrap_rate"}},
+		"a hurried provider":    {[]string{"- name: local", "- name: local\n          deadline: 1ms"}, []string{"kms.providers[0].deadline"}},
 		"grace without end":     {[]string{"grace: null", "grace: 48h"}, []string{"kms.grace", "kms.grace_ceiling"}},
 		"webhook in clear":      {[]string{"webhook:\n        url: \"\"", "webhook:\n        url: http://example.com/hook"}, []string{"kms.webhook.url", "loopback", "kms.webhook.secret_file"}},
 		"no such module":        {[]string{"module: ", "module: /nonexistent"}, []string{"hsm.module", "no such file"}},

@@ -75,6 +75,10 @@ type KMSConfig struct {
 	Grace        *time.Duration `yaml:"grace"`
 	GraceCeiling time.Duration  `yaml:"grace_ceiling"`
 
+	// RewrapRate is how many keys a second get new outer wraps while a job moves
+	// them to other providers; 50.
+	RewrapRate float64 `yaml:"rewrap_rate"`
+
 	Webhook WebhookConfig `yaml:"webhook"`
 }
 
@@ -182,6 +186,9 @@ func parseConfig(raw []byte) (*Config, error) {
 	}
 	if c.KMS.GraceCeiling == 0 {
 		c.KMS.GraceCeiling = 24 * time.Hour
+	}
+	if c.KMS.RewrapRate == 0 {
+		c.KMS.RewrapRate = 50
 	}
 	if c.Limits.DrainTimeout == 0 {
 		c.Limits.DrainTimeout = 10 * time.Second
@@ -325,6 +332,9 @@ func (c KMSConfig) check() []error {
 	if c.GraceCeiling < time.Second || c.GraceCeiling > maxGraceCeiling {
 		faults = append(faults, fmt.Errorf("kms.grace_ceiling: %s: must be 1s to %s", c.GraceCeiling, maxGraceCeiling))
 	}
+	if !(c.RewrapRate >= 0.1 && c.RewrapRate <= 10000) { // nor NaN
+		faults = append(faults, fmt.Errorf("kms.rewrap_rate: %g: must be 0.1 to 10000", c.RewrapRate))
+	}
 	if *c.Grace < 0 || *c.Grace > c.GraceCeiling {
 		faults = append(faults, fmt.Errorf("kms.grace: %s: must be 0s to kms.grace_ceiling, %s", *c.Grace, c.GraceCeiling))
 	}
@@ -391,8 +401,9 @@ func (c *Config) storePath() string { return filepath.Join(c.DataDir, "store.db"
 func (c *Config) auditDir() string  { return filepath.Join(c.DataDir, "audit") }
 
 // auditFile is there once the audit log is whole: it is put in place last.
-func (c *Config) auditFile() string { return filepath.Join(c.auditDir(), "audit.log") }
-func (c *Config) latchPath() string { return filepath.Join(c.DataDir, "pin.latch") }
+func (c *Config) auditFile() string     { return filepath.Join(c.auditDir(), "audit.log") }
+func (c *Config) incidentsPath() string { return filepath.Join(c.DataDir, "incidents.json") }
+func (c *Config) latchPath() string     { return filepath.Join(c.DataDir, "pin.latch") }
 
 func (c *Config) logger(w io.Writer) *slog.Logger {
 	var level slog.Level

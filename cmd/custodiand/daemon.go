@@ -38,6 +38,7 @@ type daemon struct {
 	// packagers and its address are nil where no listener for them is configured.
 	packagers    *packager.Server
 	packagerAddr net.Addr
+	outages      *custodian.Outages
 	webhook      *webhook // nil: nobody is told of incidents
 	custody      *custodian.Custodian
 	parts        parts
@@ -78,7 +79,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if d.webhook, err = newWebhook(d.config.KMS.Webhook, d.log); err != nil {
+	book := openIncidentBook(d.config.incidentsPath(), d.config.KMS.Webhook.URL != "", d.log)
+	d.outages = custodian.NewOutages(time.Now, d.log, book.tell, book.open())
+	if d.webhook, err = newWebhook(d.config.KMS.Webhook, book, d.log); err != nil {
 		return err
 	}
 	listener, err := net.Listen("tcp", d.config.Listen)
@@ -132,6 +135,11 @@ func (d *daemon) run(ctx context.Context) (err error) {
 
 // begin opens the parts and begins service, then keeps house until ctx ends.
 func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, admin net.Addr) error {
+	starting, started := context.WithCancel(ctx)
+	var ticking sync.WaitGroup
+	ticking.Go(func() { everySecond(starting, d.outages.Tick) }) // an outage that keeps us from starting is one, too
+	defer ticking.Wait()
+	defer started()
 	for wait := time.Second; ; wait = min(2*wait, 30*time.Second) {
 		err := d.open(ctx, policy)
 		if err == nil {
@@ -154,6 +162,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 			return nil
 		}
 	}
+	started()
 	d.registerMetrics()
 	d.server.SetCustody(d.custody)
 	d.log.Info("serving", "listen", listen.String(), "admin", admin.String(), "version", version)
@@ -165,6 +174,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	// Two of them: a KMS that hangs holds its probe up, but not the incident.
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
+	g.Go(func() error { d.custody.RunRewraps(gctx); return nil })
 	return g.Wait()
 }
 
@@ -218,9 +228,7 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 	}
 	cfg := d.parts.config(d.config, policy, d.log)
 	cfg.ConfirmTime = d.confirmTime
-	if d.webhook != nil {
-		cfg.OnIncident = d.webhook.tell
-	}
+	cfg.Outages = d.outages
 	if d.custody, err = custodian.Open(ctx, cfg); err != nil {
 		return err
 	}
@@ -288,7 +296,7 @@ func (d *daemon) earlyStatus() func(context.Context, custodian.Caller) (custodia
 		if dec := d.lastPolicy().Decide(custodian.Request{Caller: who, Action: custodian.ActionReadStatus, Now: now}); !dec.Allow {
 			return custodian.Status{}, dec.Err
 		}
-		return custodian.Status{Time: now, Started: started, Warnings: []string{"no keys are served yet; the daemon's log says why"}}, nil
+		return custodian.Status{Time: now, Started: started, Warnings: append([]string{"no keys are served yet; the daemon's log says why"}, d.outages.Warnings()...)}, nil
 	}
 }
 

@@ -32,6 +32,9 @@ type Custody interface {
 	Ready(context.Context) error
 	CreateCategory(context.Context, custodian.Caller, custodian.CreateCategoryRequest) (custodian.Category, error)
 	SetCategoryMode(context.Context, custodian.Caller, custodian.SetModeRequest) (custodian.Category, error)
+	SetProviders(context.Context, custodian.Caller, custodian.SetProvidersRequest) (custodian.RewrapStatus, error)
+	Reencrypt(context.Context, custodian.Caller, custodian.ReencryptRequest) (custodian.RewrapStatus, error)
+	Rewraps(context.Context, custodian.Caller) ([]custodian.RewrapStatus, error)
 	Categories(context.Context, custodian.Caller) ([]custodian.Category, error)
 	KeyVersions(context.Context, custodian.Caller, custodian.CategoryName) ([]custodian.KEK, error)
 	ListContentKeys(context.Context, custodian.Caller, custodian.ListRequest) ([]custodian.ContentKeyInfo, string, error)

@@ -24,8 +24,7 @@ import (
 	"time"
 )
 
-// gcPercent is that of custodiand, for every server here: the echo gets it as
-// well, so that the ratios do not flatter the callback.
+// gcPercent is that of custodiand, for every process here but the bare echoes.
 const gcPercent = 400
 
 func main() {
