@@ -59,8 +59,9 @@ type Config struct {
 	// KMS says how providers are called, and what is served while they are
 	// away.
 	KMS KMSLimits
-	// OnIncident hears of every incident when it is declared and when it is
-	// closed. It must not wait.
+	// Outages know of providers that are away, also from before this Open. nil:
+	// ones of its own, which tell OnIncident.
+	Outages    *Outages
 	OnIncident func(Incident)
 	// MaxReleases is how many CEKs may be in clear at once. Zero: 8192.
 	MaxReleases int
@@ -81,18 +82,18 @@ type GCMLimits struct{ Block, Soft, Hard uint64 }
 
 // A Custodian is the domain at work. It is safe for concurrent use.
 type Custodian struct {
-	store  Store
-	hsm    HSM
-	audit  *audit.Log
-	keys   *keyring
-	arena  *secret.Arena
-	log    *slog.Logger
-	prefix string
-	limits GCMLimits
+	store   Store
+	hsm     HSM
+	audit   *audit.Log
+	keys    *keyring
+	rewraps *rewrapping
+	arena   *secret.Arena
+	log     *slog.Logger
+	prefix  string
+	limits  GCMLimits
 
 	clock          func() time.Time
 	defaultWraps   []string
-	onIncident     func(Incident)
 	started        time.Time
 	unknownObjects []TokenObject
 
@@ -147,17 +148,20 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Outages == nil {
+		cfg.Outages = NewOutages(cfg.Now, cfg.Log, cfg.OnIncident, nil)
+	}
 	// A slot holds a CEK and its tag: modules want room for both.
 	arena, err := secret.NewArena(2*CEKSize, cfg.MaxReleases)
 	if err != nil {
 		return nil, err
 	}
-	keys, err := newKeyring(ctx, cfg.HSM, cfg.Providers, cfg.KEKLifetime, cfg.KMS, cfg.Now)
+	keys, err := newKeyring(ctx, cfg.HSM, cfg.Providers, cfg.KEKLifetime, cfg.KMS, cfg.Outages)
 	if err != nil {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}}
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
 	return c, nil

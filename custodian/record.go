@@ -227,6 +227,7 @@ const (
 	ControlSigner    ControlKind = 4
 	ControlCategory  ControlKind = 5
 	ControlException ControlKind = 6
+	ControlRewrap    ControlKind = 7
 )
 
 // A ControlRecord is a record as the store keeps it: Body is an encoding that

@@ -52,6 +52,8 @@ var (
 	narrow = custodian.Caller{ID: "spiffe://test/narrow", Roles: []custodian.Role{custodian.RoleProvider}}
 	// patient may have keys after their re-issue window.
 	patient = custodian.Caller{ID: "spiffe://test/patient", Roles: []custodian.Role{custodian.RolePackager}}
+	// narrowOfficer decides about the category movies only.
+	narrowOfficer = custodian.Caller{ID: "spiffe://test/narrow-officer", Roles: []custodian.Role{custodian.RoleOfficer}, SPKI: [32]byte{2}}
 	// nobody has no grant.
 	nobody = custodian.Caller{ID: "spiffe://test/nobody", Roles: custodian.Roles}
 )
@@ -64,6 +66,7 @@ func testPolicy(t *testing.T) *custodian.Policy {
 		{Identity: provider.ID, Role: custodian.RoleProvider, AllCategories: true},
 		{Identity: narrow.ID, Role: custodian.RoleProvider, Categories: []custodian.CategoryName{"movies"}},
 		{Identity: officer.ID, Role: custodian.RoleOfficer, AllCategories: true, SPKI: &[32]byte{1}},
+		{Identity: narrowOfficer.ID, Role: custodian.RoleOfficer, Categories: []custodian.CategoryName{"movies"}, SPKI: &[32]byte{2}},
 		{Identity: auditor.ID, Role: custodian.RoleAuditor, AllCategories: true},
 		{Identity: operator.ID, Role: custodian.RoleOperator},
 	})

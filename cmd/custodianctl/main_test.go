@@ -62,6 +62,8 @@ func TestMain(m *testing.M) {
 //	flip FILE OFFSET         change one byte
 //	checkpoint FILE DIR N    write the first checkpoint of the log in DIR that
 //	                         covers entry N
+//
+// VECTORS is the folder of DASH-IF's CPIX documents.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
@@ -73,6 +75,11 @@ func TestScripts(t *testing.T) {
 			e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
 			e.Setenv("XDG_CONFIG_HOME", "")
 			e.Setenv(configEnv, "")
+			vectors, err := filepath.Abs("../../internal/packager/testdata/cpix")
+			if err != nil {
+				return err
+			}
+			e.Setenv("VECTORS", vectors)
 			e.Values[processKey{}] = new(process)
 			return nil
 		},

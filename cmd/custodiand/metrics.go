@@ -33,8 +33,11 @@ var (
 	descKMSReasons  = desc("kms_calls_by_reason_total", "Calls to the provider, by why they were made and how they ended.", "provider", "reason", "result")
 	descKMSGrace    = desc("kms_grace_left_seconds", "How long loaded keys would serve on from now if the provider does not answer any more.", "provider")
 	descKMSRefused  = desc("kms_refused", "1 where the provider's access to its key was taken away, so that there is no grace.", "provider")
+	descKMSLogin    = desc("kms_login_refused", "1 where the provider refuses our login: its credentials have to be renewed.", "provider")
 	descKMSIncident = desc("kms_incident", "1 while an incident of the provider is open.", "provider")
 	descKMSCount    = desc("kms_incidents_total", "Incidents of the provider that were declared.", "provider")
+	descRewrapDone  = desc("rewrap_keys_done", "Keys whose outer wraps a job has moved; the job is there until it has ended.", "category")
+	descRewrapKeys  = desc("rewrap_keys", "Keys whose outer wraps a job moves.", "category")
 	descKeys        = desc("store_content_keys", "Content keys in the store.")
 	descStoreBytes  = desc("store_bytes", "Size of the store's file.")
 	descEntries     = desc("audit_entries", "Entries in the audit log.")
@@ -86,11 +89,16 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		counter(descKMSFailures, p.Failures, p.Name)
 		gauge(descKMSGrace, p.GraceLeft.Seconds(), p.Name)
 		gauge(descKMSRefused, number(p.Refused != ""), p.Name)
+		gauge(descKMSLogin, number(p.LoginRefused != ""), p.Name)
 		gauge(descKMSIncident, number(!p.Incident.IsZero()), p.Name)
 		counter(descKMSCount, p.Incidents, p.Name)
 		for _, n := range p.CallsByReason {
 			counter(descKMSReasons, n.Count, p.Name, string(n.Reason), string(n.Result))
 		}
+	}
+	for _, j := range s.Rewraps {
+		gauge(descRewrapDone, float64(j.Done), string(j.Category))
+		gauge(descRewrapKeys, float64(j.Total), string(j.Category))
 	}
 	gauge(descKeys, float64(s.Store.ContentKeys))
 	gauge(descStoreBytes, float64(s.Store.Bytes))
