@@ -48,6 +48,7 @@ var sdks = []string{
 var house = []rule{
 	{pkg: "api/..."},
 	{pkg: "certs"},
+	{pkg: "internal/anchor", ours: []string{"custodian", "internal/checkpoint"}, never: []string{"google.golang.org/grpc/...", "github.com/prometheus/..."}},
 	{pkg: "internal/secret"},
 	{pkg: "internal/checkpoint"},
 	{pkg: "internal/audit", ours: []string{"internal/checkpoint"}},

@@ -61,6 +61,8 @@ type Config struct {
 	OnIncident func(Incident)
 	// MaxReleases is how many CEKs may be in clear at once. Zero: 8192.
 	MaxReleases int
+	// Anchors are held against the audit log at the start. Nil: there are none.
+	Anchors Anchors
 	// ConfirmTime accepts a clock that is far beyond the highest time seen.
 	ConfirmTime bool
 	// ConfigDigest names the configuration in the audit log.
@@ -90,6 +92,7 @@ type Custodian struct {
 	clock          func() time.Time
 	defaultWraps   []string
 	onIncident     func(Incident)
+	anchors        Anchors
 	started        time.Time
 	unknownObjects []TokenObject
 
@@ -114,7 +117,7 @@ type Custodian struct {
 //
 // Errors: ErrUninitialised; ErrHSMUnavailable and ErrKMSUnavailable (try
 // again); ErrRecordMAC, ErrControlDigest, ErrStoreRollback, ErrLogRollback,
-// ErrWrongMEK (never served; see docs/OPERATIONS.md).
+// ErrAnchorAhead, ErrAnchorFork, ErrWrongMEK (never served; see docs/OPERATIONS.md).
 func Open(ctx context.Context, cfg Config) (*Custodian, error) {
 	c, err := newCustodian(ctx, cfg)
 	if err != nil {
@@ -150,7 +153,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}}
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, anchors: cfg.Anchors, keys: keys, budgets: map[CategoryName]*budget{}}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
 	return c, nil

@@ -95,6 +95,9 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 	if err := req.Check(); err != nil {
 		return nil, err
 	}
+	if err := c.anchored(); err != nil {
+		return nil, err
+	}
 	d, keys, err := c.issue(ctx, who, req)
 	if err != nil {
 		destroy(keys)

@@ -98,6 +98,9 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	if err := c.signLog(ctx, set); err != nil {
 		return err
 	}
+	if err := c.checkAnchors(ctx, set); err != nil {
+		return err
+	}
 	c.set.Store(set)
 	if !cfg.Restored && cfg.Logged.Revision < set.head.Revision {
 		// The last run ended between the store's commit and the log's.

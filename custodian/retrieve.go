@@ -62,6 +62,9 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if err := req.Check(); err != nil {
 		return nil, err
 	}
+	if err := c.anchored(); err != nil {
+		return nil, err
+	}
 	results := make([]RetrieveResult, len(req.KIDs))
 	sealed := make([]SealedKey, len(req.KIDs))
 	var contentCategory CategoryName

@@ -50,6 +50,8 @@ type AuditStatus struct {
 	Entries uint64 `json:"entries"`
 	Root    string `json:"root"`
 	Blocked string `json:"blocked,omitempty"`
+
+	Anchors []AnchorStatus `json:"anchors,omitempty"`
 }
 
 // Status describes the daemon to who may know.
@@ -82,6 +84,12 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 	slices.SortFunc(s.MEKs, func(a, b MEKStatus) int { return int(a.Version) - int(b.Version) })
 	for _, g := range c.keys.order {
 		s.Providers = append(s.Providers, g.describe())
+	}
+	if c.anchors != nil {
+		s.Audit.Anchors = c.anchors.Status()
+		if err := c.anchors.Blocked(); err != nil && s.Audit.Blocked == "" {
+			s.Audit.Blocked = err.Error()
+		}
 	}
 	s.Warnings = c.warnings(set, s)
 	return s, nil
@@ -124,6 +132,11 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	if err := c.believesClock(); err != nil {
 		w = append(w, err.Error())
 	}
+	for _, a := range s.Audit.Anchors {
+		if !a.Alert.IsZero() {
+			w = append(w, fmt.Sprintf("anchor %s is %d entries behind the audit log, since %s: %s", a.Name, a.Lag, s.Time.Add(-a.LagTime).Format(time.RFC3339), a.LastError))
+		}
+	}
 	if s.Audit.Blocked != "" {
 		w = append(w, "the audit log is blocked, so nothing is released: "+s.Audit.Blocked)
 	}
@@ -136,6 +149,9 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 func (c *Custodian) Ready(ctx context.Context) error {
 	if b := c.audit.Stats().Blocked; b != "" {
 		return fmt.Errorf("%s: %w", b, ErrAuditBlocked)
+	}
+	if err := c.anchored(); err != nil {
+		return err
 	}
 	if err := c.hsm.Health(ctx); err != nil {
 		return err

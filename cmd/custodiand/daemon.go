@@ -19,6 +19,7 @@ import (
 	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/internal/anchor"
 	"github.com/keycustody/custodian/internal/rpc"
 	"github.com/keycustody/custodian/store"
 )
@@ -35,6 +36,7 @@ type daemon struct {
 	server  *rpc.Server
 	metrics *prometheus.Registry
 	webhook *webhook // nil: nobody is told of incidents
+	anchors *anchor.Set
 	custody *custodian.Custodian
 	parts   parts
 
@@ -130,6 +132,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	// Two of them: a KMS that hangs holds its probe up, but not the incident.
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
+	g.Go(func() error { return d.anchors.Run(gctx) })
 	return g.Wait()
 }
 
@@ -183,6 +186,10 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 	}
 	cfg := d.parts.config(d.config, policy, d.log)
 	cfg.ConfirmTime = d.confirmTime
+	if d.anchors, err = d.newAnchors(); err != nil {
+		return err
+	}
+	cfg.Anchors = d.anchors
 	if d.webhook != nil {
 		cfg.OnIncident = d.webhook.tell
 	}

@@ -39,6 +39,10 @@ var (
 	descStoreBytes  = desc("store_bytes", "Size of the store's file.")
 	descEntries     = desc("audit_entries", "Entries in the audit log.")
 	descBlocked     = desc("audit_blocked", "1 where the audit log cannot be written, so that nothing is released.")
+	descAnchorLag   = desc("audit_anchor_lag_entries", "Entries of the audit log that the anchor's newest checkpoint does not cover.", "anchor", "kind")
+	descAnchorTime  = desc("audit_anchor_lag_seconds", "Since when the anchor has not had the newest checkpoint, in seconds.", "anchor", "kind")
+	descAnchorFail  = desc("audit_anchor_failures_total", "Checkpoints that the anchor did not take.", "anchor", "kind")
+	descAnchorAlert = desc("audit_anchor_alert", "1 while the anchor is further behind than anchors.alert_after.", "anchor", "kind")
 	descClear       = desc("ceks_in_clear", "CEKs that are in clear at this moment.")
 	descLoads       = desc("kek_loads_total", "KEKs that were unwrapped by KMS and token.")
 	descAbandoned   = desc("hsm_abandoned_calls", "Calls to the token that were given up and have not ended.")
@@ -90,6 +94,12 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	gauge(descStoreBytes, float64(s.Store.Bytes))
 	gauge(descEntries, float64(s.Audit.Entries))
 	gauge(descBlocked, number(s.Audit.Blocked != ""))
+	for _, a := range s.Audit.Anchors {
+		gauge(descAnchorLag, float64(a.Lag), a.Name, a.Kind)
+		gauge(descAnchorTime, a.LagTime.Seconds(), a.Name, a.Kind)
+		counter(descAnchorFail, a.Failures, a.Name, a.Kind)
+		gauge(descAnchorAlert, number(!a.Alert.IsZero()), a.Name, a.Kind)
+	}
 	gauge(descClear, float64(s.CEKsInClear))
 	counter(descLoads, s.KEKLoads)
 	gauge(descAbandoned, float64(s.HSM.Abandoned))

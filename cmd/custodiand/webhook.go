@@ -111,7 +111,7 @@ func (c WebhookConfig) roots() (*x509.CertPool, error) {
 type webhook struct {
 	config WebhookConfig
 	client *http.Client
-	queue  chan custodian.Incident
+	queue  chan notice
 	log    *slog.Logger
 	pause  time.Duration // after the first try
 }
@@ -125,7 +125,7 @@ func newWebhook(c WebhookConfig, log *slog.Logger) (*webhook, error) {
 	if err != nil {
 		return nil, fmt.Errorf("kms.webhook.ca_file: %w", err)
 	}
-	return &webhook{config: c, log: log, pause: webhookPause, queue: make(chan custodian.Incident, 256), client: &http.Client{
+	return &webhook{config: c, log: log, pause: webhookPause, queue: make(chan notice, 256), client: &http.Client{
 		Timeout: webhookTimeout,
 		// No proxy of the environment, and what answers with another place is
 		// not the one that was configured.
@@ -134,12 +134,35 @@ func newWebhook(c WebhookConfig, log *slog.Logger) (*webhook, error) {
 	}}, nil
 }
 
-// tell queues a message and does not wait.
+// A notice is a message on its way.
+type notice struct {
+	event, id string
+	body      any
+}
+
+// tell queues the message of an incident and does not wait.
 func (h *webhook) tell(i custodian.Incident) {
+	m := message{"kms.incident.declared", i}
+	if !i.Closed.IsZero() {
+		m.Event = "kms.incident.closed"
+	}
+	h.put(notice{m.Event, i.ID, m})
+}
+
+// tellAnchor is the same for an anchor that is behind.
+func (h *webhook) tellAnchor(a custodian.AnchorAlert) {
+	m := anchorMessage{"audit.anchor.behind", a}
+	if !a.Closed.IsZero() {
+		m.Event = "audit.anchor.caught_up"
+	}
+	h.put(notice{m.Event, a.ID, m})
+}
+
+func (h *webhook) put(n notice) {
 	select {
-	case h.queue <- i:
+	case h.queue <- n:
 	default:
-		h.log.Error("the webhook takes nothing; an incident is not told", "incident", i.ID)
+		h.log.Error("the webhook takes nothing; a message is not sent", "event", n.event, "id", n.id)
 	}
 }
 
@@ -149,45 +172,47 @@ func (h *webhook) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case i := <-h.queue:
-			h.deliver(ctx, i)
+		case n := <-h.queue:
+			h.deliver(ctx, n)
 		}
 	}
 }
 
-// A message is the body of a webhook.
+// A message is the body of a webhook about a KMS.
 type message struct {
 	Event string `json:"event"` // kms.incident.declared or kms.incident.closed
 	custodian.Incident
 }
 
+// An anchorMessage is the body of a webhook about an anchor.
+type anchorMessage struct {
+	Event string `json:"event"` // audit.anchor.behind or audit.anchor.caught_up
+	custodian.AnchorAlert
+}
+
 // deliver sends one message until it is taken, with full jitter between the
 // tries.
-func (h *webhook) deliver(ctx context.Context, i custodian.Incident) {
-	m := message{"kms.incident.declared", i}
-	if !i.Closed.IsZero() {
-		m.Event = "kms.incident.closed"
-	}
-	body, err := json.Marshal(m)
+func (h *webhook) deliver(ctx context.Context, n notice) {
+	body, err := json.Marshal(n.body)
 	if err != nil {
-		h.log.Error("webhook", "incident", i.ID, "err", err)
+		h.log.Error("webhook", "event", n.event, "id", n.id, "err", err)
 		return
 	}
 	began := time.Now()
 	for pause := h.pause; ; pause = min(2*pause, maxWebhookPause) {
 		err := h.send(ctx, body)
 		if err == nil {
-			h.log.Info("the webhook was told", "incident", i.ID, "event", m.Event)
+			h.log.Info("the webhook was told", "event", n.event, "id", n.id)
 			return
 		}
 		if ctx.Err() != nil {
 			return
 		}
 		if time.Since(began) > webhookGiveUp {
-			h.log.Error("the webhook is given up", "incident", i.ID, "event", m.Event, "err", err)
+			h.log.Error("the webhook is given up", "event", n.event, "id", n.id, "err", err)
 			return
 		}
-		h.log.Warn("the webhook did not take a message; it is sent again", "incident", i.ID, "event", m.Event, "err", err)
+		h.log.Warn("the webhook did not take a message; it is sent again", "event", n.event, "id", n.id, "err", err)
 		if !sleep(ctx, rand.N(pause)) {
 			return
 		}
