@@ -38,6 +38,9 @@ const (
 type AuditQuery struct {
 	From     uint64 // index of the first entry to look at
 	PageSize int
+	// SessionID or UserID, of which one may be set, picks entries about that
+	// viewer. That somebody asked is written to the log.
+	SessionID, UserID string
 	AuditFilter
 }
 
@@ -92,6 +95,9 @@ func (c *Custodian) AuditConsistency(ctx context.Context, who Caller, old, size 
 // begins; 0 at the end of the log.
 func (c *Custodian) AuditEntries(ctx context.Context, who Caller, q AuditQuery) (page []AuditEntry, next uint64, err error) {
 	if err := c.mayReadAudit(ctx, who, CategoryName(q.Category)); err != nil {
+		return nil, 0, err
+	}
+	if err := c.lookUp(ctx, who, &q); err != nil {
 		return nil, 0, err
 	}
 	size := c.audit.Size()

@@ -17,6 +17,9 @@ type RetrieveRequest struct {
 	// a category granted to it may hear that a KID is unknown.
 	ContentID ContentID
 	KIDs      []KID
+	// SessionID and UserID are what the caller says of the viewer; empty: nothing.
+	// The audit log has keyed hashes of them.
+	SessionID, UserID string
 }
 
 // A RetrieveResult is the answer for one KID: Key and Info, or Err. Whoever
@@ -46,6 +49,12 @@ func (r RetrieveRequest) Check() error {
 		if err := r.ContentID.Check(); err != nil {
 			return invalid("content_id", err)
 		}
+	}
+	if err := checkViewer("viewer_context.session_id", r.SessionID); err != nil {
+		return err
+	}
+	if err := checkViewer("viewer_context.user_id", r.UserID); err != nil {
+		return err
 	}
 	for i, kid := range r.KIDs {
 		if kid.IsZero() {
@@ -85,6 +94,10 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	}
 	// The set is loaded after the records, so that it knows their KEKs.
 	set := c.set.Load()
+	viewer, err := c.viewerRefs(ctx, set, req.SessionID, req.UserID)
+	if err != nil {
+		return nil, deadline(ctx, err)
+	}
 	entries := make([]audit.Entry, len(results))
 	for i := range results {
 		r := &results[i]
@@ -99,6 +112,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 		}
 		entries[i] = c.entry(set, who, r.decision, ActionRelease, req.RequestID, about, r.Err)
 		entries[i].Detail = graceDetail(r.Grace)
+		entries[i].Refs = viewer
 	}
 	receipts, err := c.record(ctx, entries...)
 	if err == nil && ctx.Err() != nil {

@@ -340,6 +340,11 @@ func progressOn(w io.Writer) func(done, total int64) {
 type filter struct {
 	kid, caller, action, outcome, category, content, keyVersion, request, since, before string
 
+	// sessionFile and userFile name files: what is in them is nobody's business
+	// who can list processes.
+	sessionFile, userFile string
+	session, user         string
+
 	limit int
 	audit.Filter
 }
@@ -378,6 +383,35 @@ func (f *filter) check() error {
 	return nil
 }
 
+// readViewer reads the IDs of session and user.
+func (f *filter) readViewer(stdin io.Reader) error {
+	for _, v := range []struct {
+		flag, path string
+		to         *string
+	}{{"session-id-file", f.sessionFile, &f.session}, {"user-id-file", f.userFile, &f.user}} {
+		if v.path == "" {
+			continue
+		}
+		in := stdin
+		if v.path != "-" {
+			file, err := os.Open(v.path)
+			if err != nil {
+				return err
+			}
+			defer file.Close()
+			in = file
+		}
+		b, err := io.ReadAll(io.LimitReader(in, 2*custodian.MaxViewerSize))
+		if err != nil {
+			return err
+		}
+		if *v.to = strings.TrimRight(string(b), "\r\n"); *v.to == "" {
+			return fmt.Errorf("--%s %s: it is empty", v.flag, v.path)
+		}
+	}
+	return nil
+}
+
 func (f *filter) flags(c *cobra.Command) {
 	fl := c.Flags()
 	fl.StringVar(&f.kid, "kid", "", "only entries about this `KID`: who was given this key")
@@ -390,6 +424,8 @@ func (f *filter) flags(c *cobra.Command) {
 	fl.StringVar(&f.request, "request-id", "", "only entries of this request `ID`")
 	fl.StringVar(&f.since, "since", "", "only entries from this `TIME` on, as 2026-11-22T16:00:00Z")
 	fl.StringVar(&f.before, "before", "", "only entries earlier than this `TIME`")
+	fl.StringVar(&f.sessionFile, "session-id-file", "", "only entries about the session whose ID is in this `FILE`, - for standard input (from the daemon only)")
+	fl.StringVar(&f.userFile, "user-id-file", "", "only entries about the user whose ID is in this `FILE`, - for standard input (from the daemon only)")
 	fl.IntVar(&f.limit, "limit", 100, "the newest `N` of them, 0 for all")
 	completeWords(c, "outcome", "allowed", "denied", "failed")
 	completeWords(c, "action", "issue", "reissue", "release", "category.create", "category.freeze", "category.open", "backup")
@@ -406,10 +442,17 @@ line. What the log says is not checked: custodianctl audit verify does that.`,
 		Example: `  custodianctl audit list --dir /var/lib/custodian/audit --action release --limit 0 --json
   custodianctl audit list --dir DIR --kid KID --action release --outcome allowed --limit 0     who was given this key
   custodianctl audit list --dir DIR --caller NAME --action release --outcome allowed --limit 0 which keys did it get
-  custodianctl audit list --dir DIR --key-version movies/1 --limit 0                           all under this version`,
+  custodianctl audit list --dir DIR --key-version movies/1 --limit 0                           all under this version
+  custodianctl audit list --session-id-file session.txt                                        what this session got`,
 	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
 		if err := f.check(); err != nil {
 			return invalid(err)
+		}
+		if err := f.readViewer(os.Stdin); err != nil {
+			return invalid(err)
+		}
+		if f.session+f.user != "" && dir != "" {
+			return invalid(errors.New("only the daemon has the key to find a session or a user: leave --dir out"))
 		}
 		read := func(fn func(*audit.Entry) error) error { return audit.Read(dir, 0, fn) }
 		if dir == "" {
@@ -469,7 +512,7 @@ func (a *app) readFromDaemon(ctx context.Context, f *filter, fn func(*audit.Entr
 	defer cl.Close()
 	// The numbers of the outcomes are the same here and there.
 	req := &v1.ListEntriesRequest{PageSize: 1000, Caller: f.Caller, Action: f.Action, Outcome: v1.AuditOutcome(f.Outcome), Category: f.Category,
-		ContentId: f.ContentID, Kid: f.KID, KeyVersion: f.KeyVersion}
+		ContentId: f.ContentID, Kid: f.KID, KeyVersion: f.KeyVersion, SessionId: f.session, UserId: f.user}
 	if !f.Since.IsZero() {
 		req.SinceTime = timestamppb.New(f.Since)
 	}
@@ -564,7 +607,15 @@ type entryView struct {
 	StoreSequence   uint64    `json:"store_sequence,omitempty"`
 	Count           uint64    `json:"count,omitempty"`
 	Detail          string    `json:"detail,omitempty"`
+	Refs            []refView `json:"refs,omitempty"`
 	Salt            hexBytes  `json:"salt"`
+}
+
+// A refView is a keyed hash in the place of a session or a user, in JSON.
+type refView struct {
+	Kind       string   `json:"kind"`
+	KeyVersion uint32   `json:"key_version"`
+	MAC        hexBytes `json:"mac"`
 }
 
 func viewEntry(e *audit.Entry) entryView {
@@ -573,6 +624,10 @@ func viewEntry(e *audit.Entry) entryView {
 		RequestID: e.RequestID, Category: e.Category, ContentID: readable(e.ContentID), ContentIDHex: e.ContentID, TrackType: e.TrackType,
 		Scheme: e.Scheme, Generation: e.Generation, KID: e.KID, KeyVersion: e.KeyVersion, ControlRevision: e.ControlRevision,
 		ControlDigest: e.ControlDigest, StoreSequence: e.StoreSequence, Count: e.Count, Detail: e.Detail, Salt: e.Salt[:],
+	}
+	for i := range e.Refs {
+		r := &e.Refs[i]
+		v.Refs = append(v.Refs, refView{r.Kind, r.KeyVersion, r.MAC[:]})
 	}
 	if e.HasPeriod {
 		v.Period = &e.Period

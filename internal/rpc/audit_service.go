@@ -98,6 +98,7 @@ func decodeAuditQuery(req *v1.ListEntriesRequest) (custodian.AuditQuery, error) 
 	case q.PageSize == 0:
 		q.PageSize = defaultPage
 	}
+	q.SessionID, q.UserID = req.GetSessionId(), req.GetUserId()
 	var known bool
 	if q.Outcome, known = outcomes[req.GetOutcome()]; !known {
 		return q, &custodian.InvalidError{Field: "outcome", Err: fmt.Errorf("%d: not known", req.GetOutcome())}

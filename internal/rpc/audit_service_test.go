@@ -161,6 +161,37 @@ func TestListEntries(t *testing.T) {
 	}
 }
 
+// What a caller says of the viewer is found by it, and is not in the entry.
+func TestViewerContext(t *testing.T) {
+	k := newKit(t, options{})
+	k.createCategory(t, "movies")
+	key := k.issue(t, "film-1", "SD")[0]
+	ctx := t.Context()
+	if _, err := k.dial(t, provider).GetContentKeys(ctx, &v1.GetContentKeysRequest{Kids: [][]byte{key.GetKid()},
+		ViewerContext: &v1.ViewerContext{SessionId: "session-1", UserId: "user-1"}}); err != nil {
+		t.Fatal(err)
+	}
+	c := k.dial(t, auditor)
+	for want, req := range map[int]*v1.ListEntriesRequest{
+		1: {SessionId: "session-1", Action: "release"},
+		2: {UserId: "user-1"}, // with the entry of this search
+		0: {SessionId: "user-1", Action: "release"},
+	} {
+		got, err := c.ListAuditEntries(ctx, req)
+		if err != nil || len(got.GetEntries()) != want {
+			t.Fatalf("%v: %d entries, %v, want %d", req, len(got.GetEntries()), err, want)
+		}
+		for _, b := range got.GetEntries() {
+			if bytes.Contains(b, []byte("session-1")) || bytes.Contains(b, []byte("user-1")) {
+				t.Errorf("the entry %q has an ID in clear", b)
+			}
+		}
+	}
+	if _, err := c.ListAuditEntries(ctx, &v1.ListEntriesRequest{SessionId: "a", UserId: "b"}); codeOf(err) != codes.InvalidArgument {
+		t.Errorf("session and user: %v, want INVALID_ARGUMENT", err)
+	}
+}
+
 // Only auditors read the audit log.
 func TestAuditIsForAuditors(t *testing.T) {
 	k := newKit(t, options{})

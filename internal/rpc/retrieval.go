@@ -26,7 +26,8 @@ func (r *retrieval) GetContentKeys(ctx context.Context, req *v1.GetContentKeysRe
 		return nil, err
 	}
 	c := callOf(ctx)
-	results, err := custody.Retrieve(ctx, c.caller, custodian.RetrieveRequest{RequestID: c.requestID, ContentID: req.GetContentId(), KIDs: kids})
+	results, err := custody.Retrieve(ctx, c.caller, custodian.RetrieveRequest{RequestID: c.requestID, ContentID: req.GetContentId(), KIDs: kids,
+		SessionID: req.GetViewerContext().GetSessionId(), UserID: req.GetViewerContext().GetUserId()})
 	if err != nil {
 		return nil, err
 	}

@@ -517,7 +517,13 @@ type ListEntriesRequest struct {
 	// The KID, 16 bytes.
 	Kid []byte `protobuf:"bytes,10,opt,name=kid,proto3" json:"kid,omitempty"`
 	// The version of the key-encryption key, such as movies/4.
-	KeyVersion    string `protobuf:"bytes,11,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
+	KeyVersion string `protobuf:"bytes,11,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
+	// The playback session, as the caller of the release named it. The daemon
+	// computes what the log has in its place; the search is itself written to the
+	// log.
+	SessionId string `protobuf:"bytes,12,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// The user, likewise; not together with session_id.
+	UserId        string `protobuf:"bytes,13,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -629,6 +635,20 @@ func (x *ListEntriesRequest) GetKeyVersion() string {
 	return ""
 }
 
+func (x *ListEntriesRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *ListEntriesRequest) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
 // ListEntriesResponse has one page.
 type ListEntriesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -724,7 +744,7 @@ const file_custodian_v1_audit_service_proto_rawDesc = "" +
 	"\x06hashes\x18\x01 \x03(\fR\x06hashes\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x02 \x01(\fR\n" +
-	"checkpoint\"\x9c\x03\n" +
+	"checkpoint\"\xd4\x03\n" +
 	"\x12ListEntriesRequest\x12\x1d\n" +
 	"\n" +
 	"from_index\x18\x01 \x01(\x04R\tfromIndex\x12\x1b\n" +
@@ -742,7 +762,10 @@ const file_custodian_v1_audit_service_proto_rawDesc = "" +
 	"\x03kid\x18\n" +
 	" \x01(\fR\x03kid\x12\x1f\n" +
 	"\vkey_version\x18\v \x01(\tR\n" +
-	"keyVersion\"N\n" +
+	"keyVersion\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\f \x01(\tR\tsessionId\x12\x17\n" +
+	"\auser_id\x18\r \x01(\tR\x06userId\"N\n" +
 	"\x13ListEntriesResponse\x12\x18\n" +
 	"\aentries\x18\x01 \x03(\fR\aentries\x12\x1d\n" +
 	"\n" +
