@@ -41,7 +41,7 @@ type ExportReport struct {
 
 // Export writes the entries from index from up to, and without, index to, with
 // what proves them, to w. Where to is 0, it ends with what the newest
-// checkpoint covers. It reads the log twice. ErrNoCheckpoint, ErrNoEntry.
+// checkpoint covers. It reads the log twice. ErrNoCheckpoint, ErrNoEntry, ErrPruned.
 func Export(ctx context.Context, dir string, from, to uint64, w io.Writer) (ExportReport, error) {
 	walk, err := openWalk(dir, 0)
 	if err != nil {
@@ -59,6 +59,11 @@ func Export(ctx context.Context, dir string, from, to uint64, w io.Writer) (Expo
 	walk.want(right...)
 	if err := walk.run(ctx, nil); err != nil {
 		return ExportReport{}, err
+	}
+	for _, p := range walk.v.pruned {
+		if p.First < to && p.First+p.Entries > from && p.Kept < p.Entries {
+			return ExportReport{}, fmt.Errorf("entries %d to %d, segment %d: %w", max(from, p.First), min(to, p.First+p.Entries)-1, p.Segment, ErrPruned)
+		}
 	}
 	out := bufio.NewWriter(w)
 	enc := json.NewEncoder(out)
