@@ -44,9 +44,9 @@ type AnchoredLog struct {
 	Checkpoint func() []byte
 	// Verify returns what a checkpoint says that a key of this custody signed.
 	Verify func(signed []byte) (checkpoint.Checkpoint, error)
-	// Consistency proves that the log of old entries is the beginning of the log
-	// of size entries, of which there is a checkpoint.
-	Consistency func(ctx context.Context, old, size uint64) ([][32]byte, error)
+	// Consistency proves that the log of old entries, at least one, is the
+	// beginning of that of c, a checkpoint which Checkpoint has returned.
+	Consistency func(ctx context.Context, old uint64, c checkpoint.Checkpoint) ([][32]byte, error)
 }
 
 // An AnchorStatus says how far an anchor is behind.
@@ -106,10 +106,7 @@ func (c *Custodian) anchoredLog(set *controlSet) (AnchoredLog, error) {
 			}
 			return cp, err
 		},
-		Consistency: func(ctx context.Context, old, size uint64) ([][32]byte, error) {
-			hashes, _, err := audit.ProveConsistency(ctx, c.audit.Dir(), old, size)
-			return hashes, err
-		},
+		Consistency: audit.NewProver(c.audit.Dir()).Consistency,
 	}, nil
 }
 

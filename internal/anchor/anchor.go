@@ -355,7 +355,7 @@ func continues(ctx context.Context, l custodian.AnchoredLog, old, c checkpoint.C
 	var proof [][32]byte
 	if 0 < old.Size && old.Size < c.Size {
 		var err error
-		if proof, err = l.Consistency(ctx, old.Size, c.Size); err != nil {
+		if proof, err = l.Consistency(ctx, old.Size, c); err != nil {
 			return err
 		}
 	}

@@ -107,13 +107,10 @@ func (l *testLog) back(b []byte) {
 
 func (l *testLog) anchored() custodian.AnchoredLog {
 	return custodian.AnchoredLog{
-		Origin:     checkpoint.Origin(l.log.ID()),
-		Checkpoint: l.log.Checkpoint,
-		Verify:     func(signed []byte) (checkpoint.Checkpoint, error) { return checkpoint.Verify(signed, l.key.Public()) },
-		Consistency: func(ctx context.Context, old, size uint64) ([][32]byte, error) {
-			hashes, _, err := audit.ProveConsistency(ctx, l.dir, old, size)
-			return hashes, err
-		},
+		Origin:      checkpoint.Origin(l.log.ID()),
+		Checkpoint:  l.log.Checkpoint,
+		Verify:      func(signed []byte) (checkpoint.Checkpoint, error) { return checkpoint.Verify(signed, l.key.Public()) },
+		Consistency: audit.NewProver(l.dir).Consistency,
 	}
 }
 

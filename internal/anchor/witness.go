@@ -91,7 +91,7 @@ func (w *witness) push(ctx context.Context, l custodian.AnchoredLog, c checkpoin
 func (w *witness) add(ctx context.Context, l custodian.AnchoredLog, c checkpoint.Checkpoint, signed []byte) (status int, answer []byte, err error) {
 	body := fmt.Appendf(nil, "old %d\n", w.size)
 	if 0 < w.size && w.size < c.Size {
-		proof, err := l.Consistency(ctx, w.size, c.Size)
+		proof, err := l.Consistency(ctx, w.size, c)
 		if err != nil {
 			return 0, nil, err
 		}
