@@ -203,14 +203,13 @@ func (s *Server) Peer(cs tls.ConnectionState) (Peer, error) {
 	}
 	st := s.current.Load()
 	now := s.opts.Now()
-	key := cacheKey(cs.PeerCertificates)
-	known, ok := st.cache.get(key)
+	known, ok := st.cache.get(cs.PeerCertificates)
 	if !ok || !known.good.holds(now) {
 		var err error
 		if known, err = st.identify(cs.PeerCertificates, now, s.opts.CRLGrace); err != nil {
 			return Peer{}, fmt.Errorf("client certificate %x: %w", cs.PeerCertificates[0].SerialNumber, err)
 		}
-		st.cache.put(key, known)
+		st.cache.put(cs.PeerCertificates, known)
 	}
 	peer := known.peer
 	peer.Roles = slices.Clone(peer.Roles)

@@ -11,6 +11,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -69,6 +70,30 @@ func TestMemory(t *testing.T) {
 	}
 	if allowed := len(ceks) / 1000; anywhere > allowed {
 		t.Errorf("%d of %d CEKs are left in memory, want at most %d", anywhere, len(ceks), allowed)
+	}
+}
+
+// TestPreemptionIsOff: the daemon runs without signals that would save
+// registers, and keeps the settings that it was given.
+func TestPreemptionIsOff(t *testing.T) {
+	for _, tt := range []struct{ name, given, want string }{
+		{"nothing given", "", "GODEBUG=asyncpreemptoff=1"},
+		{"another setting", "madvdontneed=1", "GODEBUG=madvdontneed=1,asyncpreemptoff=1"},
+		{"given", "asyncpreemptoff=1,madvdontneed=1", "GODEBUG=asyncpreemptoff=1,madvdontneed=1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := provision(t)
+			c.env = append(c.env, "GODEBUG="+tt.given)
+			c.mustRun("init", "-config", c.dev.configFile())
+			c.mustStart()
+			env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", c.cmd.Process.Pid))
+			if err != nil {
+				t.Skipf("the environment of an undumpable process can only be read by root: %v", err)
+			}
+			if got := strings.Split(string(env), "\x00"); !slices.Contains(got, tt.want) {
+				t.Errorf("environment: got %q, want %q in it", got, tt.want)
+			}
+		})
 	}
 }
 

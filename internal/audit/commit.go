@@ -17,12 +17,16 @@ func (l *Log) run() {
 	defer close(l.done)
 	second := time.NewTicker(time.Second)
 	defer second.Stop()
+	var p pace
 	for {
 		select {
 		case <-l.wake:
 			// Let those whom the last batch woke up come along.
 			runtime.Gosched()
-			l.commit(l.take())
+			p.rest(l.closing)
+			batch := l.take()
+			p.began(len(batch))
+			l.commit(batch)
 		case <-second.C:
 			l.flush()
 			l.lookForRoom()
@@ -34,6 +38,36 @@ func (l *Log) run() {
 			l.flush()
 			return
 		}
+	}
+}
+
+// A pace keeps a busy log from making many small batches. What a batch costs
+// besides its entries, a signature of the token and a sync, is the same for two
+// as for a hundred; so where many come at once, the next batch begins no sooner
+// than busyInterval after the last one. A call that comes alone never waits.
+type pace struct {
+	last time.Time // when the last batch began
+	busy bool      // it was one of many requests
+}
+
+const (
+	busyRequests = 8
+	busyInterval = 2 * time.Millisecond
+)
+
+func (p *pace) began(requests int) { p.last, p.busy = time.Now(), requests >= busyRequests }
+
+// rest waits until the next batch may begin, or closing is closed.
+func (p *pace) rest(closing <-chan struct{}) {
+	wait := busyInterval - time.Since(p.last)
+	if !p.busy || wait <= 0 {
+		return
+	}
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-closing:
 	}
 }
 
