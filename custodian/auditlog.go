@@ -32,6 +32,7 @@ const (
 	AuditAllowed = audit.Allowed
 	AuditDenied  = audit.Denied
 	AuditFailed  = audit.Failed
+	AuditBegun   = audit.Begun
 )
 
 // An AuditQuery asks for a page of the audit log.

@@ -363,7 +363,7 @@ func (f *filter) check() error {
 	if f.outcome != "" {
 		var ok bool
 		if f.Outcome, ok = audit.ParseOutcome(f.outcome); !ok {
-			return fmt.Errorf("--outcome %s: must be allowed, denied or failed", plain(f.outcome))
+			return fmt.Errorf("--outcome %s: must be allowed, denied, failed or begun", plain(f.outcome))
 		}
 	}
 	for _, t := range []struct {
@@ -417,7 +417,7 @@ func (f *filter) flags(c *cobra.Command) {
 	fl.StringVar(&f.kid, "kid", "", "only entries about this `KID`: who was given this key")
 	fl.StringVar(&f.caller, "caller", "", "only entries of this caller `NAME`: which keys did it get")
 	fl.StringVar(&f.action, "action", "", "only this `ACTION`: issue, release, category.create and so on")
-	fl.StringVar(&f.outcome, "outcome", "", "only this `OUTCOME`: allowed, denied or failed")
+	fl.StringVar(&f.outcome, "outcome", "", "only this `OUTCOME`: allowed, denied, failed or begun")
 	fl.StringVar(&f.category, "category", "", "only entries about this `CATEGORY`")
 	fl.StringVar(&f.content, "content", "", "only entries about this content `ID`")
 	fl.StringVar(&f.keyVersion, "key-version", "", "only entries about keys under this key-encryption key, as `CATEGORY/VERSION`")
@@ -427,7 +427,7 @@ func (f *filter) flags(c *cobra.Command) {
 	fl.StringVar(&f.sessionFile, "session-id-file", "", "only entries about the session whose ID is in this `FILE`, - for standard input (from the daemon only)")
 	fl.StringVar(&f.userFile, "user-id-file", "", "only entries about the user whose ID is in this `FILE`, - for standard input (from the daemon only)")
 	fl.IntVar(&f.limit, "limit", 100, "the newest `N` of them, 0 for all")
-	completeWords(c, "outcome", "allowed", "denied", "failed")
+	completeWords(c, "outcome", "allowed", "denied", "failed", "begun")
 	completeWords(c, "action", "issue", "reissue", "release", "category.create", "category.freeze", "category.open", "backup")
 }
 
@@ -577,6 +577,9 @@ func about(e *audit.Entry) string {
 	if e.KeyVersion != "" {
 		parts = append(parts, "key "+plain(e.KeyVersion))
 	}
+	if e.HasAttempt {
+		parts = append(parts, fmt.Sprintf("ends %d", e.Attempt))
+	}
 	if e.Detail != "" {
 		parts = append(parts, plain(e.Detail))
 	}
@@ -607,6 +610,7 @@ type entryView struct {
 	StoreSequence   uint64    `json:"store_sequence,omitempty"`
 	Count           uint64    `json:"count,omitempty"`
 	Detail          string    `json:"detail,omitempty"`
+	Attempt         *uint64   `json:"attempt,omitempty"` // index of the entry that says that it begins
 	Refs            []refView `json:"refs,omitempty"`
 	Salt            hexBytes  `json:"salt"`
 }
@@ -628,6 +632,9 @@ func viewEntry(e *audit.Entry) entryView {
 	for i := range e.Refs {
 		r := &e.Refs[i]
 		v.Refs = append(v.Refs, refView{r.Kind, r.KeyVersion, r.MAC[:]})
+	}
+	if e.HasAttempt {
+		v.Attempt = &e.Attempt
 	}
 	if e.HasPeriod {
 		v.Period = &e.Period

@@ -39,7 +39,7 @@ func (f *Filter) Match(e *Entry) bool {
 
 // ParseOutcome is the inverse of String.
 func ParseOutcome(s string) (Outcome, bool) {
-	for _, o := range []Outcome{Allowed, Denied, Failed} {
+	for _, o := range []Outcome{Allowed, Denied, Failed, Begun} {
 		if o.String() == s {
 			return o, true
 		}

@@ -87,6 +87,7 @@ var outcomes = map[v1.AuditOutcome]custodian.AuditOutcome{
 	v1.AuditOutcome_AUDIT_OUTCOME_ALLOWED:     custodian.AuditAllowed,
 	v1.AuditOutcome_AUDIT_OUTCOME_DENIED:      custodian.AuditDenied,
 	v1.AuditOutcome_AUDIT_OUTCOME_FAILED:      custodian.AuditFailed,
+	v1.AuditOutcome_AUDIT_OUTCOME_BEGUN:       custodian.AuditBegun,
 }
 
 func decodeAuditQuery(req *v1.ListEntriesRequest) (custodian.AuditQuery, error) {

@@ -34,6 +34,8 @@ const (
 	AuditOutcome_AUDIT_OUTCOME_DENIED AuditOutcome = 2
 	// It was allowed but did not work.
 	AuditOutcome_AUDIT_OUTCOME_FAILED AuditOutcome = 3
+	// It was decided to do it, and an entry with the end follows.
+	AuditOutcome_AUDIT_OUTCOME_BEGUN AuditOutcome = 4
 )
 
 // Enum value maps for AuditOutcome.
@@ -43,12 +45,14 @@ var (
 		1: "AUDIT_OUTCOME_ALLOWED",
 		2: "AUDIT_OUTCOME_DENIED",
 		3: "AUDIT_OUTCOME_FAILED",
+		4: "AUDIT_OUTCOME_BEGUN",
 	}
 	AuditOutcome_value = map[string]int32{
 		"AUDIT_OUTCOME_UNSPECIFIED": 0,
 		"AUDIT_OUTCOME_ALLOWED":     1,
 		"AUDIT_OUTCOME_DENIED":      2,
 		"AUDIT_OUTCOME_FAILED":      3,
+		"AUDIT_OUTCOME_BEGUN":       4,
 	}
 )
 
@@ -769,12 +773,13 @@ const file_custodian_v1_audit_service_proto_rawDesc = "" +
 	"\x13ListEntriesResponse\x12\x18\n" +
 	"\aentries\x18\x01 \x03(\fR\aentries\x12\x1d\n" +
 	"\n" +
-	"next_index\x18\x02 \x01(\x04R\tnextIndex*|\n" +
+	"next_index\x18\x02 \x01(\x04R\tnextIndex*\x95\x01\n" +
 	"\fAuditOutcome\x12\x1d\n" +
 	"\x19AUDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15AUDIT_OUTCOME_ALLOWED\x10\x01\x12\x18\n" +
 	"\x14AUDIT_OUTCOME_DENIED\x10\x02\x12\x18\n" +
-	"\x14AUDIT_OUTCOME_FAILED\x10\x032\x8e\x03\n" +
+	"\x14AUDIT_OUTCOME_FAILED\x10\x03\x12\x17\n" +
+	"\x13AUDIT_OUTCOME_BEGUN\x10\x042\x8e\x03\n" +
 	"\fAuditService\x12X\n" +
 	"\rGetCheckpoint\x12\".custodian.v1.GetCheckpointRequest\x1a#.custodian.v1.GetCheckpointResponse\x12d\n" +
 	"\x11GetInclusionProof\x12&.custodian.v1.GetInclusionProofRequest\x1a'.custodian.v1.GetInclusionProofResponse\x12j\n" +
