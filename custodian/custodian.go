@@ -83,6 +83,7 @@ type Custodian struct {
 	store  Store
 	hsm    HSM
 	audit  *audit.Log
+	index  *audit.Index
 	keys   *keyring
 	arena  *secret.Arena
 	log    *slog.Logger
@@ -152,7 +153,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if err != nil {
 		return nil, errors.Join(err, arena.Close())
 	}
-	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
+	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
 		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, anchors: cfg.Anchors, keys: keys, budgets: map[CategoryName]*budget{}}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
@@ -162,7 +163,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 // Close releases the loaded keys and wipes what is left in clear.
 func (c *Custodian) Close() error {
 	c.keys.close()
-	return c.arena.Close()
+	return errors.Join(c.index.Close(), c.arena.Close())
 }
 
 // Arena is where the Secrets of results lie.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
@@ -433,12 +434,14 @@ func (f *filter) flags(c *cobra.Command) {
 
 func (a *app) auditListCmd() *cobra.Command {
 	var dir string
+	var follow bool
 	var f filter
 	c := leaf(&cobra.Command{
 		Use:   "list",
 		Short: "Print the newest entries of a log, oldest first",
 		Long: `Print the newest entries of an audit log, oldest first; with --json one object a
-line. What the log says is not checked: custodianctl audit verify does that.`,
+line. What the log says is not checked: custodianctl audit verify does that. With
+--follow it goes on with those that are written, until it is interrupted.`,
 		Example: `  custodianctl audit list --dir /var/lib/custodian/audit --action release --limit 0 --json
   custodianctl audit list --dir DIR --kid KID --action release --outcome allowed --limit 0     who was given this key
   custodianctl audit list --dir DIR --caller NAME --action release --outcome allowed --limit 0 which keys did it get
@@ -454,6 +457,12 @@ line. What the log says is not checked: custodianctl audit verify does that.`,
 		if f.session+f.user != "" && dir != "" {
 			return invalid(errors.New("only the daemon has the key to find a session or a user: leave --dir out"))
 		}
+		if follow {
+			if dir != "" {
+				return invalid(errors.New("--follow asks the daemon: leave --dir out"))
+			}
+			return a.follow(ctx, &f)
+		}
 		read := func(fn func(*audit.Entry) error) error { return audit.Read(dir, 0, fn) }
 		if dir == "" {
 			read = func(fn func(*audit.Entry) error) error { return a.readFromDaemon(ctx, &f, fn) }
@@ -463,24 +472,102 @@ line. What the log says is not checked: custodianctl audit verify does that.`,
 			return fmt.Errorf("read: %w", err)
 		}
 		if a.json {
-			enc := json.NewEncoder(a.out)
-			enc.SetEscapeHTML(false)
-			for _, e := range entries {
-				if err := enc.Encode(viewEntry(e)); err != nil {
-					return err
-				}
-			}
-			return nil
+			return a.printEntries(entries...)
 		}
 		rows := make([][]string, 0, len(entries))
 		for _, e := range entries {
-			rows = append(rows, []string{strconv.FormatUint(e.Index, 10), stamp(e.Time), outcome(e), plain(e.Action), orDash(e.Caller), about(e)})
+			rows = append(rows, entryRow(e))
 		}
 		return a.printTable([]string{"INDEX", "TIME", "OUTCOME", "ACTION", "CALLER", "ABOUT"}, rows)
 	})
 	c.Flags().StringVar(&dir, "dir", "", "`DIR`ectory of the log; without it the daemon is asked (auditor)")
+	c.Flags().BoolVar(&follow, "follow", false, "go on with the entries that are written (from the daemon only)")
 	f.flags(c)
 	return c
+}
+
+func entryRow(e *audit.Entry) []string {
+	return []string{strconv.FormatUint(e.Index, 10), stamp(e.Time), outcome(e), plain(e.Action), orDash(e.Caller), about(e)}
+}
+
+// printEntries prints entries as lines: of JSON, or without columns, whose
+// widths nobody knows before the last entry.
+func (a *app) printEntries(entries ...*audit.Entry) error {
+	enc := json.NewEncoder(a.out)
+	enc.SetEscapeHTML(false)
+	for _, e := range entries {
+		if !a.json {
+			if err := a.printf("%s\n", strings.Join(entryRow(e), "  ")); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := enc.Encode(viewEntry(e)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// follow prints the newest entries, and then those that are written.
+func (a *app) follow(ctx context.Context, f *filter) error {
+	var size uint64
+	entries, err := newest(ctx, func(fn func(*audit.Entry) error) error {
+		cp, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.GetCheckpointResponse, error) {
+			return cl.GetCheckpoint(ctx)
+		})
+		if err != nil {
+			return err
+		}
+		c, err := checkpoint.Parse(cp.GetCheckpoint())
+		if err != nil {
+			return err
+		}
+		size = c.Size
+		return a.readFromDaemon(ctx, f, func(e *audit.Entry) error {
+			if e.Index >= size {
+				return nil // it comes with those that follow
+			}
+			return fn(e)
+		})
+	}, f)
+	if err == nil {
+		err = a.printEntries(entries...)
+	}
+	if err != nil {
+		return fmt.Errorf("read: %w", err)
+	}
+	cl, err := a.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer cl.Close()
+	req := &v1.FollowEntriesRequest{Query: f.query()}
+	req.Query.FromIndex = size
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 10*time.Second) {
+		err := cl.FollowAuditEntries(ctx, req, func(b []byte) error {
+			pause = 100 * time.Millisecond
+			e, err := audit.UnmarshalEntry(b)
+			if err != nil {
+				return err
+			}
+			req.Query.FromIndex = e.Index + 1
+			return a.printEntries(&e)
+		})
+		if ctx.Err() != nil {
+			return nil // interrupted, as it is meant to end
+		}
+		// What a daemon that stops, or asks for a new connection, has ended, goes on
+		// from where it was.
+		if e, ok := errors.AsType[*client.Error](err); err != nil && (!ok || e.Code != codes.Unavailable) {
+			return fmt.Errorf("follow: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+	}
 }
 
 // newest returns the last entries that f wants, in the order of the log.
@@ -510,15 +597,7 @@ func (a *app) readFromDaemon(ctx context.Context, f *filter, fn func(*audit.Entr
 		return err
 	}
 	defer cl.Close()
-	// The numbers of the outcomes are the same here and there.
-	req := &v1.ListEntriesRequest{PageSize: 1000, Caller: f.Caller, Action: f.Action, Outcome: v1.AuditOutcome(f.Outcome), Category: f.Category,
-		ContentId: f.ContentID, Kid: f.KID, KeyVersion: f.KeyVersion, SessionId: f.session, UserId: f.user}
-	if !f.Since.IsZero() {
-		req.SinceTime = timestamppb.New(f.Since)
-	}
-	if !f.Before.IsZero() {
-		req.BeforeTime = timestamppb.New(f.Before)
-	}
+	req := f.query()
 	for {
 		bounded, cancel := a.bounded(ctx)
 		resp, err := cl.ListAuditEntries(bounded, req)
@@ -539,6 +618,20 @@ func (a *app) readFromDaemon(ctx context.Context, f *filter, fn func(*audit.Entr
 			return nil
 		}
 	}
+}
+
+// query is the filter for the daemon. The numbers of the outcomes are the same
+// here and there.
+func (f *filter) query() *v1.ListEntriesRequest {
+	req := &v1.ListEntriesRequest{PageSize: 1000, Caller: f.Caller, Action: f.Action, Outcome: v1.AuditOutcome(f.Outcome), Category: f.Category,
+		ContentId: f.ContentID, Kid: f.KID, KeyVersion: f.KeyVersion, SessionId: f.session, UserId: f.user}
+	if !f.Since.IsZero() {
+		req.SinceTime = timestamppb.New(f.Since)
+	}
+	if !f.Before.IsZero() {
+		req.BeforeTime = timestamppb.New(f.Before)
+	}
+	return req
 }
 
 func outcome(e *audit.Entry) string {

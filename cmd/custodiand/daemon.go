@@ -133,6 +133,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
 	g.Go(func() error { return d.anchors.Run(gctx) })
+	g.Go(func() error { d.custody.KeepIndex(gctx); return nil })
 	return g.Wait()
 }
 
