@@ -80,7 +80,7 @@ type AnchorAlert struct {
 
 // anchoredLog is the audit log for anchors. set is what the start found.
 func (c *Custodian) anchoredLog(set *controlSet) (AnchoredLog, error) {
-	origin := checkpoint.Origin(c.audit.ID())
+	origin := c.auditOrigin()
 	var keys []crypto.PublicKey
 	for _, g := range set.signers {
 		if g.Purpose != signerAudit {

@@ -49,6 +49,7 @@ type controlSet struct {
 	signers    map[string]Signer
 	categories map[CategoryName]Category
 	exceptions map[KID]Exception
+	rewraps    map[CategoryName]RewrapJob // those of the helper keys under ""
 	// buckets hold the hash of every record, by the first byte of the hash of
 	// its key. The head's digest is the hash of the buckets' hashes, so a
 	// change costs one bucket, not the whole set.
@@ -63,13 +64,14 @@ type helperID struct {
 
 func newControlSet() *controlSet {
 	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
-		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}}
+		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rewraps: map[CategoryName]RewrapJob{}}
 }
 
 func (s *controlSet) clone() *controlSet {
 	n := *s
 	n.meks, n.keks, n.helpers = maps.Clone(s.meks), maps.Clone(s.keks), maps.Clone(s.helpers)
 	n.signers, n.categories, n.exceptions = maps.Clone(s.signers), maps.Clone(s.categories), maps.Clone(s.exceptions)
+	n.rewraps = maps.Clone(s.rewraps)
 	return &n
 }
 
@@ -108,10 +110,13 @@ func (s *controlSet) remove(k controlKey) {
 	s.buckets[i] = maps.Clone(s.buckets[i])
 	delete(s.buckets[i], k)
 	s.sums[i] = sumBucket(s.buckets[i])
-	if k.kind == ControlException {
+	switch k.kind {
+	case ControlException:
 		if kid, err := ParseKID(k.name); err == nil {
 			delete(s.exceptions, kid)
 		}
+	case ControlRewrap:
+		maps.DeleteFunc(s.rewraps, func(name CategoryName, _ RewrapJob) bool { return rewrapName(name) == k.name })
 	}
 }
 
@@ -172,6 +177,10 @@ func (s *controlSet) decode(r ControlRecord) error {
 		var x Exception
 		x, err = decodeException(r.Body)
 		s.exceptions[x.KID], want = x, x.KID.String()
+	case ControlRewrap:
+		var j RewrapJob
+		j, err = decodeRewrap(r.Body)
+		s.rewraps[j.Category], want = j, rewrapName(j.Category)
 	default:
 		return fmt.Errorf("control record %q: unknown kind %d: %w", r.Name, r.Kind, ErrRecordCorrupt)
 	}

@@ -45,6 +45,9 @@ type Config struct {
 	Now    func() time.Time
 	Log    *slog.Logger
 
+	// AuditName begins the origin of the audit log's checkpoints, before its ID;
+	// "custodian" where empty. It never changes.
+	AuditName string
 	// LabelPrefix of our objects in the token: PREFIX-v1, PREFIX-audit-v1.
 	LabelPrefix string
 	// DefaultProviders wrap the KEKs of a category that names none, and the
@@ -56,8 +59,9 @@ type Config struct {
 	// KMS says how providers are called, and what is served while they are
 	// away.
 	KMS KMSLimits
-	// OnIncident hears of every incident when it is declared and when it is
-	// closed. It must not wait.
+	// Outages know of providers that are away, also from before this Open. nil:
+	// ones of its own, which tell OnIncident.
+	Outages    *Outages
 	OnIncident func(Incident)
 	// MaxReleases is how many CEKs may be in clear at once. Zero: 8192.
 	MaxReleases int
@@ -80,19 +84,19 @@ type GCMLimits struct{ Block, Soft, Hard uint64 }
 
 // A Custodian is the domain at work. It is safe for concurrent use.
 type Custodian struct {
-	store  Store
-	hsm    HSM
-	audit  *audit.Log
-	index  *audit.Index
-	keys   *keyring
-	arena  *secret.Arena
-	log    *slog.Logger
-	prefix string
-	limits GCMLimits
+	store   Store
+	hsm     HSM
+	audit   *audit.Log
+	index   *audit.Index
+	keys    *keyring
+	rewraps *rewrapping
+	arena   *secret.Arena
+	log     *slog.Logger
+	prefix  string
+	limits  GCMLimits
 
 	clock          func() time.Time
 	defaultWraps   []string
-	onIncident     func(Incident)
 	anchors        Anchors
 	started        time.Time
 	unknownObjects []TokenObject
@@ -103,6 +107,10 @@ type Custodian struct {
 	clockFault atomic.Pointer[error]
 	lastLook   atomic.Int64  // Unix nanoseconds, when the clock was believed last; 0: never since the start
 	incidents  atomic.Uint64 // KEY_NOT_FOUND answers to callers who may know
+
+	auditName   string                    // of the audit log; "": the default
+	checkLogged func(signed []byte) error // a checkpoint of the audit log
+	prunedNoted atomic.Uint64             // pruned entries that the audit log has been told of
 
 	// controlMu serialises changes of the control set and guards unsettled.
 	controlMu sync.Mutex
@@ -144,17 +152,20 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Outages == nil {
+		cfg.Outages = NewOutages(cfg.Now, cfg.Log, cfg.OnIncident, nil)
+	}
 	// A slot holds a CEK and its tag: modules want room for both.
 	arena, err := secret.NewArena(2*CEKSize, cfg.MaxReleases)
 	if err != nil {
 		return nil, err
 	}
-	keys, err := newKeyring(ctx, cfg.HSM, cfg.Providers, cfg.KEKLifetime, cfg.KMS, cfg.Now)
+	keys, err := newKeyring(ctx, cfg.HSM, cfg.Providers, cfg.KEKLifetime, cfg.KMS, cfg.Outages)
 	if err != nil {
 		return nil, errors.Join(err, arena.Close())
 	}
-	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, anchors: cfg.Anchors, keys: keys, budgets: map[CategoryName]*budget{}}
+	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
 	return c, nil

@@ -35,9 +35,10 @@ type HSM interface {
 	// LoadKey unwraps inner under m to a non-extractable session object and
 	// checks the canary.
 	LoadKey(ctx context.Context, m MEK, u KeyUse, identity, inner, canary []byte) (Key, error)
-	// GenerateSigner makes, or adopts, an ECDSA P-256 key pair.
-	GenerateSigner(ctx context.Context, label string, id [16]byte) error
-	// Signer returns a key pair of the token.
+	// GenerateSigner makes, or adopts, a key pair.
+	GenerateSigner(ctx context.Context, alg SigningAlgorithm, label string, id [16]byte) error
+	// Signer returns a key pair of the token. One of ECDSA P-256 signs SHA-256
+	// digests in ASN.1 DER, one of Ed25519 whole messages.
 	Signer(ctx context.Context, label string, id [16]byte) (crypto.Signer, error)
 	// Objects lists what lies in the token.
 	Objects(ctx context.Context) ([]TokenObject, error)
@@ -94,7 +95,8 @@ type HSMStatus struct {
 type Provider interface {
 	// Name is the instance's name in the configuration.
 	Name() string
-	// Wrap puts the provider's layer around blob.
+	// Wrap puts the provider's layer around blob. It returns none that opens
+	// under another context; that it opens under its own, the caller proves.
 	Wrap(ctx context.Context, blob, context []byte) (OuterWrap, error)
 	// Unwrap takes the layer off. w must be of this provider.
 	Unwrap(ctx context.Context, w OuterWrap, context []byte) ([]byte, error)
@@ -104,7 +106,8 @@ type Provider interface {
 	Close() error
 }
 
-// A Rewrapper can move its layer to its newest key version by itself.
+// A Rewrapper can move its layer to its newest key version by itself. What it
+// returns is as a Wrap's.
 type Rewrapper interface {
 	Rewrap(ctx context.Context, w OuterWrap, context []byte) (OuterWrap, error)
 }
@@ -120,14 +123,23 @@ type ProviderStatus struct {
 	LastError   string    `json:"last_error,omitempty"`
 	Calls       uint64    `json:"calls"`
 	Failures    uint64    `json:"failures"`
+	// NextRenewal is when the login is renewed, LoginEnd when it ends. Zero:
+	// there is none yet, or it has no end.
+	NextRenewal time.Time `json:"next_renewal,omitzero"`
+	LoginEnd    time.Time `json:"login_end,omitzero"`
 
 	// The domain adds what follows from all calls so far.
 
-	AwaySince time.Time     `json:"away_since,omitzero"` // no answer since
-	GraceLeft time.Duration `json:"grace_left"`          // for loaded keys, if it goes or stays away
-	Refused   string        `json:"refused,omitempty"`   // why there is no grace: access was taken away
-	Incident  time.Time     `json:"incident,omitzero"`   // declared, and still open
-	Incidents uint64        `json:"incidents"`           // since the start
+	AwaySince    time.Time     `json:"away_since,omitzero"`     // no answer since
+	GraceLeft    time.Duration `json:"grace_left"`              // for loaded keys, if it goes or stays away
+	Refused      string        `json:"refused,omitempty"`       // why there is no grace: access was taken away
+	LoginRefused string        `json:"login_refused,omitempty"` // our login, so that nothing is known of the access
+	// KeyVersions of which it holds a wrap, those of the helper keys included,
+	// and those that nobody else holds one of.
+	KeyVersions     int       `json:"key_versions"`
+	SoleKeyVersions int       `json:"sole_key_versions"`
+	Incident        time.Time `json:"incident,omitzero"` // declared, and still open
+	Incidents       uint64    `json:"incidents"`         // since the start
 	// CallsByReason counts what was asked of the provider, and how it ended.
 	CallsByReason []CallCount `json:"calls_by_reason"`
 }

@@ -48,6 +48,10 @@ const (
 	ActionReadStatus     Action = "status.read"
 	ActionBackup         Action = "backup"
 	ActionReadAudit      Action = "audit.read"
+	ActionSetProviders   Action = "category.providers"
+	ActionReencrypt      Action = "category.reencrypt"
+	ActionImport         Action = "keys.import"
+	ActionExport         Action = "keys.export"
 )
 
 // permits says which roles may do an action at all.
@@ -62,6 +66,12 @@ var permits = map[Action][]Role{
 	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
 	ActionBackup:         {RoleOperator},
 	ActionReadAudit:      {RoleAuditor},
+	// Who holds the outer layer is decided by those who decide who holds keys;
+	// that its wraps follow a provider's own rotation is housekeeping.
+	ActionSetProviders: {RoleOfficer},
+	ActionReencrypt:    {RoleOfficer, RoleOperator},
+	ActionImport:       {RoleOfficer},
+	ActionExport:       {RoleOfficer},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only
@@ -236,9 +246,9 @@ func (r Request) unusable() error {
 // purposeOf is what an action uses keys for; zero where it uses none.
 func purposeOf(a Action) Purpose {
 	switch a {
-	case ActionIssue, ActionReissue:
+	case ActionIssue, ActionReissue, ActionImport:
 		return Protect
-	case ActionRelease:
+	case ActionRelease, ActionExport:
 		return Process
 	}
 	return 0

@@ -392,15 +392,14 @@ func TestHangHonoursTheContext(t *testing.T) {
 	if got := late.Load(); got != 0 {
 		t.Errorf("%d calls came back a second after their deadline", got)
 	}
-	if got, want := int(busy.Load()), 9*pool; got != want {
-		t.Errorf("%d calls got no session, want %d", got, want)
+	hang := tok.Info().Abandoned
+	if hang < 1 || hang > pool {
+		t.Errorf("%d calls abandoned, want some, and no more than the pool has sessions: %d", hang, pool)
 	}
-	if got := tok.Info().Abandoned; got != pool {
-		t.Errorf("%d calls abandoned, want as many as the pool has sessions: %d", got, pool)
+	if got, want := int(busy.Load()), 10*pool-hang; got != want {
+		t.Errorf("%d calls got no session, want the other %d", got, want)
 	}
-	if got := f.Hanging("C_Decrypt"); got != pool {
-		t.Errorf("%d calls hang in the module, want %d", got, pool)
-	}
+	eventually(t, "they hang in the module", func() bool { return f.Hanging("C_Decrypt") == hang })
 	f.Resume("C_Decrypt")
 	eventually(t, "abandoned calls end", func() bool { return tok.Info().Abandoned == 0 && tok.Info().InFlight == 0 })
 	if err := s.open(t.Context()); err != nil {
@@ -543,17 +542,26 @@ func TestReconnectMissesItsDrain(t *testing.T) {
 }
 
 func TestSignerAcrossReconnects(t *testing.T) {
+	digest := sha256.Sum256([]byte("checkpoint"))
+	t.Run("ECDSA P-256", func(t *testing.T) {
+		signAcrossReconnects(t, (*hsm.Token).GenerateSigner, digest[:], crypto.SHA256)
+	})
+	t.Run("Ed25519", func(t *testing.T) {
+		signAcrossReconnects(t, (*hsm.Token).GenerateEd25519Signer, []byte("checkpoint"), crypto.Hash(0))
+	})
+}
+
+func signAcrossReconnects(t *testing.T, generate func(*hsm.Token, context.Context, string, [16]byte) error, text []byte, hash crypto.Hash) {
 	c, f := faulty(t)
 	tok := open(t, c)
 	id := randomID(t)
-	if err := tok.GenerateSigner(t.Context(), "audit-v1", id); err != nil {
+	if err := generate(tok, t.Context(), "audit-v1", id); err != nil {
 		t.Fatal(err)
 	}
 	s, err := tok.Signer(t.Context(), "audit-v1", id)
 	if err != nil {
 		t.Fatal(err)
 	}
-	digest := sha256.Sum256([]byte("checkpoint"))
 	for _, row := range []struct {
 		name string
 		harm func()
@@ -567,11 +575,11 @@ func TestSignerAcrossReconnects(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			row.harm()
-			sig, err := s.Sign(nil, digest[:], crypto.SHA256)
+			sig, err := s.Sign(nil, text, hash)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !verify(s.Public(), digest[:], sig) {
+			if !verify(s.Public(), text, sig) {
 				t.Error("signature does not verify")
 			}
 		})

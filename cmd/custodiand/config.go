@@ -35,13 +35,16 @@ type Config struct {
 	// DataDir holds store.db, audit/ and pin.latch; mode 0700.
 	DataDir string `yaml:"data_dir"`
 
-	HSM     HSMConfig     `yaml:"hsm"`
-	KMS     KMSConfig     `yaml:"kms"`
-	TLS     TLSConfig     `yaml:"tls"`
-	Grants  []GrantConfig `yaml:"grants"`
-	Limits  LimitsConfig  `yaml:"limits"`
-	Anchors AnchorsConfig `yaml:"anchors"`
-	Log     LogConfig     `yaml:"log"`
+	HSM       HSMConfig       `yaml:"hsm"`
+	KMS       KMSConfig       `yaml:"kms"`
+	TLS       TLSConfig       `yaml:"tls"`
+	Packagers PackagersConfig `yaml:"packagers"`
+	CPIX      CPIXConfig      `yaml:"cpix"`
+	Grants    []GrantConfig   `yaml:"grants"`
+	Limits    LimitsConfig    `yaml:"limits"`
+	Audit     AuditConfig     `yaml:"audit"`
+	Anchors   AnchorsConfig   `yaml:"anchors"`
+	Log       LogConfig       `yaml:"log"`
 
 	digest [32]byte
 }
@@ -72,6 +75,10 @@ type KMSConfig struct {
 	// long after it was loaded it does so at most; 24h.
 	Grace        *time.Duration `yaml:"grace"`
 	GraceCeiling time.Duration  `yaml:"grace_ceiling"`
+
+	// RewrapRate is how many keys a second get new outer wraps while a job moves
+	// them to other providers; 50.
+	RewrapRate float64 `yaml:"rewrap_rate"`
 
 	Webhook WebhookConfig `yaml:"webhook"`
 }
@@ -183,6 +190,9 @@ func parseConfig(raw []byte) (*Config, error) {
 	if c.KMS.GraceCeiling == 0 {
 		c.KMS.GraceCeiling = 24 * time.Hour
 	}
+	if c.KMS.RewrapRate == 0 {
+		c.KMS.RewrapRate = 50
+	}
 	if c.Limits.DrainTimeout == 0 {
 		c.Limits.DrainTimeout = 10 * time.Second
 	}
@@ -192,7 +202,9 @@ func parseConfig(raw []byte) (*Config, error) {
 // resolve makes relative paths relative to dir.
 func (c *Config) resolve(dir string) {
 	paths := []*string{&c.DataDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile,
-		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile}
+		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile, &c.Audit.ArchiveDir}
+	paths = append(paths, c.Packagers.paths()...)
+	paths = append(paths, c.CPIX.paths()...)
 	for i := range c.Anchors.List {
 		c.Anchors.List[i].Resolve(dir)
 	}
@@ -271,9 +283,14 @@ func (c *Config) check() error {
 			}
 		}
 	}
+	faults = append(faults, c.Packagers.check()...)
+	if _, _, err := c.CPIX.load(); err != nil {
+		faults = append(faults, err)
+	}
 	if _, err := c.policy(); err != nil {
 		faults = append(faults, err)
 	}
+	faults = append(faults, c.Audit.check()...)
 	if c.Limits.CallbackDeadline < time.Millisecond || c.Limits.CallbackDeadline > time.Minute {
 		fault("limits.callback_deadline", "%s: must be 1ms to 1m", c.Limits.CallbackDeadline)
 	}
@@ -317,6 +334,9 @@ func (c KMSConfig) check() []error {
 	}
 	if c.GraceCeiling < time.Second || c.GraceCeiling > maxGraceCeiling {
 		faults = append(faults, fmt.Errorf("kms.grace_ceiling: %s: must be 1s to %s", c.GraceCeiling, maxGraceCeiling))
+	}
+	if !(c.RewrapRate >= 0.1 && c.RewrapRate <= 10000) { // nor NaN
+		faults = append(faults, fmt.Errorf("kms.rewrap_rate: %g: must be 0.1 to 10000", c.RewrapRate))
 	}
 	if *c.Grace < 0 || *c.Grace > c.GraceCeiling {
 		faults = append(faults, fmt.Errorf("kms.grace: %s: must be 0s to kms.grace_ceiling, %s", *c.Grace, c.GraceCeiling))
@@ -378,8 +398,9 @@ func (c *Config) storePath() string { return filepath.Join(c.DataDir, "store.db"
 func (c *Config) auditDir() string  { return filepath.Join(c.DataDir, "audit") }
 
 // auditFile is there once the audit log is whole: it is put in place last.
-func (c *Config) auditFile() string { return filepath.Join(c.auditDir(), "audit.log") }
-func (c *Config) latchPath() string { return filepath.Join(c.DataDir, "pin.latch") }
+func (c *Config) auditFile() string     { return filepath.Join(c.auditDir(), "audit.log") }
+func (c *Config) incidentsPath() string { return filepath.Join(c.DataDir, "incidents.json") }
+func (c *Config) latchPath() string     { return filepath.Join(c.DataDir, "pin.latch") }
 
 func (c *Config) logger(w io.Writer) *slog.Logger {
 	var level slog.Level

@@ -134,13 +134,7 @@ func (c *custody) plantCategory(name custodian.CategoryName) []byte {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	officer := custodian.Caller{ID: "spiffe://" + devTrustDomain + "/officer", Roles: []custodian.Role{custodian.RoleOfficer}}
-	for _, g := range c.config.Grants {
-		if g.Role == string(custodian.RoleOfficer) {
-			hex.Decode(officer.SPKI[:], []byte(g.SPKI))
-		}
-	}
-	if _, err := d.CreateCategory(ctx, officer, custodian.CreateCategoryRequest{Name: name}); err != nil {
+	if _, err := d.CreateCategory(ctx, c.officer(), custodian.CreateCategoryRequest{Name: name}); err != nil {
 		t.Fatal(err)
 	}
 	return kek

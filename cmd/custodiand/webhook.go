@@ -111,13 +111,14 @@ func (c WebhookConfig) roots() (*x509.CertPool, error) {
 type webhook struct {
 	config WebhookConfig
 	client *http.Client
-	queue  chan notice
+	book   *incidentBook // has the messages
+	alerts chan anchorMessage
 	log    *slog.Logger
 	pause  time.Duration // after the first try
 }
 
 // newWebhook is nil without a URL.
-func newWebhook(c WebhookConfig, log *slog.Logger) (*webhook, error) {
+func newWebhook(c WebhookConfig, book *incidentBook, log *slog.Logger) (*webhook, error) {
 	if c.URL == "" {
 		return nil, nil
 	}
@@ -125,7 +126,7 @@ func newWebhook(c WebhookConfig, log *slog.Logger) (*webhook, error) {
 	if err != nil {
 		return nil, fmt.Errorf("kms.webhook.ca_file: %w", err)
 	}
-	return &webhook{config: c, log: log, pause: webhookPause, queue: make(chan notice, 256), client: &http.Client{
+	return &webhook{config: c, book: book, alerts: make(chan anchorMessage, 64), log: log, pause: webhookPause, client: &http.Client{
 		Timeout: webhookTimeout,
 		// No proxy of the environment, and what answers with another place is
 		// not the one that was configured.
@@ -134,53 +135,34 @@ func newWebhook(c WebhookConfig, log *slog.Logger) (*webhook, error) {
 	}}, nil
 }
 
-// A notice is a message on its way.
-type notice struct {
-	event, id string
-	body      any
-}
-
-// tell queues the message of an incident and does not wait.
-func (h *webhook) tell(i custodian.Incident) {
-	m := message{"kms.incident.declared", i}
-	if !i.Closed.IsZero() {
-		m.Event = "kms.incident.closed"
-	}
-	h.put(notice{m.Event, i.ID, m})
-}
-
-// tellAnchor is the same for an anchor that is behind.
-func (h *webhook) tellAnchor(a custodian.AnchorAlert) {
-	m := anchorMessage{"audit.anchor.behind", a}
-	if !a.Closed.IsZero() {
-		m.Event = "audit.anchor.caught_up"
-	}
-	h.put(notice{m.Event, a.ID, m})
-}
-
-func (h *webhook) put(n notice) {
-	select {
-	case h.queue <- n:
-	default:
-		h.log.Error("the webhook takes nothing; a message is not sent", "event", n.event, "id", n.id)
-	}
-}
-
-// run delivers until ctx ends.
+// run delivers until ctx ends, what an earlier run has left first.
 func (h *webhook) run(ctx context.Context) {
 	for {
+		for {
+			m, ok := h.book.next()
+			if !ok {
+				break
+			}
+			if !h.deliver(ctx, m.Event, m.ID, m) {
+				return
+			}
+			h.book.done()
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case n := <-h.queue:
-			h.deliver(ctx, n)
+		case <-h.book.poke:
+		case m := <-h.alerts:
+			if !h.deliver(ctx, m.Event, m.ID, m) {
+				return
+			}
 		}
 	}
 }
 
 // A message is the body of a webhook about a KMS.
 type message struct {
-	Event string `json:"event"` // kms.incident.declared or kms.incident.closed
+	Event string `json:"event"`
 	custodian.Incident
 }
 
@@ -190,31 +172,57 @@ type anchorMessage struct {
 	custodian.AnchorAlert
 }
 
-// deliver sends one message until it is taken, with full jitter between the
-// tries.
-func (h *webhook) deliver(ctx context.Context, n notice) {
-	body, err := json.Marshal(n.body)
+// tellAnchor queues the message about an anchor and does not wait.
+func (h *webhook) tellAnchor(a custodian.AnchorAlert) {
+	m := anchorMessage{"audit.anchor.behind", a}
+	if !a.Closed.IsZero() {
+		m.Event = "audit.anchor.caught_up"
+	}
+	select {
+	case h.alerts <- m:
+	default:
+		h.log.Error("the webhook takes nothing; a message is not sent", "event", m.Event, "id", a.ID)
+	}
+}
+
+// messageOf names the event: kms.incident.declared and .closed, or for a login
+// kms.login.refused and .accepted.
+func messageOf(i custodian.Incident) message {
+	event := map[custodian.IncidentKind][2]string{
+		custodian.IncidentOutage: {"kms.incident.declared", "kms.incident.closed"},
+		custodian.IncidentLogin:  {"kms.login.refused", "kms.login.accepted"},
+	}[i.Kind]
+	if i.Closed.IsZero() {
+		return message{event[0], i}
+	}
+	return message{event[1], i}
+}
+
+// deliver sends one message until it is taken or given up, with full jitter
+// between the tries. It reports false where ctx ended first.
+func (h *webhook) deliver(ctx context.Context, event, id string, m any) bool {
+	body, err := json.Marshal(m)
 	if err != nil {
-		h.log.Error("webhook", "event", n.event, "id", n.id, "err", err)
-		return
+		h.log.Error("webhook", "event", event, "id", id, "err", err)
+		return true
 	}
 	began := time.Now()
 	for pause := h.pause; ; pause = min(2*pause, maxWebhookPause) {
 		err := h.send(ctx, body)
 		if err == nil {
-			h.log.Info("the webhook was told", "event", n.event, "id", n.id)
-			return
+			h.log.Info("the webhook was told", "event", event, "id", id)
+			return true
 		}
 		if ctx.Err() != nil {
-			return
+			return false
 		}
 		if time.Since(began) > webhookGiveUp {
-			h.log.Error("the webhook is given up", "event", n.event, "id", n.id, "err", err)
-			return
+			h.log.Error("the webhook is given up", "event", event, "id", id, "err", err)
+			return true
 		}
-		h.log.Warn("the webhook did not take a message; it is sent again", "event", n.event, "id", n.id, "err", err)
+		h.log.Warn("the webhook did not take a message; it is sent again", "event", event, "id", id, "err", err)
 		if !sleep(ctx, rand.N(pause)) {
-			return
+			return false
 		}
 	}
 }

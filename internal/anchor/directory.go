@@ -32,7 +32,7 @@ const maxDamaged = 1000
 func (d *directory) push(ctx context.Context, l custodian.AnchoredLog, c checkpoint.Checkpoint, signed []byte) error {
 	// The folder itself is not made: where storage is not mounted, its mount
 	// point must not fill up instead.
-	dir := filepath.Join(d.path, strings.TrimPrefix(l.Origin, "custodian/"))
+	dir := filepath.Join(d.path, logOf(l.Origin))
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -51,6 +51,9 @@ func (d *directory) push(ctx context.Context, l custodian.AnchoredLog, c checkpo
 	}
 	return write(filepath.Join(dir, fmt.Sprintf("%020d-%s%s", c.Size, time.Now().UTC().Format("20060102T150405.000000000Z"), checkpointSuffix)), signed)
 }
+
+// logOf is the ID of a log, in hexadecimal, with which its origin ends.
+func logOf(origin string) string { return origin[strings.LastIndexByte(origin, '/')+1:] }
 
 // newest returns the checkpoint with the most entries; one of no entries where
 // there is none. Files that no key of ours has signed prove nothing, and are

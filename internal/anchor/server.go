@@ -21,7 +21,7 @@ import (
 )
 
 // A Server is a witness, https://c2sp.org/tlog-witness, for the logs whose keys
-// lie in its folder: LOG.pem, where the origin of the log is custodian/LOG. The
+// lie in its folder: LOG.pem, where the origin of the log ends in /LOG. The
 // newest checkpoint of each, with its cosignature, is LOG.checkpoint.
 type Server struct {
 	Dir  string
@@ -99,8 +99,8 @@ func (s *Server) add(r addRequest) (status int, contentType string, answer []byt
 	if err != nil {
 		return refuse(http.StatusBadRequest, err)
 	}
-	log, ours := strings.CutPrefix(claimed.Origin, "custodian/")
-	if !ours || len(log) != 32 || strings.Trim(log, "0123456789abcdef") != "" {
+	log := logOf(claimed.Origin)
+	if len(log) != 32 || strings.Trim(log, "0123456789abcdef") != "" {
 		return refuse(http.StatusNotFound, errors.New("the log is not known"))
 	}
 	pem, err := os.ReadFile(filepath.Join(s.Dir, log+".pem"))

@@ -62,7 +62,8 @@ func ProveInclusion(ctx context.Context, dir string, index, size uint64) (Proof,
 
 // ProveConsistency proves that the log of old entries is the beginning of the
 // log of size entries (RFC 6962, section 2.1.2), and returns the checkpoint of
-// size, or the newest one where size is 0. ErrNoCheckpoint, ErrNoEntry.
+// size, or the newest one where size is 0; nil where that one was pruned.
+// ErrNoCheckpoint, ErrNoEntry.
 func ProveConsistency(ctx context.Context, dir string, old, size uint64) (hashes [][32]byte, signed []byte, err error) {
 	w, err := openWalk(dir, size)
 	if err != nil {
@@ -72,6 +73,7 @@ func ProveConsistency(ctx context.Context, dir string, old, size uint64) (hashes
 	if old > w.size || old == 0 {
 		return nil, nil, fmt.Errorf("%d entries of %d: %w", old, w.size, ErrNoEntry)
 	}
+	w.bare = true
 	hashes, err = w.prove(ctx, func(r tlog.HashReader) ([]tlog.Hash, error) {
 		return tlog.ProveTree(int64(w.size), int64(old), r)
 	}, nil)
@@ -84,6 +86,7 @@ type walk struct {
 	v      *verifier
 	size   uint64 // of the checkpoint
 	signed []byte // the checkpoint
+	bare   bool   // it is no fault where the checkpoint was pruned
 	nodes  map[node]tlog.Hash
 }
 
@@ -150,6 +153,9 @@ func (w *walk) run(ctx context.Context, visit func(*Entry) error) error {
 		}
 	}
 	if n := len(w.v.pruned); n > 0 && w.v.tree.size > w.size && w.v.pruned[n-1].First+w.v.pruned[n-1].Entries > w.size {
+		if w.bare {
+			return nil
+		}
 		return fmt.Errorf("of %d entries, segment %d: %w: %w", w.size, w.v.pruned[n-1].Segment, ErrPruned, ErrNoCheckpoint)
 	}
 	if w.v.tree.size != w.size || w.v.checkpoint == nil {

@@ -121,7 +121,7 @@ func TestSegments(t *testing.T) {
 			t.Error(err)
 		}
 		var out bytes.Buffer
-		if _, err := audit.Export(ctx, dir, uint64(i), 0, &out); err != nil {
+		if _, err := audit.Export(ctx, dir, uint64(i), 0, nil, &out); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := audit.VerifyExport(ctx, &out, k.check, nil); err != nil {
