@@ -64,7 +64,7 @@ var house = []rule{
 	{pkg: "internal/packager", ours: []string{"custodian", "internal/rpc"}},
 	{pkg: "internal/bench/...", ours: []string{"*", "custodian/custodiantest", "testservers", "softhsm/fault", "internal/bench"}},
 	{pkg: "cmd/custodiand", ours: []string{"*"}, never: []string{"testing/..."}},
-	{pkg: "cmd/custodianctl", ours: []string{"client", "api/...", "certs", "custodian", "internal/audit", "internal/checkpoint", "internal/packager", "hsm"}, never: []string{"testing/..."}},
+	{pkg: "cmd/custodianctl", ours: []string{"client", "api/...", "certs", "custodian", "internal/anchor", "internal/audit", "internal/checkpoint", "internal/packager", "hsm"}, never: []string{"testing/..."}},
 	{pkg: "testservers/...", ours: []string{"testservers"}},
 }
 

@@ -29,7 +29,7 @@ func (a *app) auditCmd() *cobra.Command {
 		Short: "Check and read an audit log, without the daemon or from it",
 		Long: `Check and read an audit log from its files: on the daemon's machine while it runs,
 or a copy anywhere.`,
-	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd(), a.auditKeyCmd(), a.auditConsistencyCmd(), a.auditPruneCmd())
+	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd(), a.auditKeyCmd(), a.auditConsistencyCmd(), a.auditPruneCmd(), a.auditWitnessCmd())
 }
 
 // A reportView is a verified log in JSON.
