@@ -23,10 +23,12 @@ type RetrieveRequest struct {
 	RecipientKeyID string
 
 	// LicenceToken is the signed token of the viewer's session, in the compact
-	// serialization of a JWS; empty: none. SessionID is what the caller says the
-	// session is; where it is given, the token's must be the same.
+	// serialization of a JWS; empty: none.
 	LicenceToken string
-	SessionID    string
+	// SessionID and UserID are what the caller says of the viewer; empty: nothing.
+	// Where there is a token, its session must be the same. The audit log has
+	// keyed hashes of both.
+	SessionID, UserID string
 
 	recipient sealing.PublicKey
 	token     *Token
@@ -62,6 +64,12 @@ func (r RetrieveRequest) Check() error {
 			return invalid("content_id", err)
 		}
 	}
+	if err := checkViewer("viewer_context.session_id", r.SessionID); err != nil {
+		return err
+	}
+	if err := checkViewer("viewer_context.user_id", r.UserID); err != nil {
+		return err
+	}
 	for i, kid := range r.KIDs {
 		if kid.IsZero() {
 			return invalid(fmt.Sprintf("kids[%d]", i), errors.New("the zero KID names no key"))
@@ -75,6 +83,9 @@ func (r RetrieveRequest) Check() error {
 // log cannot be written; then nothing is released.
 func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveRequest) ([]RetrieveResult, error) {
 	if err := req.Check(); err != nil {
+		return nil, err
+	}
+	if err := c.anchored(); err != nil {
 		return nil, err
 	}
 	var err error
@@ -102,6 +113,10 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	}
 	// The set is loaded after the records, so that it knows their KEKs.
 	set := c.set.Load()
+	viewer, err := c.viewerRefs(ctx, set, req.SessionID, req.UserID)
+	if err != nil {
+		return nil, deadline(ctx, err)
+	}
 	entries := make([]audit.Entry, len(results))
 	for i := range results {
 		r := &results[i]
@@ -116,6 +131,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 		}
 		entries[i] = c.entry(set, who, r.decision, ActionRelease, req.RequestID, about, r.Err)
 		entries[i].Detail = r.detail(req.token)
+		entries[i].Refs = viewer
 	}
 	receipts, err := c.record(ctx, entries...)
 	if err == nil && ctx.Err() != nil {
