@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/sealing"
 	"github.com/keycustody/custodian/internal/secret"
 )
 
@@ -17,17 +18,31 @@ type RetrieveRequest struct {
 	// a category granted to it may hear that a KID is unknown.
 	ContentID ContentID
 	KIDs      []KID
-	// SessionID and UserID are what the caller says of the viewer; empty: nothing.
-	// The audit log has keyed hashes of them.
-	SessionID, UserID string
+	// RecipientKeyID names which of the caller's pinned public keys the answer
+	// is sealed to; empty: the first, where there is one.
+	RecipientKeyID string
+
+	// LicenceToken is the signed token of the viewer's session, in the compact
+	// serialization of a JWS; empty: none. SessionID is what the caller says the
+	// session is; where it is given, the token's must be the same.
+	LicenceToken string
+	SessionID    string
+	// UserID is what the caller says the viewer is. The audit log has keyed hashes
+	// of session and user.
+	UserID string
+
+	recipient sealing.PublicKey
+	token     *Token
 }
 
-// A RetrieveResult is the answer for one KID: Key and Info, or Err. Whoever
-// gets it destroys Key.
+// A RetrieveResult is the answer for one KID: Info and Key, or Sealed in Key's
+// place where the caller has a recipient key; or Err. Whoever gets it destroys
+// Key.
 type RetrieveResult struct {
 	KID     KID
 	Err     error
 	Key     secret.Secret
+	Sealed  *SealedTo
 	Info    ContentKey
 	Receipt audit.Receipt
 	// Grace is what is left of the grace on which the key was released while
@@ -35,6 +50,15 @@ type RetrieveResult struct {
 	Grace time.Duration
 
 	decision Decision
+}
+
+// session is the viewer's, from a licence token that is good where the caller
+// names none.
+func (r RetrieveRequest) session() string {
+	if r.SessionID == "" && r.token != nil && r.token.err == nil {
+		return r.token.session
+	}
+	return r.SessionID
 }
 
 // Check says what is wrong with the request, or nil.
@@ -74,10 +98,15 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if err := c.anchored(); err != nil {
 		return nil, err
 	}
+	var err error
+	if req.recipient, err = c.policy.Load().recipient(who, req.RecipientKeyID); err != nil {
+		return nil, err
+	}
+	req.token = c.policy.Load().readToken(who, req.LicenceToken, req.SessionID, c.now())
 	results := make([]RetrieveResult, len(req.KIDs))
 	sealed := make([]SealedKey, len(req.KIDs))
 	var contentCategory CategoryName
-	err := c.store.View(ctx, func(tx Tx) error {
+	err = c.store.View(ctx, func(tx Tx) error {
 		for i, kid := range req.KIDs {
 			sealed[i], results[i].Err = tx.ContentKey(kid)
 		}
@@ -94,7 +123,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	}
 	// The set is loaded after the records, so that it knows their KEKs.
 	set := c.set.Load()
-	viewer, err := c.viewerRefs(ctx, set, req.SessionID, req.UserID)
+	viewer, err := c.viewerRefs(ctx, set, req.session(), req.UserID)
 	if err != nil {
 		return nil, deadline(ctx, err)
 	}
@@ -102,7 +131,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	for i := range results {
 		r := &results[i]
 		r.KID = req.KIDs[i]
-		c.release(ctx, set, who, req, contentCategory, sealed[i], r)
+		c.release(ctx, set, who, req, contentCategory, &sealed[i], r)
 		about := ref{contentID: req.ContentID, kid: r.KID}
 		if _, ok := set.categories[sealed[i].Key.Category]; ok {
 			about.category = sealed[i].Key.Category
@@ -111,7 +140,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 			about.key = &r.Info
 		}
 		entries[i] = c.entry(set, who, r.decision, ActionRelease, req.RequestID, about, r.Err)
-		entries[i].Detail = graceDetail(r.Grace)
+		entries[i].Detail = r.detail(req.token)
 		entries[i].Refs = viewer
 	}
 	receipts, err := c.record(ctx, entries...)
@@ -131,7 +160,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 }
 
 // release decides about one key and opens it. r.Err holds what the store said.
-func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, req RetrieveRequest, contentCategory CategoryName, k SealedKey, r *RetrieveResult) {
+func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, req RetrieveRequest, contentCategory CategoryName, k *SealedKey, r *RetrieveResult) {
 	unknown := errors.Is(r.Err, ErrNotFound)
 	if r.Err == nil && len(req.ContentID) > 0 && string(k.Key.ContentID) != string(req.ContentID) {
 		unknown = true // of this content item, there is no such key
@@ -151,13 +180,18 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		c.decideUnread(who, r)
 		return
 	}
-	r.decision = c.decide(who, ActionRelease, resourceOf(set, k.Key))
+	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req.token)
 	if !r.decision.Allow {
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
 		return
 	}
-	if r.Key, r.Grace, r.Err = c.openCEK(ctx, set, k); r.Err == nil {
+	if r.Err = c.policy.Load().mayLeave(k.Key.Category, req.recipient); r.Err != nil {
+		r.decision.Allow = false
+		return
+	}
+	if r.Key, r.Grace, r.Err = c.openCEK(ctx, set, *k); r.Err == nil {
 		r.Info = k.Key
+		r.Sealed, r.Err = sealTo(req.recipient, who, req.RequestID, &r.Info, r.Key)
 	}
 }
 
@@ -189,8 +223,8 @@ func (c *Custodian) decideUnknown(who Caller, contentCategory CategoryName) (Dec
 }
 
 // resourceOf is what the policy is told of a content key.
-func resourceOf(set *controlSet, k ContentKey) Resource {
-	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, IsKey: true, State: StateActive}
+func resourceOf(set *controlSet, k *ContentKey) Resource {
+	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, IsKey: true, Key: k, State: StateActive}
 	if x, ok := set.exceptions[k.KID]; ok {
 		r.State, r.Decided = x.State, x.Decided
 	}
