@@ -44,8 +44,8 @@ type ControlChange struct {
 // Visit takes one entry in.
 func (l *Logged) Visit(e *audit.Entry) error {
 	l.Entries++
-	l.tokens.visit(e)
 	l.visitAttempt(e)
+	l.tokens.visit(e)
 	if len(e.ControlDigest) == 32 {
 		l.Revision, l.Digest = e.ControlRevision, [32]byte(e.ControlDigest)
 		if l.TrackKIDs {

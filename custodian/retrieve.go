@@ -23,12 +23,13 @@ type RetrieveRequest struct {
 	RecipientKeyID string
 
 	// LicenceToken is the signed token of the viewer's session, in the compact
-	// serialization of a JWS; empty: none.
+	// serialization of a JWS; empty: none. SessionID is what the caller says the
+	// session is; where it is given, the token's must be the same.
 	LicenceToken string
-	// SessionID and UserID are what the caller says of the viewer; empty: nothing.
-	// Where there is a token, its session must be the same. The audit log has
-	// keyed hashes of both.
-	SessionID, UserID string
+	SessionID    string
+	// UserID is what the caller says the viewer is. The audit log has keyed hashes
+	// of session and user.
+	UserID string
 
 	recipient sealing.PublicKey
 	token     *Token
@@ -49,6 +50,15 @@ type RetrieveResult struct {
 	Grace time.Duration
 
 	decision Decision
+}
+
+// session is the viewer's, from a licence token that is good where the caller
+// names none.
+func (r RetrieveRequest) session() string {
+	if r.SessionID == "" && r.token != nil && r.token.err == nil {
+		return r.token.session
+	}
+	return r.SessionID
 }
 
 // Check says what is wrong with the request, or nil.
@@ -113,7 +123,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	}
 	// The set is loaded after the records, so that it knows their KEKs.
 	set := c.set.Load()
-	viewer, err := c.viewerRefs(ctx, set, req.SessionID, req.UserID)
+	viewer, err := c.viewerRefs(ctx, set, req.session(), req.UserID)
 	if err != nil {
 		return nil, deadline(ctx, err)
 	}

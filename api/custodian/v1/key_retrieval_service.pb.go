@@ -122,8 +122,8 @@ func (x *GetContentKeysRequest) GetRecipientKeyId() string {
 // can list the IDs.
 type ViewerContext struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The playback session, up to 256 bytes. Where it is given, a licence token
-	// must be for it.
+	// The playback session, up to 256 bytes. Where it is given, a licence token must
+	// be for it.
 	SessionId string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	// The user, up to 256 bytes: best a name that means nothing elsewhere.
 	UserId        string `protobuf:"bytes,2,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
