@@ -555,7 +555,7 @@ func TestKilled(t *testing.T) {
 }
 
 func writeUntilKilled(t *testing.T, dir string) {
-	l := open(t, dir, audit.Options{SegmentSize: 16 << 10, Reserve: 64 << 10})
+	l := open(t, dir, audit.Options{SegmentSize: 4 << 10, Reserve: 64 << 10})
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for range 8 {

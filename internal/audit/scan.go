@@ -55,7 +55,9 @@ type scanner struct {
 	sealed bool   // a signed batch was there, so all that follow are signed
 	torn   int64  // after io.EOF: how many bytes of a torn batch follow
 	passed int64  // bytes of the segments before
+	later  bool   // a batch follows what is not one
 	buf    []byte
+	chunk  []byte // for tail
 
 	sealRoot *tlog.Hash // what the seal of this segment says, nil before it was there
 
@@ -216,11 +218,12 @@ func (s *scanner) unsealed() error {
 
 // lookAgain looks at s.off. A writer may have been half-way in what was read.
 // If so, another look shows more; a few are enough, because a writer is never
-// slower than the copy of one batch.
+// slower than the copy of one batch, and one where a later batch is there.
 func (s *scanner) lookAgain() (h batchHeader, payload []byte, err error) {
 	for look := 0; ; look++ {
+		s.later = false
 		h, payload, err = s.look()
-		if err == nil || err == errSealed || !s.live || look == 3 || err == io.EOF && s.torn == 0 {
+		if err == nil || err == errSealed || !s.live || look == 3 || s.later && look == 1 || err == io.EOF && s.torn == 0 {
 			return h, payload, err
 		}
 		time.Sleep(time.Millisecond)
@@ -355,7 +358,7 @@ func (s *scanner) stop(lost bool, problem string) error {
 	if err != nil {
 		return err
 	}
-	if later >= 0 {
+	if s.later = later >= 0; s.later {
 		return s.damage(fmt.Errorf("%s, and a later one is at offset %d", problem, later))
 	}
 	if last >= s.off+headerSize && !lost {
@@ -369,7 +372,10 @@ func (s *scanner) stop(lost bool, problem string) error {
 // and where a batch header or a seal is behind it; -1 where there is none.
 func (s *scanner) tail(from int64) (last, later int64, err error) {
 	const chunk = 32 << 10
-	b := make([]byte, chunk+headerSize)
+	if s.chunk == nil {
+		s.chunk = make([]byte, chunk+headerSize)
+	}
+	b := s.chunk
 	last = -1
 	for off := from; ; off += chunk {
 		n, err := s.readAt(b, off)
@@ -419,6 +425,7 @@ type verifier struct {
 	lastBatch   int64                     // offset of the last batch of this segment, 0 while there is none
 	check       func(signed []byte) error // of each checkpoint; nil: their signatures are not looked at
 	since       *checkpoint.Checkpoint    // nil, or what the log must contain
+	decode      func(index uint64) bool   // which entries are looked into; nil: all. The others are only hashed
 	checkpoint  []byte                    // the last one, nil while there is none
 	origin      string                    // of the checkpoints
 	checkpoints uint64
@@ -492,6 +499,9 @@ func (v *verifier) next(visit func(*Entry) error) error {
 		return v.damageAt(at, index, err)
 	}
 	err = h.entries(entries, func(b []byte) error {
+		if v.decode != nil && !v.decode(v.tree.size) {
+			return v.add(tlog.RecordHash(b))
+		}
 		e, err := UnmarshalEntry(b)
 		if err != nil {
 			return err
