@@ -112,6 +112,8 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
+	uses *tokenUses // of licence tokens
+
 	// budgetMu guards the map below.
 	budgetMu sync.Mutex
 	budgets  map[CategoryName]*budget
@@ -164,6 +166,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
+	c.uses = newTokenUses(cfg.Logged.tokens, c.now())
 	return c, nil
 }
 
