@@ -174,7 +174,7 @@ func (s *scanner) next() (batchHeader, []byte, error) {
 			s.step(&h)
 			return h, payload, nil
 		case err == errSealed:
-			s.off += headerSize
+			s.off += sealSize
 			if s.isLast() {
 				return batchHeader{}, nil, io.EOF
 			}
@@ -209,7 +209,7 @@ func (s *scanner) follow() error {
 // unsealed returns errUnsealed for a segment that another one follows and that
 // has no seal yet.
 func (s *scanner) unsealed() error {
-	if s.torn > headerSize { // more than a seal
+	if s.torn > sealSize {
 		return s.damage(errors.New("the batch is not what was written, and another segment follows"))
 	}
 	s.loose, s.sealRoot = s.off, nil
@@ -267,7 +267,7 @@ func (s *scanner) header() (batchHeader, [headerSize]byte, error) {
 	}
 	h, ok := decodeBatchHeader(b[:], s.id)
 	if !ok && isFrame(b[:], s.id) && string(b[:8]) == sealMagic {
-		return batchHeader{}, b, s.seal(b[:])
+		return batchHeader{}, b, s.seal()
 	}
 	if !ok {
 		return batchHeader{}, b, s.stop(sectorLost(b[:], s.off), "the header of the batch is not what was written")
@@ -285,12 +285,19 @@ func (s *scanner) header() (batchHeader, [headerSize]byte, error) {
 }
 
 // seal checks the seal at s.off, and returns errSealed if it is good.
-func (s *scanner) seal(b []byte) error {
+func (s *scanner) seal() error {
+	b := make([]byte, sealSize)
+	if _, err := s.readAt(b, s.off); err != nil {
+		return err
+	}
+	if string(b[headerSize:]) != batchTrailer {
+		return s.stop(b[sealSize-1] == 0 || sectorLost(b, s.off), "the seal of the segment is not what was written")
+	}
 	if string(b) != string(sealOf(s.id, s.head.number, s.index, tlog.Hash(b[24:56]))) {
 		return s.damage(errors.New("the seal of another segment is here"))
 	}
 	root := tlog.Hash(b[24:56])
-	last, _, err := s.tail(s.off + headerSize)
+	last, _, err := s.tail(s.off + sealSize)
 	if err != nil {
 		return err
 	}
@@ -304,7 +311,7 @@ func (s *scanner) seal(b []byte) error {
 	if err := s.tighten(); err != nil {
 		return err
 	}
-	if info.Size() > s.off+headerSize {
+	if info.Size() > s.off+sealSize {
 		s.loose = s.off
 	}
 	s.sealRoot = &root
@@ -322,12 +329,12 @@ func (s *scanner) tighten() error {
 		return err
 	}
 	defer f.Close()
-	b := make([]byte, headerSize+1)
+	b := make([]byte, sealSize+1)
 	n, err := f.ReadAt(b, s.loose)
 	if err != nil && err != io.EOF {
 		return err
 	}
-	if h.pruned == nil && (n != headerSize || !isFrame(b, s.id) || string(b[:8]) != sealMagic) {
+	if h.pruned == nil && (n != sealSize || !isFrame(b, s.id) || string(b[:8]) != sealMagic || string(b[headerSize:sealSize]) != batchTrailer) {
 		return &DamageError{Path: f.Name(), Segment: h.number, Offset: s.loose, Index: s.head.first,
 			Problem: errors.New("the next segment has entries, and this one does not end with its seal here")}
 	}
@@ -467,7 +474,7 @@ func (v *verifier) enter() error {
 // leave checks the seal of a segment, and notes what the segment was.
 func (v *verifier) leave() error {
 	if v.sealRoot != nil && *v.sealRoot != v.tree.root() {
-		return v.damageAt(v.off-headerSize, v.index, errors.New("the root of the tree is not the one that the seal carries"))
+		return v.damageAt(v.off-sealSize, v.index, errors.New("the root of the tree is not the one that the seal carries"))
 	}
 	is := sealedSegment{number: v.head.number, first: v.head.first, end: v.index, root: v.tree.root(), pruned: v.head.pruned != nil}
 	if err := is.stat(v.file); err != nil {
