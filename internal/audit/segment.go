@@ -36,15 +36,6 @@ func segmentName(number uint32) string {
 	return fmt.Sprintf("audit-%08d.log", number)
 }
 
-// Exists reports whether dir has a log.
-func Exists(dir string) (bool, error) {
-	_, err := os.Lstat(filepath.Join(dir, fileName))
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
-	}
-	return err == nil, err
-}
-
 // segments returns the numbers of the segments in dir, in order.
 func segments(dir string) ([]uint32, error) {
 	files, err := os.ReadDir(dir)
