@@ -121,6 +121,12 @@ func (c *Client) GetContentKeys(ctx context.Context, req *v1.GetContentKeysReque
 	return resp, err
 }
 
+// ListKeyPeriods names the key with a KID and those of the crypto periods after
+// its own, for a DRM provider that fetches keys before viewers ask.
+func (c *Client) ListKeyPeriods(ctx context.Context, req *v1.ListKeyPeriodsRequest) (*v1.ListKeyPeriodsResponse, error) {
+	return answer(c.retrieval.ListKeyPeriods(ctx, req))
+}
+
 // IssueContentKeys returns the keys of a content item and makes those that do
 // not exist, for a packager. The same request gives the same keys.
 func (c *Client) IssueContentKeys(ctx context.Context, req *v1.IssueContentKeysRequest) (*v1.IssueContentKeysResponse, error) {
