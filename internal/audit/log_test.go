@@ -432,7 +432,7 @@ func TestGroupCommit(t *testing.T) {
 // acknowledged before they began.
 func TestReadBesideWriter(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "audit")
-	l := create(t, dir, audit.Options{})
+	l := create(t, dir, audit.Options{SegmentSize: 32 << 10, Reserve: 64 << 10})
 	appendTo(t, l, release(0))
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
