@@ -327,7 +327,7 @@ type proofView struct {
 	LeafHash   hexBytes   `json:"leaf_hash"`
 	Proof      []hexBytes `json:"inclusion_proof"`
 	Checkpoint string     `json:"checkpoint"`
-	Entry      entryView  `json:"entry"`
+	Entry      *entryView `json:"entry"` // null where it was pruned
 }
 
 func (a *app) auditProveCmd() *cobra.Command {
@@ -344,7 +344,11 @@ hashes that lead from its leaf hash to the root of a checkpoint.`,
 		if err != nil {
 			return fmt.Errorf("prove: %w", err)
 		}
-		v := proofView{Index: index, LeafHash: p.LeafHash[:], Proof: []hexBytes{}, Checkpoint: string(p.Checkpoint), Entry: viewEntry(&p.Entry)}
+		v := proofView{Index: index, LeafHash: p.LeafHash[:], Proof: []hexBytes{}, Checkpoint: string(p.Checkpoint)}
+		if !p.Pruned {
+			e := viewEntry(&p.Entry)
+			v.Entry = &e
+		}
 		for i := range p.Hashes {
 			v.Proof = append(v.Proof, p.Hashes[i][:])
 		}
@@ -515,6 +519,9 @@ line. What the log says is not checked: custodianctl audit verify does that. Wit
 			read = func(fn func(*audit.Entry) error) error { return a.readFromDaemon(ctx, &f, fn) }
 		}
 		entries, err := newest(ctx, read, &f)
+		if err == nil && dir != "" {
+			err = a.notePruned(dir)
+		}
 		if err != nil {
 			return fmt.Errorf("read: %w", err)
 		}
