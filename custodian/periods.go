@@ -38,7 +38,7 @@ func (c *Custodian) KeyPeriods(ctx context.Context, who Caller, requestID string
 	case err != nil:
 		c.decideUnread(who, &r)
 	default:
-		if r.decision = c.decide(who, ActionRelease, resourceOf(set, first)); !r.decision.Allow {
+		if r.decision = c.decide(who, ActionRelease, resourceOf(set, &first)); !r.decision.Allow {
 			r.Err = fmt.Errorf("content key %s: %w", kid, r.decision.Err)
 		}
 	}

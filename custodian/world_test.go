@@ -590,8 +590,8 @@ func (h brokenHSM) LoadKey(ctx context.Context, m custodian.MEK, u custodian.Key
 	err = h.b.do("hsm.LoadKey", errHSM, func() error { k, err = h.HSM.LoadKey(ctx, m, u, identity, inner, canary); return err })
 	return brokenKey{k, h.b}, err
 }
-func (h brokenHSM) GenerateSigner(ctx context.Context, label string, id [16]byte) error {
-	return h.b.do("hsm.GenerateSigner", errHSM, func() error { return h.HSM.GenerateSigner(ctx, label, id) })
+func (h brokenHSM) GenerateSigner(ctx context.Context, alg custodian.SigningAlgorithm, label string, id [16]byte) error {
+	return h.b.do("hsm.GenerateSigner", errHSM, func() error { return h.HSM.GenerateSigner(ctx, alg, label, id) })
 }
 func (h brokenHSM) Signer(ctx context.Context, label string, id [16]byte) (s crypto.Signer, err error) {
 	err = h.b.do("hsm.Signer", errHSM, func() error { s, err = h.HSM.Signer(ctx, label, id); return err })

@@ -97,7 +97,7 @@ func (c *custody) seed(versions int) map[custodian.KID][32]byte {
 	t.Helper()
 	t.Setenv("SOFTHSM2_CONF", c.config.HSM.SoftHSMConf)
 	log := slog.New(slog.DiscardHandler)
-	policy, err := c.config.policy()
+	policy, err := c.config.policy(nil)
 	if err != nil {
 		t.Fatal(err)
 	}

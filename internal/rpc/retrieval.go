@@ -26,7 +26,8 @@ func (r *retrieval) GetContentKeys(ctx context.Context, req *v1.GetContentKeysRe
 		return nil, err
 	}
 	c := callOf(ctx)
-	results, err := custody.Retrieve(ctx, c.caller, custodian.RetrieveRequest{RequestID: c.requestID, ContentID: req.GetContentId(), KIDs: kids})
+	results, err := custody.Retrieve(ctx, c.caller, custodian.RetrieveRequest{RequestID: c.requestID, ContentID: req.GetContentId(), KIDs: kids,
+		RecipientKeyID: req.GetRecipientKeyId(), LicenceToken: req.GetLicenceToken(), SessionID: req.GetViewerContext().GetSessionId()})
 	if err != nil {
 		return nil, err
 	}
@@ -52,6 +53,7 @@ func (r *retrieval) encode(ctx context.Context, c *call, results []custodian.Ret
 			continue
 		}
 		to.success.Key = to.key.encode(&from.Info, from.Key.Lend())
+		to.key.sealed(c, from.Sealed)
 		to.key.attest(from.Receipt.Index, from.Receipt.LeafHash[:], from.Receipt.Checkpoint)
 		to.result.Result = &to.success
 		released++

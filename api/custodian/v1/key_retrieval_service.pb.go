@@ -31,9 +31,18 @@ type GetContentKeysRequest struct {
 	Kids [][]byte `protobuf:"bytes,2,rep,name=kids,proto3" json:"kids,omitempty"`
 	// The content item that the keys belong to, 1 to 300 bytes. Optional: where it
 	// is given, keys of other content are refused.
-	ContentId     []byte `protobuf:"bytes,3,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ContentId []byte `protobuf:"bytes,3,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
+	// The signed licence token of the viewer's session, a JWT in compact form of at
+	// most 8 KiB. It decides together with the policy: one that is bad refuses
+	// every key, and most categories need one. docs/OPERATIONS.md has its claims.
+	LicenceToken string `protobuf:"bytes,4,opt,name=licence_token,json=licenceToken,proto3" json:"licence_token,omitempty"`
+	// What the caller itself says of the viewer. It never replaces the token.
+	ViewerContext *ViewerContext `protobuf:"bytes,5,opt,name=viewer_context,json=viewerContext,proto3" json:"viewer_context,omitempty"`
+	// Which of the recipient keys that are pinned for the caller the keys are
+	// sealed to. Empty: the first one, where there is one.
+	RecipientKeyId string `protobuf:"bytes,6,opt,name=recipient_key_id,json=recipientKeyId,proto3" json:"recipient_key_id,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *GetContentKeysRequest) Reset() {
@@ -87,6 +96,73 @@ func (x *GetContentKeysRequest) GetContentId() []byte {
 	return nil
 }
 
+func (x *GetContentKeysRequest) GetLicenceToken() string {
+	if x != nil {
+		return x.LicenceToken
+	}
+	return ""
+}
+
+func (x *GetContentKeysRequest) GetViewerContext() *ViewerContext {
+	if x != nil {
+		return x.ViewerContext
+	}
+	return nil
+}
+
+func (x *GetContentKeysRequest) GetRecipientKeyId() string {
+	if x != nil {
+		return x.RecipientKeyId
+	}
+	return ""
+}
+
+// A ViewerContext is what a caller asserts, and nobody has signed.
+type ViewerContext struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The playback session. Where it is given, a licence token must be for it.
+	SessionId     string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ViewerContext) Reset() {
+	*x = ViewerContext{}
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ViewerContext) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ViewerContext) ProtoMessage() {}
+
+func (x *ViewerContext) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ViewerContext.ProtoReflect.Descriptor instead.
+func (*ViewerContext) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ViewerContext) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
 // GetContentKeysResponse has one result for each KID that was asked for.
 type GetContentKeysResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -100,7 +176,7 @@ type GetContentKeysResponse struct {
 
 func (x *GetContentKeysResponse) Reset() {
 	*x = GetContentKeysResponse{}
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[1]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -112,7 +188,7 @@ func (x *GetContentKeysResponse) String() string {
 func (*GetContentKeysResponse) ProtoMessage() {}
 
 func (x *GetContentKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[1]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -125,7 +201,7 @@ func (x *GetContentKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetContentKeysResponse.ProtoReflect.Descriptor instead.
 func (*GetContentKeysResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{1}
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *GetContentKeysResponse) GetResults() []*GetContentKeysResult {
@@ -160,7 +236,7 @@ type GetContentKeysResult struct {
 
 func (x *GetContentKeysResult) Reset() {
 	*x = GetContentKeysResult{}
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[2]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -172,7 +248,7 @@ func (x *GetContentKeysResult) String() string {
 func (*GetContentKeysResult) ProtoMessage() {}
 
 func (x *GetContentKeysResult) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[2]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -185,7 +261,7 @@ func (x *GetContentKeysResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetContentKeysResult.ProtoReflect.Descriptor instead.
 func (*GetContentKeysResult) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{2}
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *GetContentKeysResult) GetKid() []byte {
@@ -254,7 +330,7 @@ type ListKeyPeriodsRequest struct {
 
 func (x *ListKeyPeriodsRequest) Reset() {
 	*x = ListKeyPeriodsRequest{}
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[3]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -266,7 +342,7 @@ func (x *ListKeyPeriodsRequest) String() string {
 func (*ListKeyPeriodsRequest) ProtoMessage() {}
 
 func (x *ListKeyPeriodsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[3]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -279,7 +355,7 @@ func (x *ListKeyPeriodsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeyPeriodsRequest.ProtoReflect.Descriptor instead.
 func (*ListKeyPeriodsRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{3}
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ListKeyPeriodsRequest) GetRequestId() string {
@@ -317,7 +393,7 @@ type ListKeyPeriodsResponse struct {
 
 func (x *ListKeyPeriodsResponse) Reset() {
 	*x = ListKeyPeriodsResponse{}
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[4]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -329,7 +405,7 @@ func (x *ListKeyPeriodsResponse) String() string {
 func (*ListKeyPeriodsResponse) ProtoMessage() {}
 
 func (x *ListKeyPeriodsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[4]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -342,7 +418,7 @@ func (x *ListKeyPeriodsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeyPeriodsResponse.ProtoReflect.Descriptor instead.
 func (*ListKeyPeriodsResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{4}
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ListKeyPeriodsResponse) GetPeriods() []*KeyPeriod {
@@ -373,7 +449,7 @@ type KeyPeriod struct {
 
 func (x *KeyPeriod) Reset() {
 	*x = KeyPeriod{}
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[5]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -385,7 +461,7 @@ func (x *KeyPeriod) String() string {
 func (*KeyPeriod) ProtoMessage() {}
 
 func (x *KeyPeriod) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[5]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -398,7 +474,7 @@ func (x *KeyPeriod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyPeriod.ProtoReflect.Descriptor instead.
 func (*KeyPeriod) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{5}
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *KeyPeriod) GetKid() []byte {
@@ -419,13 +495,19 @@ var File_custodian_v1_key_retrieval_service_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_key_retrieval_service_proto_rawDesc = "" +
 	"\n" +
-	"(custodian/v1/key_retrieval_service.proto\x12\fcustodian.v1\x1a\x1ecustodian/v1/content_key.proto\"\xa0\x01\n" +
+	"(custodian/v1/key_retrieval_service.proto\x12\fcustodian.v1\x1a\x1ecustodian/v1/content_key.proto\"\xfc\x01\n" +
 	"\x15GetContentKeysRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x12\n" +
 	"\x04kids\x18\x02 \x03(\fR\x04kids\x12\x1d\n" +
 	"\n" +
-	"content_id\x18\x03 \x01(\fR\tcontentIdJ\x04\b\x04\x10\aR\rlicence_tokenR\x0eviewer_contextR\x10recipient_key_id\"u\n" +
+	"content_id\x18\x03 \x01(\fR\tcontentId\x12#\n" +
+	"\rlicence_token\x18\x04 \x01(\tR\flicenceToken\x12B\n" +
+	"\x0eviewer_context\x18\x05 \x01(\v2\x1b.custodian.v1.ViewerContextR\rviewerContext\x12(\n" +
+	"\x10recipient_key_id\x18\x06 \x01(\tR\x0erecipientKeyId\".\n" +
+	"\rViewerContext\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\"u\n" +
 	"\x16GetContentKeysResponse\x12<\n" +
 	"\aresults\x18\x01 \x03(\v2\".custodian.v1.GetContentKeysResultR\aresults\x12\x1d\n" +
 	"\n" +
@@ -463,33 +545,35 @@ func file_custodian_v1_key_retrieval_service_proto_rawDescGZIP() []byte {
 	return file_custodian_v1_key_retrieval_service_proto_rawDescData
 }
 
-var file_custodian_v1_key_retrieval_service_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_custodian_v1_key_retrieval_service_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_custodian_v1_key_retrieval_service_proto_goTypes = []any{
 	(*GetContentKeysRequest)(nil),  // 0: custodian.v1.GetContentKeysRequest
-	(*GetContentKeysResponse)(nil), // 1: custodian.v1.GetContentKeysResponse
-	(*GetContentKeysResult)(nil),   // 2: custodian.v1.GetContentKeysResult
-	(*ListKeyPeriodsRequest)(nil),  // 3: custodian.v1.ListKeyPeriodsRequest
-	(*ListKeyPeriodsResponse)(nil), // 4: custodian.v1.ListKeyPeriodsResponse
-	(*KeyPeriod)(nil),              // 5: custodian.v1.KeyPeriod
-	(*ContentKey)(nil),             // 6: custodian.v1.ContentKey
-	(*KeyError)(nil),               // 7: custodian.v1.KeyError
-	(*Period)(nil),                 // 8: custodian.v1.Period
+	(*ViewerContext)(nil),          // 1: custodian.v1.ViewerContext
+	(*GetContentKeysResponse)(nil), // 2: custodian.v1.GetContentKeysResponse
+	(*GetContentKeysResult)(nil),   // 3: custodian.v1.GetContentKeysResult
+	(*ListKeyPeriodsRequest)(nil),  // 4: custodian.v1.ListKeyPeriodsRequest
+	(*ListKeyPeriodsResponse)(nil), // 5: custodian.v1.ListKeyPeriodsResponse
+	(*KeyPeriod)(nil),              // 6: custodian.v1.KeyPeriod
+	(*ContentKey)(nil),             // 7: custodian.v1.ContentKey
+	(*KeyError)(nil),               // 8: custodian.v1.KeyError
+	(*Period)(nil),                 // 9: custodian.v1.Period
 }
 var file_custodian_v1_key_retrieval_service_proto_depIdxs = []int32{
-	2, // 0: custodian.v1.GetContentKeysResponse.results:type_name -> custodian.v1.GetContentKeysResult
-	6, // 1: custodian.v1.GetContentKeysResult.key:type_name -> custodian.v1.ContentKey
-	7, // 2: custodian.v1.GetContentKeysResult.error:type_name -> custodian.v1.KeyError
-	5, // 3: custodian.v1.ListKeyPeriodsResponse.periods:type_name -> custodian.v1.KeyPeriod
-	8, // 4: custodian.v1.KeyPeriod.period:type_name -> custodian.v1.Period
-	0, // 5: custodian.v1.KeyRetrievalService.GetContentKeys:input_type -> custodian.v1.GetContentKeysRequest
-	3, // 6: custodian.v1.KeyRetrievalService.ListKeyPeriods:input_type -> custodian.v1.ListKeyPeriodsRequest
-	1, // 7: custodian.v1.KeyRetrievalService.GetContentKeys:output_type -> custodian.v1.GetContentKeysResponse
-	4, // 8: custodian.v1.KeyRetrievalService.ListKeyPeriods:output_type -> custodian.v1.ListKeyPeriodsResponse
-	7, // [7:9] is the sub-list for method output_type
-	5, // [5:7] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	1, // 0: custodian.v1.GetContentKeysRequest.viewer_context:type_name -> custodian.v1.ViewerContext
+	3, // 1: custodian.v1.GetContentKeysResponse.results:type_name -> custodian.v1.GetContentKeysResult
+	7, // 2: custodian.v1.GetContentKeysResult.key:type_name -> custodian.v1.ContentKey
+	8, // 3: custodian.v1.GetContentKeysResult.error:type_name -> custodian.v1.KeyError
+	6, // 4: custodian.v1.ListKeyPeriodsResponse.periods:type_name -> custodian.v1.KeyPeriod
+	9, // 5: custodian.v1.KeyPeriod.period:type_name -> custodian.v1.Period
+	0, // 6: custodian.v1.KeyRetrievalService.GetContentKeys:input_type -> custodian.v1.GetContentKeysRequest
+	4, // 7: custodian.v1.KeyRetrievalService.ListKeyPeriods:input_type -> custodian.v1.ListKeyPeriodsRequest
+	2, // 8: custodian.v1.KeyRetrievalService.GetContentKeys:output_type -> custodian.v1.GetContentKeysResponse
+	5, // 9: custodian.v1.KeyRetrievalService.ListKeyPeriods:output_type -> custodian.v1.ListKeyPeriodsResponse
+	8, // [8:10] is the sub-list for method output_type
+	6, // [6:8] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_key_retrieval_service_proto_init() }
@@ -498,7 +582,7 @@ func file_custodian_v1_key_retrieval_service_proto_init() {
 		return
 	}
 	file_custodian_v1_content_key_proto_init()
-	file_custodian_v1_key_retrieval_service_proto_msgTypes[2].OneofWrappers = []any{
+	file_custodian_v1_key_retrieval_service_proto_msgTypes[3].OneofWrappers = []any{
 		(*GetContentKeysResult_Key)(nil),
 		(*GetContentKeysResult_Error)(nil),
 	}
@@ -508,7 +592,7 @@ func file_custodian_v1_key_retrieval_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_key_retrieval_service_proto_rawDesc), len(file_custodian_v1_key_retrieval_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
