@@ -27,6 +27,8 @@ type RetrieveRequest struct {
 	// session is; where it is given, the token's must be the same.
 	LicenceToken string
 	SessionID    string
+	// Asserted is what the caller says of the viewer, and nobody has signed.
+	Asserted Viewer
 
 	recipient sealing.PublicKey
 	token     *Token
@@ -61,6 +63,9 @@ func (r RetrieveRequest) Check() error {
 		if err := r.ContentID.Check(); err != nil {
 			return invalid("content_id", err)
 		}
+	}
+	if err := r.Asserted.Check(); err != nil {
+		return invalid("viewer_context", err)
 	}
 	for i, kid := range r.KIDs {
 		if kid.IsZero() {
@@ -154,7 +159,7 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		c.decideUnread(who, r)
 		return
 	}
-	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req.token)
+	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req.Asserted, req.token)
 	if !r.decision.Allow {
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
 		return

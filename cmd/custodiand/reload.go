@@ -32,7 +32,7 @@ func (d *daemon) heedHangups(ctx context.Context, hup <-chan os.Signal) {
 	}
 }
 
-// reload takes grants, signers, sealing and certificates anew. Everything else of the file needs
+// reload takes grants, rules, signers, sealing and certificates anew. Everything else of the file needs
 // a restart, and the log says what of it has changed.
 func (d *daemon) reload(ctx context.Context) error {
 	if err := d.certs.Reload(); err != nil {
@@ -59,7 +59,7 @@ func (d *daemon) reload(ctx context.Context) error {
 		return err
 	}
 	if len(keys) > 0 {
-		d.log.Warn("what has changed in the configuration beside grants, signers and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
+		d.log.Warn("what has changed in the configuration beside grants, rules, signers and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -109,6 +109,7 @@ func restartKeys(inForce, loaded *Config) ([]string, error) {
 	for _, t := range []map[string]any{was, is} {
 		delete(t, "grants")
 		delete(t, "sealing")
+		delete(t, "policy")
 		if packagers, ok := t["packagers"].(map[string]any); ok {
 			delete(packagers, "signers")
 		}

@@ -121,7 +121,19 @@ func (x *GetContentKeysRequest) GetRecipientKeyId() string {
 type ViewerContext struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The playback session. Where it is given, a licence token must be for it.
-	SessionId     string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	SessionId string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// The DRM system, the security level of the device in that system's own words,
+	// the HDCP version, the region and the type of licence, each of at most 64
+	// bytes. Rules of the daemon see them as context.asserted.
+	DrmSystem string `protobuf:"bytes,2,opt,name=drm_system,json=drmSystem,proto3" json:"drm_system,omitempty"`
+	// See drm_system.
+	SecurityLevel string `protobuf:"bytes,3,opt,name=security_level,json=securityLevel,proto3" json:"security_level,omitempty"`
+	// See drm_system.
+	Hdcp string `protobuf:"bytes,4,opt,name=hdcp,proto3" json:"hdcp,omitempty"`
+	// See drm_system.
+	Region string `protobuf:"bytes,5,opt,name=region,proto3" json:"region,omitempty"`
+	// See drm_system.
+	LicenceType   string `protobuf:"bytes,6,opt,name=licence_type,json=licenceType,proto3" json:"licence_type,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -159,6 +171,41 @@ func (*ViewerContext) Descriptor() ([]byte, []int) {
 func (x *ViewerContext) GetSessionId() string {
 	if x != nil {
 		return x.SessionId
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetDrmSystem() string {
+	if x != nil {
+		return x.DrmSystem
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetSecurityLevel() string {
+	if x != nil {
+		return x.SecurityLevel
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetHdcp() string {
+	if x != nil {
+		return x.Hdcp
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetLicenceType() string {
+	if x != nil {
+		return x.LicenceType
 	}
 	return ""
 }
@@ -327,10 +374,16 @@ const file_custodian_v1_key_retrieval_service_proto_rawDesc = "" +
 	"content_id\x18\x03 \x01(\fR\tcontentId\x12#\n" +
 	"\rlicence_token\x18\x04 \x01(\tR\flicenceToken\x12B\n" +
 	"\x0eviewer_context\x18\x05 \x01(\v2\x1b.custodian.v1.ViewerContextR\rviewerContext\x12(\n" +
-	"\x10recipient_key_id\x18\x06 \x01(\tR\x0erecipientKeyId\".\n" +
+	"\x10recipient_key_id\x18\x06 \x01(\tR\x0erecipientKeyId\"\xc3\x01\n" +
 	"\rViewerContext\x12\x1d\n" +
 	"\n" +
-	"session_id\x18\x01 \x01(\tR\tsessionId\"u\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x1d\n" +
+	"\n" +
+	"drm_system\x18\x02 \x01(\tR\tdrmSystem\x12%\n" +
+	"\x0esecurity_level\x18\x03 \x01(\tR\rsecurityLevel\x12\x12\n" +
+	"\x04hdcp\x18\x04 \x01(\tR\x04hdcp\x12\x16\n" +
+	"\x06region\x18\x05 \x01(\tR\x06region\x12!\n" +
+	"\flicence_type\x18\x06 \x01(\tR\vlicenceType\"u\n" +
 	"\x16GetContentKeysResponse\x12<\n" +
 	"\aresults\x18\x01 \x03(\v2\".custodian.v1.GetContentKeysResultR\aresults\x12\x1d\n" +
 	"\n" +
