@@ -53,6 +53,8 @@ const (
 	ActionReadAudit      Action = "audit.read"
 	ActionSetProviders   Action = "category.providers"
 	ActionReencrypt      Action = "category.reencrypt"
+	ActionImport         Action = "keys.import"
+	ActionExport         Action = "keys.export"
 )
 
 // permits says which roles may do an action at all.
@@ -71,6 +73,8 @@ var permits = map[Action][]Role{
 	// that its wraps follow a provider's own rotation is housekeeping.
 	ActionSetProviders: {RoleOfficer},
 	ActionReencrypt:    {RoleOfficer, RoleOperator},
+	ActionImport:       {RoleOfficer},
+	ActionExport:       {RoleOfficer},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only
@@ -238,9 +242,9 @@ func (r Request) unusable() error {
 // purposeOf is what an action uses keys for; zero where it uses none.
 func purposeOf(a Action) Purpose {
 	switch a {
-	case ActionIssue, ActionReissue:
+	case ActionIssue, ActionReissue, ActionImport:
 		return Protect
-	case ActionRelease:
+	case ActionRelease, ActionExport:
 		return Process
 	}
 	return 0

@@ -51,6 +51,13 @@ type AuditStatus struct {
 	Entries uint64 `json:"entries"`
 	Root    string `json:"root"`
 	Blocked string `json:"blocked,omitempty"`
+	Full    bool   `json:"full"` // blocked for want of room
+
+	Segments  int    `json:"segments"`
+	Pruned    uint64 `json:"pruned_entries"`
+	Bytes     int64  `json:"bytes"`
+	Limit     int64  `json:"limit"`     // bytes that it may have
+	Watermark int    `json:"watermark"` // 80 or 95, in percent of the limit, or 0
 }
 
 // Status describes the daemon to who may know.
@@ -75,7 +82,8 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 	s := Status{Time: now, Started: c.started, StoreID: fmt.Sprintf("%x", set.head.StoreID), ControlRevision: set.head.Revision,
 		HSM: c.hsm.Status(), Store: stats, Categories: len(set.categories), KEKsLoaded: c.keys.count(), KEKLoads: c.keys.loads.Load(),
 		CEKsInClear: c.arena.InUse(), Incidents: c.incidents.Load(), UnknownObjects: c.unknownObjects,
-		Audit:     AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked},
+		Audit: AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked, Full: log.Full,
+			Segments: log.Segments, Pruned: log.Pruned, Bytes: log.Bytes, Limit: log.Limit, Watermark: log.Watermark},
 		Authority: "configuration file (no officers' quorum)", Rewraps: c.rewrapStatuses(set)}
 	for _, m := range set.meks {
 		s.MEKs = append(s.MEKs, MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24)})
@@ -154,6 +162,9 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	}
 	if err := c.believesClock(); err != nil {
 		w = append(w, err.Error())
+	}
+	if s.Audit.Watermark > 0 {
+		w = append(w, fmt.Sprintf("the audit log is %d%% full: it has %d bytes, and room for %d; when it is full nothing is released", s.Audit.Watermark, s.Audit.Bytes, s.Audit.Limit))
 	}
 	if s.Audit.Blocked != "" {
 		w = append(w, "the audit log is blocked, so nothing is released: "+s.Audit.Blocked)

@@ -25,6 +25,7 @@ import (
 // folder, a token in memory, a KMS, and a clock that the test sets. Between
 // the domain and each of its parts stands the breaker.
 type world struct {
+	segment int64 // of the audit log; 0: the default
 	t       *testing.T
 	dir     string
 	clock   atomic.Int64 // Unix nanoseconds
@@ -162,7 +163,7 @@ func (w *world) tryParts() (err error) {
 	}
 	w.logged = custodian.Logged{TrackKIDs: true}
 	wrap := func(f audit.File) audit.File { return brokenFile{f, w.breaker} }
-	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap}); err != nil {
+	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment}); err != nil {
 		return err
 	}
 	w.cfg.Store, w.cfg.Audit, w.cfg.Logged = brokenStore{w.st, w.breaker}, w.log, w.logged
@@ -589,8 +590,8 @@ func (h brokenHSM) LoadKey(ctx context.Context, m custodian.MEK, u custodian.Key
 	err = h.b.do("hsm.LoadKey", errHSM, func() error { k, err = h.HSM.LoadKey(ctx, m, u, identity, inner, canary); return err })
 	return brokenKey{k, h.b}, err
 }
-func (h brokenHSM) GenerateSigner(ctx context.Context, label string, id [16]byte) error {
-	return h.b.do("hsm.GenerateSigner", errHSM, func() error { return h.HSM.GenerateSigner(ctx, label, id) })
+func (h brokenHSM) GenerateSigner(ctx context.Context, alg custodian.SigningAlgorithm, label string, id [16]byte) error {
+	return h.b.do("hsm.GenerateSigner", errHSM, func() error { return h.HSM.GenerateSigner(ctx, alg, label, id) })
 }
 func (h brokenHSM) Signer(ctx context.Context, label string, id [16]byte) (s crypto.Signer, err error) {
 	err = h.b.do("hsm.Signer", errHSM, func() error { s, err = h.HSM.Signer(ctx, label, id); return err })

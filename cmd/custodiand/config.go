@@ -39,11 +39,13 @@ type Config struct {
 	KMS       KMSConfig       `yaml:"kms"`
 	TLS       TLSConfig       `yaml:"tls"`
 	Packagers PackagersConfig `yaml:"packagers"`
+	CPIX      CPIXConfig      `yaml:"cpix"`
 	Grants    []GrantConfig   `yaml:"grants"`
 	Policy    PolicyConfig    `yaml:"policy"`
 	Sealing   SealingConfig   `yaml:"sealing"`
 	Tokens    *TokensConfig   `yaml:"tokens"` // nil: no licence token is asked for
 	Limits    LimitsConfig    `yaml:"limits"`
+	Audit     AuditConfig     `yaml:"audit"`
 	Log       LogConfig       `yaml:"log"`
 
 	digest [32]byte
@@ -200,8 +202,9 @@ func parseConfig(raw []byte) (*Config, error) {
 // resolve makes relative paths relative to dir.
 func (c *Config) resolve(dir string) {
 	paths := []*string{&c.DataDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile,
-		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile}
+		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile, &c.Audit.ArchiveDir}
 	paths = append(paths, c.Packagers.paths()...)
+	paths = append(paths, c.CPIX.paths()...)
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
@@ -289,9 +292,13 @@ func (c *Config) check() error {
 	}
 	faults = append(faults, c.Tokens.check()...)
 	faults = append(faults, c.Packagers.check()...)
+	if _, _, err := c.CPIX.load(); err != nil {
+		faults = append(faults, err)
+	}
 	if _, err := c.policy(nil); err != nil {
 		faults = append(faults, err)
 	}
+	faults = append(faults, c.Audit.check()...)
 	if c.Limits.CallbackDeadline < time.Millisecond || c.Limits.CallbackDeadline > time.Minute {
 		fault("limits.callback_deadline", "%s: must be 1ms to 1m", c.Limits.CallbackDeadline)
 	}

@@ -35,10 +35,11 @@ type daemon struct {
 	certs   *certs.Server
 	server  *rpc.Server
 	metrics *prometheus.Registry
+	outages *custodian.Outages
 	// packagers and its address are nil where no listener for them is configured.
 	packagers    *packager.Server
 	packagerAddr net.Addr
-	outages      *custodian.Outages
+	exports      *packager.Exports
 	webhook      *webhook // nil: nobody is told of incidents
 	custody      *custodian.Custodian
 	parts        parts
@@ -74,7 +75,13 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if d.certs, err = certs.NewServer(d.config.serverCerts(d.log)); err != nil {
 		return err
 	}
-	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Metrics: d.metrics, Log: d.log, Version: version,
+	d.metrics = prometheus.NewRegistry()
+	_, recipients, err := d.config.CPIX.load()
+	if err != nil {
+		return err
+	}
+	d.exports = packager.NewExports(recipients)
+	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Exports: d.exports, Metrics: d.metrics, Log: d.log, Version: version,
 		EarlyStatus: d.earlyStatus(), RetrieveDeadline: d.config.Limits.CallbackDeadline})
 	if err != nil {
 		return err
@@ -171,6 +178,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.keepHouse(gctx) })
+	g.Go(func() error { d.pruneLog(gctx); return nil })
 	// Two of them: a KMS that hangs holds its probe up, but not the incident.
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })

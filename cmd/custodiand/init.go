@@ -35,7 +35,7 @@ func initCustody(ctx context.Context, c *Config, log *slog.Logger) (err error) {
 	if err := p.createStore(ctx, c, log); err != nil {
 		return err
 	}
-	return custodian.Init(ctx, p.config(c, policy, log), custodian.InitSpec{Profile: custodian.MEKProfile(c.HSM.MEKProfile)})
+	return custodian.Init(ctx, p.config(c, policy, log), custodian.InitSpec{Profile: custodian.MEKProfile(c.HSM.MEKProfile), AuditSigning: c.Audit.Signing})
 }
 
 // createStore makes store and audit log, or opens those of an init that was
@@ -78,9 +78,9 @@ func (p *parts) createStore(ctx context.Context, c *Config, log *slog.Logger) er
 		return err
 	}
 	if haveLog {
-		p.log, err = audit.Open(c.auditDir(), audit.Options{Visit: p.logged.Visit, Log: log})
+		p.log, err = audit.Open(c.auditDir(), c.auditOptions(p.logged.Visit, log))
 	} else {
-		p.log, err = audit.Create(c.auditDir(), audit.Options{Log: log})
+		p.log, err = audit.Create(c.auditDir(), c.auditOptions(nil, log))
 	}
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)

@@ -137,7 +137,11 @@ func (d *daemon) listenPackagers() (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if d.packagers, err = packager.NewServer(packager.Config{RPC: d.server, Signers: signers, Log: d.log}); err != nil {
+	speke, _, err := d.config.CPIX.load()
+	if err != nil {
+		return nil, err
+	}
+	if d.packagers, err = packager.NewServer(packager.Config{RPC: d.server, Signers: signers, SPEKE: speke, Log: d.log}); err != nil {
 		return nil, err
 	}
 	l, err := net.Listen("tcp", c.Listen)

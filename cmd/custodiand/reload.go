@@ -26,14 +26,15 @@ func (d *daemon) heedHangups(ctx context.Context, hup <-chan os.Signal) {
 			if err := d.reload(ctx); err != nil {
 				d.log.Error("reload: the last good configuration stays", "err", err)
 			} else {
-				d.log.Info("reloaded grants, signers and certificates")
+				d.log.Info("reloaded grants, signers, recipients and certificates")
 			}
 		}
 	}
 }
 
-// reload takes grants, rules, signers, sealing and certificates anew. Everything else of the file needs
-// a restart, and the log says what of it has changed.
+// reload takes grants, rules, signers, recipients, sealing and certificates anew.
+// Everything else of the file needs a restart, and the log says what of it has
+// changed.
 func (d *daemon) reload(ctx context.Context) error {
 	if err := d.certs.Reload(); err != nil {
 		return err
@@ -49,6 +50,10 @@ func (d *daemon) reload(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("config %s: %w", d.path, err)
 	}
+	speke, recipients, err := c.CPIX.load()
+	if err != nil {
+		return fmt.Errorf("config %s: %w", d.path, err)
+	}
 	keys, err := restartKeys(d.config, c)
 	if err != nil {
 		return fmt.Errorf("config %s: compare with the one in force: %w", d.path, err)
@@ -59,7 +64,7 @@ func (d *daemon) reload(ctx context.Context) error {
 		return err
 	}
 	if len(keys) > 0 {
-		d.log.Warn("what has changed in the configuration beside grants, rules, signers and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
+		d.log.Warn("what has changed in the configuration beside grants, rules, signers, cpix and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -69,7 +74,9 @@ func (d *daemon) reload(ctx context.Context) error {
 		}
 	}
 	d.policy = policy
+	d.exports.Set(recipients)
 	if d.packagers != nil {
+		d.packagers.SetSPEKE(speke)
 		return d.packagers.SetSigners(signers)
 	}
 	return nil
@@ -108,6 +115,7 @@ func restartKeys(inForce, loaded *Config) ([]string, error) {
 	}
 	for _, t := range []map[string]any{was, is} {
 		delete(t, "grants")
+		delete(t, "cpix")
 		delete(t, "sealing")
 		delete(t, "policy")
 		if packagers, ok := t["packagers"].(map[string]any); ok {

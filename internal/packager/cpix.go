@@ -397,11 +397,12 @@ func encodeBase64(b []byte) []byte {
 	return base64.StdEncoding.AppendEncode(make([]byte, 0, base64.StdEncoding.EncodedLen(len(b))), b)
 }
 
-// purpose is what the rules say that a key is for.
+// Purpose is what the rules say that a key is for; an empty track type where
+// they say nothing.
 //
 // The natural key has one track type and one period, so a key that is meant
 // for two of either is refused rather than filed under one of them.
-func (d *CPIX) purpose(kid custodian.KID) (track string, period custodian.Period, err error) {
+func (d *CPIX) Purpose(kid custodian.KID) (track string, period custodian.Period, err error) {
 	for n, i := range d.rules[kid] {
 		r, place := d.Rules[i], fmt.Sprintf("ContentKeyUsageRule[%d]", i)
 		if len(r.Periods) > 1 {

@@ -20,9 +20,9 @@ import (
 
 // Sizes and limits of the listener.
 const (
-	// maxBody in bytes, of one request. The largest that a packager sends, a
-	// SPEKE document for many keys, is some 100 KiB.
-	maxBody = 1 << 20
+	// maxBody in bytes, of one request. The largest that is meant is a SPEKE
+	// document for 600 keys.
+	maxBody = MaxDocumentSize
 	// maxHeader in bytes, of all headers of one request.
 	maxHeader = 16 << 10
 	// maxCalls are under way at once; one more is told to come back.
@@ -43,6 +43,8 @@ type Config struct {
 	RPC *rpc.Server
 	// Signers are those of the Widevine API.
 	Signers []Signer
+	// SPEKE says to whom SPEKE replies may be encrypted, and where they must be.
+	SPEKE SPEKEConfig
 	// Hold is how long a call waits for trouble of the daemon's that may pass:
 	// 55 s if zero. Shaka Packager takes an error for the end of its run, and
 	// gives a request up after 60 s.
@@ -62,6 +64,7 @@ type Server struct {
 	places  chan struct{} // one for each call under way
 	calls   sync.WaitGroup
 	signers atomic.Pointer[signers]
+	spekes  atomic.Pointer[SPEKE]
 }
 
 // NewServer checks the configuration.
@@ -79,9 +82,11 @@ func NewServer(c Config) (*Server, error) {
 	if err := s.SetSigners(c.Signers); err != nil {
 		return nil, fmt.Errorf("packager server: %w", err)
 	}
+	s.SetSPEKE(c.SPEKE)
 	mux := http.NewServeMux()
 	for _, d := range []door{
 		{name: "widevine", answer: s.widevine, refuse: refuseWidevine},
+		{name: "speke", answer: s.speke, refuse: refuseSPEKE},
 	} {
 		mux.Handle("POST /v1/categories/{category}/"+d.name, s.handler(d))
 	}
@@ -139,7 +144,7 @@ type call struct {
 // A reply is a whole answer: a packager that gets half of one writes what it has
 // got to its log, keys and all.
 type reply struct {
-	status      int // of HTTP; 200 if zero
+	status      int // of HTTP, of a refusal; zero: 200, with keys
 	contentType string
 	header      map[string]string
 	// body is wiped when it is sent. It is its own: nothing else holds it.
@@ -256,7 +261,7 @@ func mayPass(err error) bool {
 func (r reply) send(w http.ResponseWriter) {
 	body := r.body
 	defer func() { clear(body[:cap(body)]) }()
-	if short := minReply - len(body); short > 0 {
+	if len(body) < minReply && r.status == 0 { // a refusal has no keys
 		body = make([]byte, minReply)
 		copy(body, r.body)
 		for i := len(r.body); i < len(body); i++ {

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/rpc"
 )
 
 // SPEKEConfig says to whom SPEKE replies may be encrypted, and where they must
@@ -79,12 +80,48 @@ const (
 	headerSPEKEAgent   = "X-Speke-User-Agent"
 )
 
-// ReplyHeader sets what every reply has, also that of a refusal.
-func (s *SPEKE) ReplyHeader(request, reply http.Header) {
-	reply.Set(headerSPEKEAgent, "Custodian")
-	if v := request.Get(headerSPEKEVersion); spekeVersions[v] != "" {
-		reply.Set(headerSPEKEVersion, v)
+// speke is the door of SPEKE.
+func (s *Server) speke(ctx context.Context, c *call) (reply, error) {
+	version := c.header.Get(headerSPEKEVersion)
+	body, err := s.spekes.Load().Answer(ctx, c.issue, SPEKERequest{Caller: c.Caller().ID, Category: c.category, Header: c.header, Body: c.body})
+	if err != nil {
+		return reply{}, &spekeRefusal{version, err}
 	}
+	return reply{contentType: spekeContentType, header: spekeHeaders(version), body: body}, nil
+}
+
+// SetSPEKE replaces the recipients of encrypted replies.
+func (s *Server) SetSPEKE(c SPEKEConfig) { s.spekes.Store(NewSPEKE(c)) }
+
+// A spekeRefusal is an error of a call that named a version of SPEKE.
+type spekeRefusal struct {
+	version string
+	error
+}
+
+func (e *spekeRefusal) Unwrap() error { return e.error }
+
+// refuseSPEKE answers in words, as SPEKE wants it: a malformed request is 422.
+func refuseSPEKE(r rpc.Refusal, err error) reply {
+	status, text, version := r.HTTPStatus, r.Message, ""
+	if e, ok := errors.AsType[*SPEKEError](err); ok {
+		status, text = e.Status, e.Text
+	} else if r.Reason == custodian.ReasonOf(custodian.ErrInvalid) {
+		status = http.StatusUnprocessableEntity
+	}
+	if e, ok := errors.AsType[*spekeRefusal](err); ok {
+		version = e.version
+	}
+	return reply{status: status, contentType: "text/plain; charset=utf-8", header: spekeHeaders(version), body: []byte(text)}
+}
+
+// spekeHeaders are what every reply has, also that of a refusal.
+func spekeHeaders(version string) map[string]string {
+	h := map[string]string{headerSPEKEAgent: "Custodian"}
+	if spekeVersions[version] != "" {
+		h[headerSPEKEVersion] = version
+	}
+	return h
 }
 
 // spekeContentType is that of every reply but a refusal.
@@ -277,7 +314,7 @@ func (d *CPIX) specs() ([]custodian.KeySpec, error) {
 	}
 	specs := make([]custodian.KeySpec, len(d.Keys))
 	for i, k := range d.Keys {
-		track, period, err := d.purpose(k.KID)
+		track, period, err := d.Purpose(k.KID)
 		if err != nil {
 			return nil, unprocessable("%s", err)
 		}

@@ -7,80 +7,30 @@ import (
 	"encoding/xml"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
-	"path/filepath"
+	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/keycustody/custodian/custodian"
-	"github.com/keycustody/custodian/custodian/custodiantest"
-	"github.com/keycustody/custodian/internal/audit"
 	"github.com/keycustody/custodian/internal/packager"
-	"github.com/keycustody/custodian/kms"
 )
 
 // The callers of the SPEKE tests.
 var (
-	encoder   = custodian.Caller{ID: "spiffe://media.test/encoder", Roles: []custodian.Role{custodian.RolePackager}}
-	stranger  = custodian.Caller{ID: "spiffe://media.test/stranger", Roles: []custodian.Role{custodian.RolePackager}}
-	licenser  = custodian.Caller{ID: "spiffe://media.test/licenser", Roles: []custodian.Role{custodian.RoleProvider}}
-	keyholder = custodian.Caller{ID: "spiffe://media.test/officer", Roles: []custodian.Role{custodian.RoleOfficer}}
+	encoder  = custodian.Caller{ID: doorID(doorPackager), Roles: []custodian.Role{custodian.RolePackager}}
+	stranger = custodian.Caller{ID: doorID(doorNobody), Roles: []custodian.Role{custodian.RolePackager}}
+	licenser = custodian.Caller{ID: doorID(doorProvider), Roles: []custodian.Role{custodian.RoleProvider}}
 )
 
-// openCustody is a domain on a token and a store in memory, with the category
-// movies.
+// openCustody is a domain with the category movies.
 func openCustody(t *testing.T) *custodian.Custodian {
 	t.Helper()
-	ctx := t.Context()
-	dir := filepath.Join(t.TempDir(), "audit")
-	policy, err := custodian.NewPolicy([]custodian.Grant{
-		{Identity: encoder.ID, Role: custodian.RolePackager, Categories: []custodian.CategoryName{"movies"}},
-		{Identity: licenser.ID, Role: custodian.RoleProvider, AllCategories: true},
-		{Identity: keyholder.ID, Role: custodian.RoleOfficer, AllCategories: true, SPKI: &keyholder.SPKI},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	local, err := kms.Open(ctx, kms.Config{Name: "local", Kind: "local"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var logged custodian.Logged
-	log, err := audit.Create(dir, audit.Options{Visit: logged.Visit})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := custodian.Config{Store: custodiantest.NewStore(), HSM: custodiantest.NewHSM(), Providers: []custodian.Provider{local}, Audit: log, Policy: policy,
-		Now: time.Now, LabelPrefix: "test", DefaultProviders: []string{"local"}, MaxReleases: 1024}
-	if err := custodian.Init(ctx, c, custodian.InitSpec{}); err != nil {
-		t.Fatal(err)
-	}
-	if err := log.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if c.Audit, err = audit.Open(dir, audit.Options{Visit: logged.Visit}); err != nil {
-		t.Fatal(err)
-	}
-	c.Logged = logged
-	core, err := custodian.Open(ctx, c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if n := core.Arena().InUse(); n != 0 {
-			t.Errorf("%d keys are still in clear", n)
-		}
-		if err := errors.Join(core.Close(), c.Audit.Close()); err != nil {
-			t.Error(err)
-		}
-	})
-	if _, err := core.CreateCategory(ctx, keyholder, custodian.CreateCategoryRequest{Name: "movies"}); err != nil {
-		t.Fatal(err)
-	}
-	return core
+	return newDoorKit(t, nil).core
 }
 
 func spekeHeader(version string) http.Header {
@@ -588,13 +538,90 @@ func TestSPEKERefuses(t *testing.T) {
 	}
 }
 
-func TestSPEKEReplyHeader(t *testing.T) {
-	s := packager.NewSPEKE(packager.SPEKEConfig{})
-	for version, want := range map[string]string{"2.0": "2.0", "2.1": "2.1", "9": "", "": ""} {
-		got := http.Header{}
-		s.ReplyHeader(spekeHeader(version), got)
-		if got.Get("X-Speke-Version") != want || got.Get("X-Speke-User-Agent") != "Custodian" {
-			t.Errorf("version %q: got %v", version, got)
+// TestSPEKEDoor: what an encryptor sees over HTTPS, status, headers and words.
+func TestSPEKEDoor(t *testing.T) {
+	_, der := newRSA(t, 2048)
+	k := newDoorKit(t, func(c *packager.Config) {
+		c.Hold = 300 * time.Millisecond
+		c.SPEKE = packager.SPEKEConfig{Recipients: map[string][]packager.Recipient{encoder.ID: {pinned(t, der, "")}}}
+	})
+	small := readFile(t, "speke", "small.request.xml")
+	ask := func(who, category, version string, body []byte) (*http.Response, string) {
+		t.Helper()
+		url := strings.Replace(k.url, "/movies/", "/"+category+"/", 1) + "speke"
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, bytes.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
 		}
+		req.Header = spekeHeader(version)
+		res, err := k.client(t, who).Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		text, err := io.ReadAll(res.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return res, string(text)
+	}
+	for _, test := range []struct {
+		name, who, category, version string
+		body                         []byte
+		status                       int
+		text                         string // the whole of it; of a document, a part
+	}{
+		{"keys", doorPackager, "movies", "2.0", small, 200, "PlainValue>"},
+		{"encrypted keys", doorPackager, "movies", "2.0", withRecipients(small, der), 200, "<cpix:DocumentKey"},
+		{"no version", doorPackager, "movies", "", small, 422, "Unsupported SPEKE version"},
+		{"no content ID", doorPackager, "movies", "2.0", []byte(strings.Replace(cpixDoc(""), ` contentId="c"`, "", 1)), 422, "Missing CPIX@contentId"},
+		{"a long content ID", doorPackager, "movies", "2.0", bytes.ReplaceAll(small, []byte("test_case_"), bytes.Repeat([]byte("x"), 300)), 422, "content_id: content ID of 336 bytes: must be 1 to 300"},
+		{"a caller without a grant", doorNobody, "movies", "2.0", small, 403, "not granted"},
+		{"a category of others", doorOther, "movies", "2.0", small, 403, "not granted"},
+		{"an unknown category", doorPackager, "none", "2.0", small, 403, "not granted"},
+		{"an unknown category, to who may know", doorChief, "none", "2.0", small, 404, "no such category"},
+		{"KIDs of other content", doorPackager, "movies", "2.0", bytes.ReplaceAll(small, []byte("test_case_"), []byte("other_")), 409, "the KID is in use for other content"},
+		{"too large", doorPackager, "movies", "2.0", make([]byte, packager.MaxDocumentSize+1), 422, fmt.Sprintf("body: it has more than %d bytes", packager.MaxDocumentSize)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			res, text := ask(test.who, test.category, test.version, test.body)
+			if res.StatusCode != test.status || res.Header.Get("X-Speke-User-Agent") != "Custodian" || res.Header.Get("X-Request-Id") == "" {
+				t.Errorf("got %d, %v, want %d: %s", res.StatusCode, res.Header, test.status, text)
+			}
+			kind := "text/plain; charset=utf-8"
+			if test.status == 200 {
+				kind = "application/xml"
+			}
+			if got := res.Header.Get("Content-Type"); got != kind {
+				t.Errorf("Content-Type %q, want %q", got, kind)
+			}
+			if test.name != "too large" && res.Header.Get("X-Speke-Version") != test.version {
+				t.Errorf("X-Speke-Version %q, want %q", res.Header.Get("X-Speke-Version"), test.version)
+			}
+			if test.status == 200 && !strings.Contains(text, test.text) || test.status != 200 && text != test.text {
+				t.Errorf("got %q, want %q", text, test.text)
+			}
+		})
+	}
+	k.rpc.SetUnavailable(custodian.ErrStarting)
+	if res, text := ask(doorPackager, "movies", "2.0", small); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || text != "the daemon is starting" {
+		t.Errorf("no domain yet: got %d, %v, %q", res.StatusCode, res.Header, text)
+	}
+}
+
+// What docs/OPERATIONS.md tells to paste works.
+func TestSPEKEDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/OPERATIONS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, found := bytes.Cut(page, []byte("```xml\n<cpix:CPIX"))
+	request, _, ends := bytes.Cut(append([]byte("<cpix:CPIX"), after...), []byte("```"))
+	if !found || !ends {
+		t.Fatal("the page has no CPIX document")
+	}
+	r := mustAsk(t, packager.NewSPEKE(packager.SPEKEConfig{}), openCustody(t), "2.0", request)
+	if len(r.keys(t)) != 2 || len(r.Systems) != 2 {
+		t.Errorf("got %s", r.raw)
 	}
 }

@@ -142,3 +142,32 @@ func (p *keyParts) attest(index uint64, leafHash, checkpoint []byte) {
 	p.receipt.Checkpoint = checkpoint
 	p.key.Receipt = &p.receipt
 }
+
+func (r *retrieval) ListKeyPeriods(ctx context.Context, req *v1.ListKeyPeriodsRequest) (*v1.ListKeyPeriodsResponse, error) {
+	custody, err := r.server.custody()
+	if err != nil {
+		return nil, err
+	}
+	kid, err := custodian.KIDFromBytes(req.GetKid())
+	if err != nil {
+		return nil, &custodian.InvalidError{Field: "kid", Err: err}
+	}
+	limit := int(req.GetLimit())
+	if limit == 0 {
+		limit = custodian.MaxKeyPeriods
+	}
+	c := callOf(ctx)
+	keys, err := custody.KeyPeriods(ctx, c.caller, c.requestID, kid, limit)
+	if err != nil {
+		return nil, err
+	}
+	resp := &v1.ListKeyPeriodsResponse{RequestId: c.requestID}
+	for i := range keys {
+		p := &v1.KeyPeriod{Kid: keys[i].KID[:]}
+		if keys[i].HasPeriod {
+			p.Period = &v1.Period{Index: keys[i].Period, StartTime: timestamp(keys[i].PeriodStart), EndTime: timestamp(keys[i].PeriodEnd)}
+		}
+		resp.Periods = append(resp.Periods, p)
+	}
+	return resp, nil
+}

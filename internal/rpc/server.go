@@ -28,6 +28,9 @@ import (
 type Custody interface {
 	Issue(context.Context, custodian.Caller, custodian.IssueRequest) ([]custodian.IssuedKey, error)
 	Retrieve(context.Context, custodian.Caller, custodian.RetrieveRequest) ([]custodian.RetrieveResult, error)
+	KeyPeriods(ctx context.Context, who custodian.Caller, requestID string, kid custodian.KID, limit int) ([]custodian.ContentKey, error)
+	Import(context.Context, custodian.Caller, custodian.ImportRequest) ([]custodian.ImportedKey, error)
+	Export(context.Context, custodian.Caller, custodian.ExportRequest) ([]custodian.ExportedKey, error)
 	Arena() *secret.Arena
 	Ready(context.Context) error
 	CreateCategory(context.Context, custodian.Caller, custodian.CreateCategoryRequest) (custodian.Category, error)
@@ -77,6 +80,9 @@ type Config struct {
 	Log *slog.Logger
 	// Now is the clock, time.Now if nil.
 	Now func() time.Time
+
+	// Exports has the recipients of ExportContentKeys. Nil: there is none.
+	Exports Exporter
 
 	// Version is that of the daemon, for the status.
 	Version string
@@ -191,6 +197,7 @@ func NewServer(c Config) (*Server, error) {
 	)
 	s.register(&v1.KeyRetrievalService_ServiceDesc, &retrieval{server: s})
 	s.register(&v1.KeyIssuanceService_ServiceDesc, &issuance{server: s})
+	s.register(&v1.KeyTransferService_ServiceDesc, &transfer{server: s})
 	s.register(&v1.CustodyService_ServiceDesc, &custodyService{server: s})
 	s.register(&v1.AuditService_ServiceDesc, &auditService{server: s})
 	healthv1.RegisterHealthServer(s.grpc, &health{server: s})
