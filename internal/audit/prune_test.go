@@ -283,7 +283,7 @@ func TestPruneBesideWriter(t *testing.T) {
 	wantBlocked(t, l, nil, release(61))
 	shut(t, l)
 
-	dir, _, k = prunedLog(t)
+	dir, _, _ = prunedLog(t)
 	files := segmentFiles(t, dir)
 	path = filepath.Join(dir, files[len(files)-4]) // the newest that is sealed
 	b, err = os.ReadFile(path)
