@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/cedar-policy/cedar-go/types"
 )
 
 // A Role is what a caller acts as. The zero Role may do nothing.
@@ -89,17 +91,17 @@ type Grant struct {
 	SPKI *[32]byte
 }
 
-// A Policy is the set of grants. The zero Policy permits nothing.
+// A Policy is the grants, and what restricts them: rules, sealing, licence
+// tokens. The zero Policy permits nothing.
 type Policy struct {
-	byIdentity map[string][]rule
-	officers   map[[32]byte]bool // public keys that are pinned for officers
-	digest     [32]byte
-	sealing    *sealingRule // nil: nothing is sealed to callers
-	tokens     *Tokens      // nil: no licence token is asked for
+	authority *authority        // nil: nothing is permitted
+	officers  map[[32]byte]bool // public keys that are pinned for officers
+	digest    [32]byte
+	sealing   *sealingRule // nil: nothing is sealed to callers
+	tokens    *Tokens      // nil: no licence token is asked for
 }
 
-// A rule is a grant and what names it in a Decision, written once: every call
-// is decided.
+// A rule is a grant and what names it in a Decision.
 type rule struct {
 	Grant
 	text string
@@ -108,7 +110,7 @@ type rule struct {
 // NewPolicy checks the grants and makes a policy of them. It reports every
 // fault at once, each with the place grants[i].
 func NewPolicy(grants []Grant) (*Policy, error) {
-	p := &Policy{byIdentity: map[string][]rule{}, officers: map[[32]byte]bool{}}
+	p := &Policy{authority: &authority{permits: map[string][]compiled{}}, officers: map[[32]byte]bool{}}
 	var faults []error
 	fault := func(i int, format string, args ...any) {
 		faults = append(faults, fmt.Errorf("grants[%d]: %w", i, fmt.Errorf(format, args...)))
@@ -139,11 +141,12 @@ func NewPolicy(grants []Grant) (*Policy, error) {
 		if g.Role == RoleOfficer && g.SPKI != nil {
 			p.officers[*g.SPKI] = true
 		}
-		p.byIdentity[g.Identity] = append(p.byIdentity[g.Identity], rule{g, text})
+		p.authority.permits[g.Identity] = append(p.authority.permits[g.Identity],
+			compiled{id: types.PolicyID(fmt.Sprintf("grants[%d]", i)), policy: compileGrant(g), grant: &rule{g, text}})
 		canonical = append(canonical, text)
 	}
-	for id, gs := range p.byIdentity {
-		holds := func(r Role) bool { return slices.ContainsFunc(gs, func(g rule) bool { return g.Role == r }) }
+	for id, gs := range p.authority.permits {
+		holds := func(r Role) bool { return slices.ContainsFunc(gs, func(g compiled) bool { return g.grant.Role == r }) }
 		if holds(RoleOfficer) && holds(RoleOperator) {
 			faults = append(faults, fmt.Errorf("%s: is officer and operator; these must be different people", id))
 		}
@@ -186,6 +189,7 @@ type Request struct {
 	Action   Action
 	Resource Resource
 	Token    *Token // what the caller has shown; nil: none
+	Asserted Viewer // what the caller says of the viewer
 	Now      time.Time
 }
 
@@ -194,39 +198,20 @@ type Decision struct {
 	Allow  bool
 	Err    error    // the refusal; nil only where Allow
 	Role   Role     // the role that it was allowed or refused in
-	Rules  []string // the grants that allowed it
+	Rules  []string // the grants that allowed it, or the rules that forbid it
 	KnowIt bool     // the caller may hear that something does not exist
 }
 
 // Decide is the one place where an action is allowed or refused: authority
 // first, then the licence token, the category's mode, the key's state.
 func (p *Policy) Decide(r Request) Decision {
-	d := Decision{Err: ErrDenied}
-	for _, g := range p.grants(r.Caller) {
-		if !slices.Contains(permits[r.Action], g.Role) || !slices.Contains(r.Caller.Roles, g.Role) {
-			continue
-		}
-		if g.SPKI != nil && *g.SPKI != r.Caller.SPKI || g.SPKI == nil && g.Role == RoleOfficer {
-			continue
-		}
-		if g.Role == RoleOperator && p.officers[r.Caller.SPKI] {
-			continue // the same key under another name
-		}
-		d.Role = g.Role
-		if r.Action == ActionReissue && !g.Reissue {
-			continue
-		}
-		if r.Resource.Category != "" && !g.covers(r.Resource.Category) {
-			continue
-		}
-		d.Rules = append(d.Rules, g.text)
-		d.Allow = true
-		d.KnowIt = d.KnowIt || g.AllCategories
+	if p == nil || p.authority == nil {
+		return Decision{Err: ErrDenied}
 	}
+	d := p.authorize(r)
 	if !d.Allow {
 		return d
 	}
-	d.Err = nil
 	if r.Action == ActionRelease {
 		d.Err = p.checkToken(r.Token, r.Resource)
 	}
@@ -263,15 +248,4 @@ func purposeOf(a Action) Purpose {
 		return Process
 	}
 	return 0
-}
-
-func (p *Policy) grants(who Caller) []rule {
-	if p == nil {
-		return nil
-	}
-	return p.byIdentity[who.ID]
-}
-
-func (g *Grant) covers(c CategoryName) bool {
-	return g.AllCategories || slices.Contains(g.Categories, c)
 }

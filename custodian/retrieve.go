@@ -30,6 +30,8 @@ type RetrieveRequest struct {
 	// UserID is what the caller says the viewer is. The audit log has keyed hashes
 	// of session and user.
 	UserID string
+	// Asserted is what the caller says of the viewer, and nobody has signed.
+	Asserted Viewer
 
 	recipient sealing.PublicKey
 	token     *Token
@@ -79,6 +81,9 @@ func (r RetrieveRequest) Check() error {
 	}
 	if err := checkViewer("viewer_context.user_id", r.UserID); err != nil {
 		return err
+	}
+	if err := r.Asserted.Check(); err != nil {
+		return invalid("viewer_context", err)
 	}
 	for i, kid := range r.KIDs {
 		if kid.IsZero() {
@@ -180,7 +185,7 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		c.decideUnread(who, r)
 		return
 	}
-	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req.token)
+	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req.Asserted, req.token)
 	if !r.decision.Allow {
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
 		return

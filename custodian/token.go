@@ -166,6 +166,7 @@ type Token struct {
 	content    ContentID
 	kids       []KID // with trackTypes: the keys that it is for
 	trackTypes []TrackType
+	viewer     Viewer
 
 	use *tokenUse // this call's use of it; nil: not used yet
 }
@@ -184,6 +185,7 @@ type claims struct {
 	ContentB64 string            `json:"content_id_b64"`
 	KIDs       []string          `json:"kids"`
 	TrackTypes []string          `json:"track_types"`
+	Viewer     Viewer            `json:"viewer"`
 	Confirm    map[string]string `json:"cnf"`
 }
 
@@ -354,6 +356,10 @@ func (t *Token) take(c *claims) error {
 		}
 		t.kids = append(t.kids, kid)
 	}
+	if err := c.Viewer.Check(); err != nil {
+		return bad("viewer: %w", err)
+	}
+	t.viewer = c.Viewer
 	for _, text := range c.TrackTypes {
 		t.trackTypes = append(t.trackTypes, TrackType(text))
 	}
@@ -400,9 +406,9 @@ func (t *Token) covers(r Resource) error {
 
 // decideRelease decides about one key, and counts the call as a use of its
 // token at the first key that is allowed.
-func (c *Custodian) decideRelease(who Caller, r Resource, t *Token) Decision {
+func (c *Custodian) decideRelease(who Caller, r Resource, asserted Viewer, t *Token) Decision {
 	p, now := c.policy.Load(), c.now()
-	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Now: now})
+	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Asserted: asserted, Now: now})
 	if !d.Allow || t == nil || t.use != nil {
 		return d
 	}
@@ -415,6 +421,9 @@ func (c *Custodian) decideRelease(who Caller, r Resource, t *Token) Decision {
 // detail is what the audit log says of a release beside its fields.
 func (r *RetrieveResult) detail(t *Token) string {
 	text := r.Sealed.detail(graceDetail(r.Grace))
+	if r.Err != nil && !r.decision.Allow && len(r.decision.Rules) > 0 && errors.Is(r.Err, ErrDenied) {
+		return "forbidden by " + strings.Join(r.decision.Rules, ", ")
+	}
 	if r.Err != nil || t == nil || t.use == nil {
 		return text
 	}

@@ -44,6 +44,7 @@ type Config struct {
 	Packagers PackagersConfig `yaml:"packagers"`
 	CPIX      CPIXConfig      `yaml:"cpix"`
 	Grants    []GrantConfig   `yaml:"grants"`
+	Policy    PolicyConfig    `yaml:"policy"`
 	Sealing   SealingConfig   `yaml:"sealing"`
 	Tokens    *TokensConfig   `yaml:"tokens"` // nil: no licence token is asked for
 	Limits    LimitsConfig    `yaml:"limits"`
@@ -215,6 +216,9 @@ func (c *Config) resolve(dir string) {
 	}
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
+	}
+	for i := range c.Policy.RulesFiles {
+		paths = append(paths, &c.Policy.RulesFiles[i])
 	}
 	if c.Tokens != nil {
 		for i := range c.Tokens.Issuers {
@@ -398,12 +402,19 @@ func (c *Config) policy(sets tokenKeySets) (*custodian.Policy, error) {
 	if err := errors.Join(append(faults, err)...); err != nil {
 		return nil, err
 	}
+	ruled, rerr := c.Policy.apply(p)
+	if rerr == nil {
+		p = ruled
+	}
 	sealed, err := c.Sealing.apply(p)
 	if err == nil {
 		p = sealed
 	}
 	with, terr := c.Tokens.apply(p, sets)
-	return with, errors.Join(err, terr)
+	if err := errors.Join(rerr, err, terr); err != nil {
+		return nil, err
+	}
+	return with, nil
 }
 
 func (c *Config) serverCerts(log *slog.Logger) certs.ServerOptions {

@@ -32,7 +32,7 @@ func (d *daemon) heedHangups(ctx context.Context, hup <-chan os.Signal) {
 	}
 }
 
-// reload takes grants, signers, recipients, sealing and certificates anew.
+// reload takes grants, rules, signers, recipients, sealing and certificates anew.
 // Everything else of the file needs a restart, and the log says what of it has
 // changed.
 func (d *daemon) reload(ctx context.Context) error {
@@ -64,7 +64,7 @@ func (d *daemon) reload(ctx context.Context) error {
 		return err
 	}
 	if len(keys) > 0 {
-		d.log.Warn("what has changed in the configuration beside grants, signers, cpix and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
+		d.log.Warn("what has changed in the configuration beside grants, rules, signers, cpix and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -117,6 +117,7 @@ func restartKeys(inForce, loaded *Config) ([]string, error) {
 		delete(t, "grants")
 		delete(t, "cpix")
 		delete(t, "sealing")
+		delete(t, "policy")
 		if packagers, ok := t["packagers"].(map[string]any); ok {
 			delete(packagers, "signers")
 		}

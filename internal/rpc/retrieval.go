@@ -27,11 +27,17 @@ func (r *retrieval) GetContentKeys(ctx context.Context, req *v1.GetContentKeysRe
 	}
 	c := callOf(ctx)
 	results, err := custody.Retrieve(ctx, c.caller, custodian.RetrieveRequest{RequestID: c.requestID, ContentID: req.GetContentId(), KIDs: kids,
-		RecipientKeyID: req.GetRecipientKeyId(), LicenceToken: req.GetLicenceToken(), SessionID: req.GetViewerContext().GetSessionId(), UserID: req.GetViewerContext().GetUserId()})
+		RecipientKeyID: req.GetRecipientKeyId(), LicenceToken: req.GetLicenceToken(), SessionID: req.GetViewerContext().GetSessionId(),
+		UserID: req.GetViewerContext().GetUserId(), Asserted: viewer(req.GetViewerContext())})
 	if err != nil {
 		return nil, err
 	}
 	return r.encode(ctx, c, results)
+}
+
+// viewer is what the caller asserts.
+func viewer(v *v1.ViewerContext) custodian.Viewer {
+	return custodian.Viewer{DRMSystem: v.GetDrmSystem(), SecurityLevel: v.GetSecurityLevel(), HDCP: v.GetHdcp(), Region: v.GetRegion(), LicenceType: v.GetLicenceType()}
 }
 
 // encode makes the response, or the call's error where no key was released. The

@@ -126,7 +126,19 @@ type ViewerContext struct {
 	// be for it.
 	SessionId string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	// The user, up to 256 bytes: best a name that means nothing elsewhere.
-	UserId        string `protobuf:"bytes,2,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	UserId string `protobuf:"bytes,2,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// The DRM system, the security level of the device in that system's own words,
+	// the HDCP version, the region and the type of licence, each of at most 64
+	// bytes. Rules of the daemon see them as context.asserted.
+	DrmSystem string `protobuf:"bytes,3,opt,name=drm_system,json=drmSystem,proto3" json:"drm_system,omitempty"`
+	// See drm_system.
+	SecurityLevel string `protobuf:"bytes,4,opt,name=security_level,json=securityLevel,proto3" json:"security_level,omitempty"`
+	// See drm_system.
+	Hdcp string `protobuf:"bytes,5,opt,name=hdcp,proto3" json:"hdcp,omitempty"`
+	// See drm_system.
+	Region string `protobuf:"bytes,6,opt,name=region,proto3" json:"region,omitempty"`
+	// See drm_system.
+	LicenceType   string `protobuf:"bytes,7,opt,name=licence_type,json=licenceType,proto3" json:"licence_type,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -171,6 +183,41 @@ func (x *ViewerContext) GetSessionId() string {
 func (x *ViewerContext) GetUserId() string {
 	if x != nil {
 		return x.UserId
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetDrmSystem() string {
+	if x != nil {
+		return x.DrmSystem
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetSecurityLevel() string {
+	if x != nil {
+		return x.SecurityLevel
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetHdcp() string {
+	if x != nil {
+		return x.Hdcp
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetLicenceType() string {
+	if x != nil {
+		return x.LicenceType
 	}
 	return ""
 }
@@ -516,11 +563,17 @@ const file_custodian_v1_key_retrieval_service_proto_rawDesc = "" +
 	"content_id\x18\x03 \x01(\fR\tcontentId\x12#\n" +
 	"\rlicence_token\x18\x04 \x01(\tR\flicenceToken\x12B\n" +
 	"\x0eviewer_context\x18\x05 \x01(\v2\x1b.custodian.v1.ViewerContextR\rviewerContext\x12(\n" +
-	"\x10recipient_key_id\x18\x06 \x01(\tR\x0erecipientKeyId\"G\n" +
+	"\x10recipient_key_id\x18\x06 \x01(\tR\x0erecipientKeyId\"\xdc\x01\n" +
 	"\rViewerContext\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x17\n" +
-	"\auser_id\x18\x02 \x01(\tR\x06userId\"u\n" +
+	"\auser_id\x18\x02 \x01(\tR\x06userId\x12\x1d\n" +
+	"\n" +
+	"drm_system\x18\x03 \x01(\tR\tdrmSystem\x12%\n" +
+	"\x0esecurity_level\x18\x04 \x01(\tR\rsecurityLevel\x12\x12\n" +
+	"\x04hdcp\x18\x05 \x01(\tR\x04hdcp\x12\x16\n" +
+	"\x06region\x18\x06 \x01(\tR\x06region\x12!\n" +
+	"\flicence_type\x18\a \x01(\tR\vlicenceType\"u\n" +
 	"\x16GetContentKeysResponse\x12<\n" +
 	"\aresults\x18\x01 \x03(\v2\".custodian.v1.GetContentKeysResultR\aresults\x12\x1d\n" +
 	"\n" +
