@@ -35,6 +35,8 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeCategory, encodeCategory)
 	case ControlException:
 		return alter(r.Body, decodeException, encodeException)
+	case ControlRotation:
+		return alter(r.Body, decodeRotation, encodeRotation)
 	}
 	return nil, fmt.Errorf("kind %d has no decoder here", r.Kind)
 }

@@ -48,6 +48,8 @@ const (
 	ActionReadStatus     Action = "status.read"
 	ActionBackup         Action = "backup"
 	ActionReadAudit      Action = "audit.read"
+	ActionRotate         Action = "rotation"
+	ActionReadRotations  Action = "rotation.read"
 )
 
 // permits says which roles may do an action at all.
@@ -62,6 +64,8 @@ var permits = map[Action][]Role{
 	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
 	ActionBackup:         {RoleOperator},
 	ActionReadAudit:      {RoleAuditor},
+	ActionRotate:         {RoleOfficer},
+	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only
