@@ -50,6 +50,7 @@ const (
 	ActionReadAudit      Action = "audit.read"
 	ActionRotate         Action = "rotation"
 	ActionReadRotations  Action = "rotation.read"
+	ActionReportEvent    Action = "event"
 )
 
 // permits says which roles may do an action at all.
@@ -66,6 +67,7 @@ var permits = map[Action][]Role{
 	ActionReadAudit:      {RoleAuditor},
 	ActionRotate:         {RoleOfficer},
 	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
+	ActionReportEvent:    {RolePackager, RoleOfficer},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only
