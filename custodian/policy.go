@@ -51,6 +51,10 @@ const (
 	ActionRotate         Action = "rotation"
 	ActionReadRotations  Action = "rotation.read"
 	ActionReportEvent    Action = "event"
+	ActionSetProviders   Action = "category.providers"
+	ActionReencrypt      Action = "category.reencrypt"
+	ActionImport         Action = "keys.import"
+	ActionExport         Action = "keys.export"
 )
 
 // permits says which roles may do an action at all.
@@ -68,6 +72,12 @@ var permits = map[Action][]Role{
 	ActionRotate:         {RoleOfficer},
 	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionReportEvent:    {RolePackager, RoleOfficer},
+	// Who holds the outer layer is decided by those who decide who holds keys;
+	// that its wraps follow a provider's own rotation is housekeeping.
+	ActionSetProviders: {RoleOfficer},
+	ActionReencrypt:    {RoleOfficer, RoleOperator},
+	ActionImport:       {RoleOfficer},
+	ActionExport:       {RoleOfficer},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only
@@ -242,9 +252,9 @@ func (r Request) unusable() error {
 // purposeOf is what an action uses keys for; zero where it uses none.
 func purposeOf(a Action) Purpose {
 	switch a {
-	case ActionIssue, ActionReissue:
+	case ActionIssue, ActionReissue, ActionImport:
 		return Protect
-	case ActionRelease:
+	case ActionRelease, ActionExport:
 		return Process
 	}
 	return 0
