@@ -35,7 +35,7 @@ func initCustody(ctx context.Context, c *Config, log *slog.Logger) (err error) {
 	if err := p.createStore(ctx, c, log); err != nil {
 		return err
 	}
-	return custodian.Init(ctx, p.config(c, policy, log), custodian.InitSpec{Profile: custodian.MEKProfile(c.HSM.MEKProfile)})
+	return custodian.Init(ctx, p.config(c, policy, log), custodian.InitSpec{Profile: custodian.MEKProfile(c.HSM.MEKProfile), AuditSigning: c.Audit.Signing})
 }
 
 // createStore makes store and audit log, or opens those of an init that was
