@@ -123,6 +123,8 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
+	uses *tokenUses // of licence tokens
+
 	// budgetMu guards the map below.
 	budgetMu sync.Mutex
 	budgets  map[CategoryName]*budget
@@ -178,6 +180,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
+	c.uses = newTokenUses(cfg.Logged.tokens, c.now())
 	return c, nil
 }
 

@@ -29,7 +29,8 @@ func (b bar) met(v float64) bool {
 	return false
 }
 
-// bars of the custody core, of packagers, of the KMS's bad days, of rotations and of the audit log.
+// bars of the custody core, of packagers, of the KMS's bad days, of rotations and of the audit
+// log.
 var bars = map[string]bar{
 	"callback_vs_echo_c128":        {">=", 0.4},
 	"callback_vs_echo_append_c128": {">=", 0.6},
