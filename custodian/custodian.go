@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/keycustody/custodian/internal/audit"
 	"github.com/keycustody/custodian/internal/secret"
 )
@@ -74,6 +76,11 @@ type Config struct {
 	// Restored marks the first start after a restore: the store is expected
 	// to be behind the audit log, and every category gets a new KEK version.
 	Restored bool
+	// RotationRate is how many content keys a second rotations move at most.
+	// Zero: as many as the token can.
+	RotationRate int
+	// Events is the standing approval for what events do by themselves.
+	Events EventLimits
 	// GCMLimits replaces the limits of invocations, for tests. Zero: the
 	// constants above.
 	GCMLimits GCMLimits
@@ -94,6 +101,10 @@ type Custodian struct {
 	log     *slog.Logger
 	prefix  string
 	limits  GCMLimits
+	// limiter bounds the records that rotations move; nil: it does not.
+	limiter   *rate.Limiter
+	rotations *rotations
+	events    EventLimits
 
 	clock          func() time.Time
 	defaultWraps   []string
@@ -167,7 +178,10 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}}
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events}
+	if cfg.RotationRate > 0 {
+		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)
+	}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
 	c.uses = newTokenUses(cfg.Logged.tokens, c.now())

@@ -35,6 +35,7 @@ var (
 	ErrSealingRequired  error = &refusal{"SEALING_REQUIRED", "keys of this category leave only sealed to a recipient key, and none is pinned for the caller"}
 	ErrMEKExpired       error = &refusal{"MEK_EXPIRED", "the MEK is past its cryptoperiod; rotate it"}
 	ErrKEKExhausted     error = &refusal{"KEK_EXHAUSTED", "the KEK has reached its limit of GCM invocations; rotate it"}
+	ErrRotationState    error = &refusal{"ROTATION_STATE", "rotations do not permit this now; custodianctl rotation list shows how far they are"}
 	ErrKeyDestroyed     error = &refusal{"KEY_DESTROYED", "the key is destroyed"}
 	ErrKIDConflict      error = &refusal{"KID_CONFLICT", "the KID is stored for other content"}
 	ErrKeyConflict      error = &refusal{"KEY_CONFLICT", "the key, or what it is for, is in use otherwise"}

@@ -35,11 +35,16 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeCategory, encodeCategory)
 	case ControlException:
 		return alter(r.Body, decodeException, encodeException)
+	case ControlRotation:
+		return alter(r.Body, decodeRotation, encodeRotation)
 	case ControlRewrap:
 		return alter(r.Body, decodeRewrap, encodeRewrap)
 	}
 	return nil, fmt.Errorf("kind %d has no decoder here", r.Kind)
 }
+
+// RotateAged is what RunRotations does beside AdvanceRotations.
+func (c *Custodian) RotateAged(ctx context.Context) error { return c.rotateAged(ctx) }
 
 // AlterContentKey is AlterControl for content keys.
 func AlterContentKey(body []byte) ([]Alteration, error) {

@@ -162,9 +162,12 @@ func (c *Custodian) storeImports(ctx context.Context, req ImportRequest) ([]Impo
 	if err != nil {
 		return nil, 0, err
 	}
-	fresh := make([]SealedKey, len(req.Keys))
+	fresh, older := make([]SealedKey, len(req.Keys)), make([][]Fingerprint, len(req.Keys))
 	for i, k := range req.Keys {
-		if fresh[i], err = c.sealImport(ctx, set, kek, req, k); err != nil {
+		if fresh[i], err = c.sealImport(ctx, set, kek, req, k); err == nil {
+			older[i], err = c.olderFingerprints(ctx, set, k.Key, nil)
+		}
+		if err != nil {
 			return nil, 0, fmt.Errorf("content key %s: %w", k.KID, err)
 		}
 	}
@@ -176,7 +179,7 @@ func (c *Custodian) storeImports(ctx context.Context, req ImportRequest) ([]Impo
 			return err
 		}
 		for i := range fresh {
-			stored, created, err := insertImport(tx, fresh[i])
+			stored, created, err := insertImport(tx, fresh[i], older[i])
 			if err != nil {
 				return &importFault{fresh[i].Key.KID, err}
 			}
@@ -200,19 +203,23 @@ func (c *Custodian) sealImport(ctx context.Context, set *controlSet, kek KEKID, 
 }
 
 // insertImport adds a key, or returns the one that is there where it is the
-// same: KID, key bytes and IV.
-func insertImport(tx UpdateTx, k SealedKey) (ContentKey, bool, error) {
+// same: KID, key bytes and IV. older are its fingerprints under helper keys
+// that a rotation is about to replace.
+func insertImport(tx UpdateTx, k SealedKey, older []Fingerprint) (ContentKey, bool, error) {
 	there, err := findExisting(tx, k.Key.NaturalKey)
 	if err != nil {
 		return ContentKey{}, false, err
 	}
 	if there.Sealed != nil {
-		if there.Key.KID != k.Key.KID || there.Key.Fingerprint != k.Key.Fingerprint || !bytes.Equal(there.Key.IV, k.Key.IV) {
+		same := there.Key.Fingerprint == k.Key.Fingerprint || slices.Contains(older, there.Key.Fingerprint)
+		if there.Key.KID != k.Key.KID || !same || !bytes.Equal(there.Key.IV, k.Key.IV) {
 			return ContentKey{}, false, fmt.Errorf("%s has another key, %s: %w", k.Key.NaturalKey, there.Key.KID, ErrKeyConflict)
 		}
 		return there.Key, false, nil
 	}
-	err = tx.InsertContentKey(k)
+	if err = unusedUnder(tx, older); err == nil {
+		err = tx.InsertContentKey(k)
+	}
 	if errors.Is(err, ErrFingerprint) {
 		err = fmt.Errorf("%w: %w", ErrKeyConflict, err)
 	}

@@ -51,6 +51,9 @@ const (
 	ActionReadStatus     Action = "status.read"
 	ActionBackup         Action = "backup"
 	ActionReadAudit      Action = "audit.read"
+	ActionRotate         Action = "rotation"
+	ActionReadRotations  Action = "rotation.read"
+	ActionReportEvent    Action = "event"
 	ActionSetProviders   Action = "category.providers"
 	ActionReencrypt      Action = "category.reencrypt"
 	ActionImport         Action = "keys.import"
@@ -69,6 +72,9 @@ var permits = map[Action][]Role{
 	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
 	ActionBackup:         {RoleOperator},
 	ActionReadAudit:      {RoleAuditor},
+	ActionRotate:         {RoleOfficer},
+	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
+	ActionReportEvent:    {RolePackager, RoleOfficer},
 	// Who holds the outer layer is decided by those who decide who holds keys;
 	// that its wraps follow a provider's own rotation is housekeeping.
 	ActionSetProviders: {RoleOfficer},

@@ -227,6 +227,7 @@ const (
 	ControlSigner    ControlKind = 4
 	ControlCategory  ControlKind = 5
 	ControlException ControlKind = 6
+	ControlRotation  ControlKind = 8
 	ControlRewrap    ControlKind = 7
 )
 

@@ -169,6 +169,7 @@ var nextSteps = map[string]string{
 	"TOKEN_KEYS_UNAVAILABLE": "the daemon's log says why it has no keys of the token's issuer",
 	"SEALING_REQUIRED":       "custodianctl pki recipient-key makes a key; the daemon's config pins its public half in sealing.recipients",
 	"MEK_EXPIRED":            "the root key is due for rotation: call the officers; keys in use go on being served",
+	"ROTATION_STATE":         "custodianctl rotation list",
 	"KEK_EXHAUSTED":          "the category's key is due for rotation: call the officers",
 	"KID_CONFLICT":           "leave --kid out, and the daemon draws a KID",
 	"KEY_CONFLICT":           "nothing of the import was kept; custodianctl audit list --action keys.import names the KID (auditor)",

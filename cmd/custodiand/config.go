@@ -48,6 +48,7 @@ type Config struct {
 	Sealing   SealingConfig   `yaml:"sealing"`
 	Tokens    *TokensConfig   `yaml:"tokens"` // nil: no licence token is asked for
 	Limits    LimitsConfig    `yaml:"limits"`
+	Events    EventsConfig    `yaml:"events"`
 	Audit     AuditConfig     `yaml:"audit"`
 	Anchors   AnchorsConfig   `yaml:"anchors"`
 	Log       LogConfig       `yaml:"log"`
@@ -128,6 +129,13 @@ type LimitsConfig struct {
 	CallbackDeadline time.Duration `yaml:"callback_deadline"` // 250ms
 	KEKLifetime      time.Duration `yaml:"kek_lifetime"`      // 15m
 	DrainTimeout     time.Duration `yaml:"drain_timeout"`     // of calls at shutdown; 10s
+	RotationRate     int           `yaml:"rotation_rate"`     // content keys a second that rotations move; 0: as many as the token can
+}
+
+// EventsConfig is the standing approval for what events do by themselves.
+type EventsConfig struct {
+	DailyCap    int           `yaml:"daily_cap"`    // KEK versions that a category gets in 24 hours; 0: events make none
+	MinInterval time.Duration `yaml:"min_interval"` // between two versions of a category; 1h
 }
 
 // LogConfig is the daemon's own log on standard error.
@@ -195,6 +203,9 @@ func parseConfig(raw []byte) (*Config, error) {
 	}
 	if c.KMS.GraceCeiling == 0 {
 		c.KMS.GraceCeiling = 24 * time.Hour
+	}
+	if c.Events.MinInterval == 0 {
+		c.Events.MinInterval = time.Hour
 	}
 	if c.KMS.RewrapRate == 0 {
 		c.KMS.RewrapRate = 50
@@ -314,6 +325,15 @@ func (c *Config) check() error {
 	}
 	if c.Limits.KEKLifetime < time.Second || c.Limits.KEKLifetime > 24*time.Hour {
 		fault("limits.kek_lifetime", "%s: must be 1s to 24h", c.Limits.KEKLifetime)
+	}
+	if c.Events.DailyCap < 0 || c.Events.DailyCap > 24 {
+		fault("events.daily_cap", "%d: must be 0 to 24", c.Events.DailyCap)
+	}
+	if c.Events.MinInterval < 0 || c.Events.MinInterval > 24*time.Hour {
+		fault("events.min_interval", "%s: must be positive, 24h at most", c.Events.MinInterval)
+	}
+	if c.Limits.RotationRate < 0 {
+		fault("limits.rotation_rate", "%d: must not be negative; 0 is as many as the token can", c.Limits.RotationRate)
 	}
 	if err := new(slog.Level).UnmarshalText([]byte(c.Log.Level)); err != nil {
 		fault("log.level", "%q: must be debug, info, warn or error", c.Log.Level)
