@@ -49,6 +49,7 @@ type controlSet struct {
 	signers    map[string]Signer
 	categories map[CategoryName]Category
 	exceptions map[KID]Exception
+	ceremonial
 	// buckets hold the hash of every record, by the first byte of the hash of
 	// its key. The head's digest is the hash of the buckets' hashes, so a
 	// change costs one bucket, not the whole set.
@@ -63,13 +64,15 @@ type helperID struct {
 
 func newControlSet() *controlSet {
 	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
-		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}}
+		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{},
+		ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}}
 }
 
 func (s *controlSet) clone() *controlSet {
 	n := *s
 	n.meks, n.keks, n.helpers = maps.Clone(s.meks), maps.Clone(s.keks), maps.Clone(s.helpers)
 	n.signers, n.categories, n.exceptions = maps.Clone(s.signers), maps.Clone(s.categories), maps.Clone(s.exceptions)
+	n.ceremonies = maps.Clone(s.ceremonies)
 	return &n
 }
 
@@ -172,6 +175,8 @@ func (s *controlSet) decode(r ControlRecord) error {
 		var x Exception
 		x, err = decodeException(r.Body)
 		s.exceptions[x.KID], want = x, x.KID.String()
+	case ControlAuthority, ControlCeremony:
+		want, err = s.decodeCeremonial(r)
 	default:
 		return fmt.Errorf("control record %q: unknown kind %d: %w", r.Name, r.Kind, ErrRecordCorrupt)
 	}

@@ -35,6 +35,10 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeCategory, encodeCategory)
 	case ControlException:
 		return alter(r.Body, decodeException, encodeException)
+	case ControlAuthority:
+		return alter(r.Body, decodeAuthority, encodeAuthority)
+	case ControlCeremony:
+		return alter(r.Body, decodeCeremony, encodeCeremony)
 	}
 	return nil, fmt.Errorf("kind %d has no decoder here", r.Kind)
 }

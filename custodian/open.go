@@ -117,8 +117,11 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 			return err
 		}
 	}
+	if err := c.refusePolicy(ctx, c.policy.Load()); err != nil && !errors.Is(err, ErrQuorum) {
+		return err
+	}
 	policy := [32]byte{}
-	if p := c.policy.Load(); p != nil {
+	if p := c.policyOf(set); p != nil {
 		policy = p.Digest()
 	}
 	_, err = c.record(ctx, audit.Entry{Action: "start", Outcome: audit.Allowed, ControlRevision: set.head.Revision, StoreSequence: sequence,
@@ -306,7 +309,10 @@ func (c *Custodian) lookAtClock() error {
 // time seen up to date. Call it about once a minute; it writes once a day.
 func (c *Custodian) Tick(ctx context.Context) error {
 	c.keys.sweep(c.set.Load(), c.keys.clock.now())
-	err := c.settleNow(ctx)
+	if c.set.Load().sealed() {
+		c.dropKeys() // a call that was under way at the seal may have loaded one
+	}
+	err := errors.Join(c.settleNow(ctx), c.finishCeremonies(ctx))
 	if c.lookAtClock() != nil || c.now().Sub(c.set.Load().head.HighestNow) < 24*time.Hour {
 		return err
 	}

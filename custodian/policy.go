@@ -48,6 +48,11 @@ const (
 	ActionReadStatus     Action = "status.read"
 	ActionBackup         Action = "backup"
 	ActionReadAudit      Action = "audit.read"
+	ActionPropose        Action = "ceremony.propose"
+	ActionApprove        Action = "ceremony.approve"
+	ActionCancel         Action = "ceremony.cancel"
+	ActionExecute        Action = "ceremony.execute"
+	ActionReadCeremonies Action = "ceremony.read"
 )
 
 // permits says which roles may do an action at all.
@@ -62,6 +67,11 @@ var permits = map[Action][]Role{
 	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
 	ActionBackup:         {RoleOperator},
 	ActionReadAudit:      {RoleAuditor},
+	ActionPropose:        {RoleOfficer},
+	ActionApprove:        {RoleOfficer},
+	ActionCancel:         {RoleOfficer},
+	ActionExecute:        {RoleOfficer},
+	ActionReadCeremonies: {RoleOfficer, RoleOperator, RoleAuditor},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only
@@ -171,6 +181,7 @@ type Request struct {
 	Caller   Caller
 	Action   Action
 	Resource Resource
+	Sealed   bool // the officers have sealed the custody
 	Now      time.Time
 }
 
@@ -212,6 +223,9 @@ func (p *Policy) Decide(r Request) Decision {
 		return d
 	}
 	d.Err = r.unusable()
+	if r.Sealed && (purposeOf(r.Action) != 0 || r.Action == ActionCreateCategory) {
+		d.Err = fmt.Errorf("by the officers: %w", ErrSealed)
+	}
 	d.Allow = d.Err == nil
 	return d
 }

@@ -75,7 +75,7 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 		HSM: c.hsm.Status(), Store: stats, Categories: len(set.categories), KEKsLoaded: c.keys.count(), KEKLoads: c.keys.loads.Load(),
 		CEKsInClear: c.arena.InUse(), Incidents: c.incidents.Load(), UnknownObjects: c.unknownObjects,
 		Audit:     AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked},
-		Authority: "configuration file (no officers' quorum)"}
+		Authority: set.authority.describe()}
 	for _, m := range set.meks {
 		s.MEKs = append(s.MEKs, MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24)})
 	}
@@ -88,7 +88,8 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 }
 
 func (c *Custodian) warnings(set *controlSet, s Status) []string {
-	w := []string{"no officers' quorum: the configuration file decides who may do what"}
+	w := c.ceremonyWarnings(set, s.Time)
+	officers := len(w)
 	for _, m := range s.MEKs {
 		switch left := m.EndTime.Sub(s.Time); {
 		case m.State != StateActive:
@@ -127,13 +128,16 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	if s.Audit.Blocked != "" {
 		w = append(w, "the audit log is blocked, so nothing is released: "+s.Audit.Blocked)
 	}
-	slices.Sort(w[1:])
+	slices.Sort(w[officers:])
 	return w
 }
 
 // Ready says whether keys can be served: nil, or why not. It makes one real
 // token operation.
 func (c *Custodian) Ready(ctx context.Context) error {
+	if c.set.Load().sealed() {
+		return fmt.Errorf("by the officers: %w", ErrSealed)
+	}
 	if b := c.audit.Stats().Blocked; b != "" {
 		return fmt.Errorf("%s: %w", b, ErrAuditBlocked)
 	}
