@@ -336,17 +336,17 @@ type Genesis struct {
 
 // verify says what stands against the genesis.
 func (g *Genesis) verify(now time.Time) error {
-	if g.Plan.Kind != KindGenesis {
-		return fmt.Errorf("the plan is of kind %s, and init takes a genesis plan", g.Plan.Kind)
+	challenge, err := g.Plan.GenesisChallenge()
+	if err != nil {
+		return err
 	}
 	if !now.Before(g.Plan.ExpireTime()) {
 		return fmt.Errorf("the plan expired %s, and it is %s", g.Plan.Expires, now.UTC().Format(time.RFC3339))
 	}
-	x := Ceremony{Nonce: g.nonce()}
 	var faults []error
 	for _, a := range g.Approvals {
 		i := slices.IndexFunc(g.Plan.Officers, func(o Officer) bool { return o.Key == a.Key })
-		if i < 0 || !x.challenge([16]byte{}, g.Plan).verify(ActApprove, g.Plan.Officers[i], a.Signature) {
+		if i < 0 || !challenge.verify(ActApprove, g.Plan.Officers[i], a.Signature) {
 			faults = append(faults, fmt.Errorf("the approval of %s is not that of an officer on this plan", a.Officer))
 		}
 	}
@@ -361,18 +361,27 @@ func (g *Genesis) verify(now time.Time) error {
 	return errors.Join(faults...)
 }
 
-func (g *Genesis) nonce() (n [32]byte) {
-	b, _ := hex.DecodeString(g.Plan.Genesis.Nonce) // checked by ParsePlan
-	copy(n[:], b)
-	return n
+// GenesisChallenge is what every officer signs of a genesis plan: there is no
+// store yet, so the plan itself has the nonce.
+func (p *Plan) GenesisChallenge() (Challenge, error) {
+	if p.Kind != KindGenesis {
+		return Challenge{}, fmt.Errorf("the plan is of kind %s, and this is for a genesis plan", p.Kind)
+	}
+	nonce, err := hex.DecodeString(p.Genesis.Nonce)
+	if err != nil {
+		return Challenge{}, err
+	}
+	x := Ceremony{Nonce: [32]byte(nonce)}
+	return x.challenge([16]byte{}, p), nil
 }
 
 // records are the first authority, and the ceremony, whose end the first start
-// proves and writes down.
+// proves and writes down. The genesis is verified.
 func (g *Genesis) records(now time.Time, logKey []byte) []ControlRecord {
+	challenge, _ := g.Plan.GenesisChallenge()
 	a := Authority{Grants: g.Plan.Grants, Revision: 1}
 	a.adopt(g.Plan)
-	x := Ceremony{Plan: string(g.Plan.Canonical()), State: CeremonyExecuted, Nonce: g.nonce(), LogKey: sha256.Sum256(logKey), Proposer: "custodiand init",
+	x := Ceremony{Plan: string(g.Plan.Canonical()), State: CeremonyExecuted, Nonce: challenge.Nonce, LogKey: sha256.Sum256(logKey), Proposer: "custodiand init",
 		ProposeTime: now, Needed: uint32(len(g.Plan.Officers)), Executor: "custodiand init", QuorumTime: now, ExecTime: now, Revision: 1}
 	x.ID = hex.EncodeToString(x.Nonce[:8])
 	for _, o := range g.Plan.Officers { // in the order of the plan, whatever the files' was

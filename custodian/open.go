@@ -124,6 +124,12 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	if p := c.policyOf(set); p != nil {
 		policy = p.Digest()
 	}
+	if !cfg.Restored {
+		// What an earlier run has begun is ended; where it cannot be now, Tick tries again.
+		if err := c.finishCeremonies(ctx); err != nil {
+			c.log.Error("a ceremony has taken effect, and its end is not written down yet", "err", err)
+		}
+	}
 	_, err = c.record(ctx, audit.Entry{Action: "start", Outcome: audit.Allowed, ControlRevision: set.head.Revision, StoreSequence: sequence,
 		Detail: "config " + hex.EncodeToString(cfg.ConfigDigest[:]) + " policy " + hex.EncodeToString(policy[:])})
 	return err

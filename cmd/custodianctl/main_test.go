@@ -57,16 +57,27 @@ func TestMain(m *testing.M) {
 //	keep VAR FIELD           set VAR to the first FIELD in the JSON on stdout
 //	samekey FILE FILE        both JSON files hold the same one content key
 //	flip FILE OFFSET         change one byte
+//	fill FILE...             put the variables that files name in their place
+//	assemble                 officers anna, ben and cleo, of whom two decide, with
+//	                         their keys in anna.key and so on and their public keys
+//	                         in officers.pem; recovery keys rita and ron; and a
+//	                         custody in ./dev that they have begun together
+//	card NAME                a smart card with the token NAME and the key pair sign;
+//	                         its module is CARD, its PIN is in NAME.pin
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"dev": startDev, "stop": stopDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip,
+			"fill": fill, "assemble": assemble, "card": card,
 		},
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
 			e.Setenv("XDG_CONFIG_HOME", "")
 			e.Setenv(configEnv, "")
+			e.Setenv("CUSTODIAND", daemon)
+			e.Setenv("TOMORROW", time.Now().Add(24*time.Hour).UTC().Format(time.RFC3339))
+			e.Setenv("NEXT_WEEK", time.Now().Add(7*24*time.Hour).UTC().Format(time.RFC3339))
 			e.Values[processKey{}] = new(process)
 			return nil
 		},

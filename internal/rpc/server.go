@@ -42,6 +42,7 @@ type Custody interface {
 	AuditInclusion(ctx context.Context, who custodian.Caller, index, size uint64) (custodian.AuditProof, error)
 	AuditConsistency(ctx context.Context, who custodian.Caller, old, size uint64) ([][32]byte, []byte, error)
 	AuditEntries(context.Context, custodian.Caller, custodian.AuditQuery) ([]custodian.AuditEntry, uint64, error)
+	Ceremonies
 }
 
 // Sizes and limits of the transport.
@@ -190,6 +191,7 @@ func NewServer(c Config) (*Server, error) {
 	s.register(&v1.KeyIssuanceService_ServiceDesc, &issuance{server: s})
 	s.register(&v1.CustodyService_ServiceDesc, &custodyService{server: s})
 	s.register(&v1.AuditService_ServiceDesc, &auditService{server: s})
+	s.register(&v1.CeremonyService_ServiceDesc, &ceremonyService{server: s})
 	healthv1.RegisterHealthServer(s.grpc, &health{server: s})
 	return s, nil
 }
