@@ -121,7 +121,7 @@ func (c *Custodian) retireKEKs(ctx context.Context, l Logged, rep *RestoreReport
 	for name, cat := range c.set.Load().categories {
 		id := KEKID{name, cat.ActiveKEK}
 		// A version that the log knows is never made a second time.
-		to := max(id.Version, l.KEKs[name]) + 1
+		to := max(c.set.Load().nextKEK(name), l.KEKs[name]+1)
 		err := c.rotateKEK(ctx, name, id.Version, to, "restore")
 		if errors.Is(err, ErrMEKExpired) {
 			if err := c.closeKEK(ctx, id); err != nil {

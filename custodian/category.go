@@ -246,7 +246,7 @@ func (c *Custodian) reserve(ctx context.Context, name CategoryName, n uint64) (K
 		block := max(c.limits.Block, n)
 		fits := kek.Reserved <= c.limits.Hard && block <= c.limits.Hard-kek.Reserved
 		if kek.Reserved >= c.limits.Soft && (!fits || !c.now().Before(b.retryAt)) {
-			err := c.rotateKEK(ctx, name, id.Version, id.Version+1, "soft limit of GCM invocations")
+			err := c.rotateKEK(ctx, name, id.Version, set.nextKEK(name), "soft limit of GCM invocations")
 			if err == nil {
 				continue
 			}

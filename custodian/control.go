@@ -49,6 +49,8 @@ type controlSet struct {
 	signers    map[string]Signer
 	categories map[CategoryName]Category
 	exceptions map[KID]Exception
+	rotations  map[string]Rotation // by name
+	exposed    map[CategoryName][]exposure
 	ceremonial
 	// buckets hold the hash of every record, by the first byte of the hash of
 	// its key. The head's digest is the hash of the buckets' hashes, so a
@@ -64,7 +66,7 @@ type helperID struct {
 
 func newControlSet() *controlSet {
 	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
-		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{},
+		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rotations: map[string]Rotation{}, exposed: map[CategoryName][]exposure{},
 		ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}}
 }
 
@@ -72,6 +74,7 @@ func (s *controlSet) clone() *controlSet {
 	n := *s
 	n.meks, n.keks, n.helpers = maps.Clone(s.meks), maps.Clone(s.keks), maps.Clone(s.helpers)
 	n.signers, n.categories, n.exceptions = maps.Clone(s.signers), maps.Clone(s.categories), maps.Clone(s.exceptions)
+	n.rotations, n.exposed = maps.Clone(s.rotations), maps.Clone(s.exposed)
 	n.ceremonies = maps.Clone(s.ceremonies)
 	return &n
 }
@@ -175,6 +178,11 @@ func (s *controlSet) decode(r ControlRecord) error {
 		var x Exception
 		x, err = decodeException(r.Body)
 		s.exceptions[x.KID], want = x, x.KID.String()
+	case ControlRotation:
+		var x Rotation
+		x, err = decodeRotation(r.Body)
+		s.rotations[r.Name], want = x, x.Name()
+		s.expose(x)
 	case ControlAuthority, ControlCeremony:
 		want, err = s.decodeCeremonial(r)
 	default:
@@ -201,6 +209,9 @@ func categoryRecord(c Category) ControlRecord {
 func exceptionRecord(x Exception) ControlRecord {
 	return ControlRecord{Kind: ControlException, Name: x.KID.String(), Body: encodeException(x)}
 }
+func rotationRecord(r Rotation) ControlRecord {
+	return ControlRecord{Kind: ControlRotation, Name: r.Name(), Body: encodeRotation(r)}
+}
 func helperRecord(h Helper) ControlRecord {
 	return ControlRecord{Kind: ControlHelper, Name: helperName(h.Purpose, h.Version), Body: encodeHelper(h)}
 }
@@ -224,12 +235,7 @@ func (s *controlSet) latestHelper(p HelperPurpose) (Helper, error) {
 
 // activeMEK is the version that new keys are wrapped under.
 func (s *controlSet) activeMEK(now time.Time) (MEK, error) {
-	var latest MEK
-	for v, m := range s.meks {
-		if v > latest.Version && m.State == StateActive {
-			latest = m
-		}
-	}
+	latest := s.protectingMEK()
 	if latest.Version == 0 {
 		return MEK{}, corrupt("mek", errors.New("no active version"))
 	}
@@ -339,15 +345,17 @@ func (c *Custodian) change(ctx context.Context, build func(old *controlSet, now 
 	return err
 }
 
-// lawful says whether every key version went to a state that it may go to.
+// lawful says whether every key version went to a state that it may go to. Only
+// a rotation that is rolled back makes its predecessor ACTIVE again.
 func lawful(old, next *controlSet) error {
 	for id, was := range old.keks {
-		if is := next.keks[id]; is.State != was.State && !was.State.CanBecome(is.State) {
+		if is := next.keks[id]; is.State != was.State && !was.State.CanBecome(is.State) && !next.rolledBackTo(RotateKEK, id.Category, id.Version) &&
+			!next.rolledBackTo(RotateMEK, "", is.Wrapped.MEKVersion) {
 			return fmt.Errorf("kek %s: %s cannot become %s: %w", id, was.State, is.State, ErrKeyState)
 		}
 	}
 	for v, was := range old.meks {
-		if is := next.meks[v]; is.State != was.State && !was.State.CanBecome(is.State) {
+		if is := next.meks[v]; is.State != was.State && !was.State.CanBecome(is.State) && !next.rolledBackTo(RotateMEK, "", v) {
 			return fmt.Errorf("mek %s: %s cannot become %s: %w", was.Label, was.State, is.State, ErrKeyState)
 		}
 	}

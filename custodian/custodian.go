@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/keycustody/custodian/internal/audit"
 	"github.com/keycustody/custodian/internal/secret"
 )
@@ -68,6 +70,9 @@ type Config struct {
 	// Restored marks the first start after a restore: the store is expected
 	// to be behind the audit log, and every category gets a new KEK version.
 	Restored bool
+	// RewrapRate is how many content keys a second rotations move at most.
+	// Zero: as many as the token can.
+	RewrapRate int
 	// GCMLimits replaces the limits of invocations, for tests. Zero: the
 	// constants above.
 	GCMLimits GCMLimits
@@ -86,6 +91,9 @@ type Custodian struct {
 	log    *slog.Logger
 	prefix string
 	limits GCMLimits
+	// limiter bounds the records that rotations move; nil: it does not.
+	limiter   *rate.Limiter
+	rotations *rotations
 
 	clock          func() time.Time
 	defaultWraps   []string
@@ -150,7 +158,10 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}}
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}, rotations: newRotations()}
+	if cfg.RewrapRate > 0 {
+		c.limiter = rate.NewLimiter(rate.Limit(cfg.RewrapRate), rewrapBatch)
+	}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
 	return c, nil

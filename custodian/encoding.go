@@ -24,6 +24,7 @@ const (
 	formCategory   = 6
 	formException  = 7
 	formHead       = 8
+	formRotation   = 9
 	formVersion    = 1
 )
 
@@ -46,6 +47,13 @@ func (e *encoder) bool(v bool) {
 		e.b = append(e.b, 1)
 	} else {
 		e.b = append(e.b, 0)
+	}
+}
+
+func (e *encoder) versions(list []uint32) {
+	e.uint(uint64(len(list)))
+	for _, v := range list {
+		e.uint(uint64(v))
 	}
 }
 
@@ -156,6 +164,13 @@ func (d *decoder) time() time.Time {
 		return time.Time{}
 	}
 	return time.Unix(0, n).UTC()
+}
+
+func (d *decoder) versions() (list []uint32) {
+	for n := d.uint(); n > 0 && d.err == nil; n-- {
+		list = append(list, d.uint32())
+	}
+	return list
 }
 
 func (d *decoder) wrapped() Wrapped {
@@ -367,6 +382,36 @@ func decodeException(b []byte) (Exception, error) {
 	d := newDecoder(formException, b)
 	x := Exception{KID: d.array16(), State: State(d.uint8()), Decided: d.bool(), Time: d.time(), Cause: d.str(), Revision: d.uint()}
 	return x, d.done("exception record")
+}
+
+func encodeRotation(r Rotation) []byte {
+	e := newEncoder(formRotation, 192)
+	e.str(string(r.Kind))
+	e.str(string(r.Category))
+	e.uint(uint64(r.To))
+	e.uint(uint64(r.Predecessor))
+	e.versions(r.From)
+	e.versions(r.Compromised)
+	e.bool(r.Serve)
+	e.uint(uint64(r.Step))
+	e.str(r.Cause)
+	e.str(r.RequestID)
+	e.time(r.StartTime)
+	e.time(r.StepTime)
+	e.time(r.HoldUntil)
+	e.uint(r.Total)
+	e.uint(r.Verified)
+	e.uint(r.Revision)
+	return e.b
+}
+
+func decodeRotation(b []byte) (Rotation, error) {
+	d := newDecoder(formRotation, b)
+	r := Rotation{Kind: RotationKind(d.str()), Category: CategoryName(d.str()), To: d.uint32(), Predecessor: d.uint32(),
+		From: d.versions(), Compromised: d.versions(), Serve: d.bool(), Step: RotationStep(d.uint8()), Cause: d.str(), RequestID: d.str()}
+	r.StartTime, r.StepTime, r.HoldUntil = d.time(), d.time(), d.time()
+	r.Total, r.Verified, r.Revision = d.uint(), d.uint(), d.uint()
+	return r, d.done("rotation record")
 }
 
 func encodeHead(h Head) []byte {

@@ -35,6 +35,8 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeCategory, encodeCategory)
 	case ControlException:
 		return alter(r.Body, decodeException, encodeException)
+	case ControlRotation:
+		return alter(r.Body, decodeRotation, encodeRotation)
 	case ControlAuthority:
 		return alter(r.Body, decodeAuthority, encodeAuthority)
 	case ControlCeremony:

@@ -38,6 +38,9 @@ type HSM interface {
 	// LoadKey unwraps inner under m to a non-extractable session object and
 	// checks the canary.
 	LoadKey(ctx context.Context, m MEK, u KeyUse, identity, inner, canary []byte) (Key, error)
+	// RewrapKey moves a wrapped key from a rotatable MEK to another one, inside
+	// the token, and loads the result once before it returns. The canary stays.
+	RewrapKey(ctx context.Context, from, to MEK, u KeyUse, identity, inner, canary []byte) ([]byte, error)
 	// GenerateSigner makes, or adopts, an ECDSA P-256 key pair.
 	GenerateSigner(ctx context.Context, label string, id [16]byte) error
 	// Signer returns a key pair of the token.

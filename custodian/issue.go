@@ -1,6 +1,7 @@
 package custodian
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -244,9 +245,13 @@ func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req I
 		return err
 	}
 	fresh := make([]SealedKey, len(req.Keys))
+	var others []Fingerprint // of the same keys, under older helper keys
 	for _, i := range missing {
 		keys[i].Key.Destroy()
 		if fresh[i], keys[i].Key, keys[i].Grace, err = c.newKey(ctx, set, kek, req, req.Keys[i]); err != nil {
+			return err
+		}
+		if others, err = c.olderFingerprints(ctx, set, keys[i].Key, others); err != nil {
 			return err
 		}
 	}
@@ -255,6 +260,11 @@ func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req I
 	err = c.store.Update(ctx, func(tx UpdateTx) error {
 		if err := stillProtects(tx, set, kek); err != nil {
 			return err
+		}
+		for _, f := range others {
+			if owner, err := tx.FingerprintOwner(f); !errors.Is(err, ErrNotFound) {
+				return fmt.Errorf("a new content key has the bytes of %s: %w", owner, cmp.Or(err, ErrFingerprint))
+			}
 		}
 		created = make([]bool, len(req.Keys))
 		for _, i := range missing {
@@ -296,10 +306,7 @@ func stillProtects(tx Tx, set *controlSet, kek KEKID) error {
 	if h, err := decodeHead(r.Body); err != nil || h.Revision == set.head.Revision {
 		return err
 	}
-	if r, err = tx.Control(ControlCategory, string(kek.Category)); err != nil {
-		return fmt.Errorf("category %s: %w", kek.Category, err)
-	}
-	cat, err := decodeCategory(r.Body)
+	cat, err := categoryIn(tx, kek.Category)
 	if err != nil {
 		return err
 	}
@@ -310,6 +317,15 @@ func stillProtects(tx Tx, set *controlSet, kek KEKID) error {
 		return fmt.Errorf("kek %s: %w", kek, ErrChanged)
 	}
 	return nil
+}
+
+// categoryIn is a category in the store's own state.
+func categoryIn(tx Tx, name CategoryName) (Category, error) {
+	r, err := tx.Control(ControlCategory, string(name))
+	if err != nil {
+		return Category{}, fmt.Errorf("category %s: %w", name, err)
+	}
+	return decodeCategory(r.Body)
 }
 
 // newKey draws a CEK in the token and seals it.
@@ -341,8 +357,9 @@ func (c *Custodian) newKey(ctx context.Context, set *controlSet, kek KEKID, req 
 	return k, cek, grace, nil
 }
 
-// sealCEK fingerprints cek and seals it under k.Key.KEK; with draw, it fills
-// cek from the token's random source first.
+// sealCEK fingerprints cek, unless k has a fingerprint by the newest helper
+// already, and seals it under k.Key.KEK; with draw, it fills cek from the
+// token's random source first.
 func (c *Custodian) sealCEK(ctx context.Context, set *controlSet, k *SealedKey, cek []byte, draw bool) (grace time.Duration, err error) {
 	if draw {
 		if err := c.hsm.Random(ctx, cek); err != nil {
@@ -353,13 +370,10 @@ func (c *Custodian) sealCEK(ctx context.Context, set *controlSet, k *SealedKey, 
 	if err != nil {
 		return 0, err
 	}
-	k.Key.Fingerprint.Version = h.Version
-	if err := c.keys.withHelper(ctx, set, HelperFingerprint, h.Version, func(f Key) error {
-		var err error
-		k.Key.Fingerprint.MAC, err = f.CMAC(ctx, cek)
-		return err
-	}); err != nil {
-		return 0, fmt.Errorf("fingerprint: %w", err)
+	if k.Key.Fingerprint.Version != h.Version {
+		if k.Key.Fingerprint, err = c.fingerprint(ctx, set, h.Version, cek); err != nil {
+			return 0, err
+		}
 	}
 	k.Body = EncodeContentKey(k.Key)
 	return c.keys.withKEK(ctx, set, k.Key.KEK, func(kek Key) error {
@@ -367,6 +381,38 @@ func (c *Custodian) sealCEK(ctx context.Context, set *controlSet, k *SealedKey, 
 		k.IV, k.Sealed, err = kek.Seal(ctx, associatedData(set.head.StoreID, k.Body), cek)
 		return err
 	})
+}
+
+func (c *Custodian) fingerprint(ctx context.Context, set *controlSet, version uint32, cek []byte) (Fingerprint, error) {
+	f := Fingerprint{Version: version}
+	err := c.keys.withHelper(ctx, set, HelperFingerprint, version, func(k Key) error {
+		var err error
+		f.MAC, err = k.CMAC(ctx, cek)
+		return err
+	})
+	if err != nil {
+		return f, fmt.Errorf("fingerprint: %w", err)
+	}
+	return f, nil
+}
+
+// olderFingerprints appends the fingerprints of a key under the helper keys
+// that are about to be replaced: until the rotation of the MEK is retired,
+// stored keys may still be known by those.
+func (c *Custodian) olderFingerprints(ctx context.Context, set *controlSet, cek secret.Secret, to []Fingerprint) ([]Fingerprint, error) {
+	for id, h := range set.helpers {
+		if id.purpose != HelperFingerprint || h.State != StateDeactivated || set.retiredMEK(h.Wrapped.MEKVersion) {
+			continue
+		}
+		var f Fingerprint
+		var err error
+		cek.Use(func(b []byte) { f, err = c.fingerprint(ctx, set, id.version, b) })
+		if err != nil {
+			return nil, err
+		}
+		to = append(to, f)
+	}
+	return to, nil
 }
 
 // handOutAgain gives a packager a key that exists: through the same decision,

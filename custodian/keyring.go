@@ -373,6 +373,9 @@ func (s *controlSet) wrapped(id keyID) (w Wrapped, ident []byte, use KeyUse, err
 		if err := Usable(h.State, Process, false); err != nil {
 			return w, nil, 0, fmt.Errorf("%s: state %s: %w", id, h.State, err)
 		}
+		if s.retiredMEK(h.Wrapped.MEKVersion) {
+			return w, nil, 0, corrupt(id.String(), errors.New("it is retired with its mek, and no record refers to it"))
+		}
 		return h.Wrapped, helperIdentity(s.head.StoreID, h.Purpose, h.Version), UseMAC, nil
 	}
 	kid := KEKID{id.kek, id.version}
@@ -382,6 +385,9 @@ func (s *controlSet) wrapped(id keyID) (w Wrapped, ident []byte, use KeyUse, err
 	}
 	if err := Usable(k.State, Process, false); err != nil {
 		return w, nil, 0, fmt.Errorf("%s: state %s: %w", id, k.State, err)
+	}
+	if s.retired(kid) || s.retiredMEK(k.Wrapped.MEKVersion) { // whatever still names it is an old record that was put back
+		return w, nil, 0, corrupt(id.String(), errors.New("it is retired, and no record refers to it"))
 	}
 	return k.Wrapped, kekIdentity(s.head.StoreID, kid), UseSeal, nil
 }
@@ -436,7 +442,11 @@ func (r *keyring) make(ctx context.Context, m MEK, use KeyUse, ident []byte, pro
 	if err != nil {
 		return Wrapped{}, unwrapError("generate key under "+m.Label, err)
 	}
-	w := Wrapped{MEKVersion: m.Version, Canary: canary}
+	return r.wrapOuter(ctx, Wrapped{MEKVersion: m.Version, Canary: canary}, inner, ident, providers)
+}
+
+// wrapOuter adds the providers' wraps of inner to w.
+func (r *keyring) wrapOuter(ctx context.Context, w Wrapped, inner, ident []byte, providers []string) (Wrapped, error) {
 	for _, name := range providers {
 		g := r.guards[name]
 		if g == nil {

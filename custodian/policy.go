@@ -48,6 +48,8 @@ const (
 	ActionReadStatus     Action = "status.read"
 	ActionBackup         Action = "backup"
 	ActionReadAudit      Action = "audit.read"
+	ActionRotate         Action = "rotation"
+	ActionReadRotations  Action = "rotation.read"
 	ActionPropose        Action = "ceremony.propose"
 	ActionApprove        Action = "ceremony.approve"
 	ActionCancel         Action = "ceremony.cancel"
@@ -67,6 +69,8 @@ var permits = map[Action][]Role{
 	ActionReadStatus:     {RoleOperator, RoleOfficer, RoleAuditor},
 	ActionBackup:         {RoleOperator},
 	ActionReadAudit:      {RoleAuditor},
+	ActionRotate:         {RoleOfficer},
+	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionPropose:        {RoleOfficer},
 	ActionApprove:        {RoleOfficer},
 	ActionCancel:         {RoleOfficer},

@@ -176,6 +176,8 @@ func resourceOf(set *controlSet, k ContentKey) Resource {
 	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, IsKey: true, State: StateActive}
 	if x, ok := set.exceptions[k.KID]; ok {
 		r.State, r.Decided = x.State, x.Decided
+	} else if exposed, serve := set.compromised(k); exposed {
+		r.State, r.Decided = StateCompromised, serve
 	}
 	return r
 }

@@ -85,7 +85,8 @@ type UpdateTx interface {
 	InsertContentKey(k SealedKey) error
 	// ReplaceContentKey puts k in the place of the record with the same KID,
 	// whose revision must be the given one (else ErrChanged). The natural key
-	// and the fingerprint stay as they are.
+	// stays as it is, and so does the fingerprint unless it is of another helper
+	// key; one that a key has already is ErrFingerprint.
 	ReplaceContentKey(revision uint64, k SealedKey) error
 	// PutCursor saves the position of a background job; nil removes it.
 	PutCursor(job string, pos []byte) error

@@ -553,7 +553,7 @@ var (
 
 // The operations that a breaker knows.
 var (
-	hsmOps   = []string{"hsm.Random", "hsm.DestroyLeftovers", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.CMAC"}
+	hsmOps   = []string{"hsm.Random", "hsm.DestroyLeftovers", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.RewrapKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.CMAC"}
 	kmsOps   = []string{"kms.Wrap", "kms.Unwrap"}
 	storeOps = []string{"store.View", "store.ContentKey", "store.Update"}
 	auditOps = []string{"audit.WriteAt", "audit.Sync"}
@@ -585,6 +585,10 @@ func (h brokenHSM) GenerateKey(ctx context.Context, m custodian.MEK, u custodian
 func (h brokenHSM) LoadKey(ctx context.Context, m custodian.MEK, u custodian.KeyUse, identity, inner, canary []byte) (k custodian.Key, err error) {
 	err = h.b.do("hsm.LoadKey", errHSM, func() error { k, err = h.HSM.LoadKey(ctx, m, u, identity, inner, canary); return err })
 	return brokenKey{k, h.b}, err
+}
+func (h brokenHSM) RewrapKey(ctx context.Context, from, to custodian.MEK, u custodian.KeyUse, identity, inner, canary []byte) (moved []byte, err error) {
+	err = h.b.do("hsm.RewrapKey", errHSM, func() error { moved, err = h.HSM.RewrapKey(ctx, from, to, u, identity, inner, canary); return err })
+	return moved, err
 }
 func (h brokenHSM) GenerateSigner(ctx context.Context, label string, id [16]byte) error {
 	return h.b.do("hsm.GenerateSigner", errHSM, func() error { return h.HSM.GenerateSigner(ctx, label, id) })

@@ -166,6 +166,29 @@ func (t *token) LoadKey(ctx context.Context, m custodian.MEK, u custodian.KeyUse
 	return key{loaded}, nil
 }
 
+func (t *token) RewrapKey(ctx context.Context, from, to custodian.MEK, u custodian.KeyUse, identity, inner, canary []byte) (moved []byte, err error) {
+	err = t.run(ctx, func() error {
+		old, err := t.mek(ctx, from)
+		if err != nil {
+			return err
+		}
+		next, err := t.mek(ctx, to)
+		if err != nil {
+			return err
+		}
+		w, err := old.Rewrap(ctx, next.MEK, hsm.Wrapped{Blob: inner, Canary: canary}, useOf(u), identity)
+		if errors.Is(err, hsm.ErrWrongKey) && old.right() && next.right() {
+			return mapped{err, custodian.ErrAuth} // the key's canary, not a MEK's
+		}
+		moved = w.Blob
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return moved, nil
+}
+
 // right reports whether the MEK has opened its canary in this connection.
 func (m *provenMEK) right() bool { return m.Checked() == m.Epoch() }
 

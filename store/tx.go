@@ -538,8 +538,9 @@ func (t *tx) InsertContentKey(k custodian.SealedKey) (err error) {
 }
 
 // ReplaceContentKey puts k in the place of the record with the same KID. A
-// natural key other than the record's is ErrNaturalKey, a fingerprint other
-// than the record's ErrFingerprint.
+// natural key other than the record's is ErrNaturalKey. A fingerprint other
+// than the record's is ErrFingerprint, unless it is of another helper key and
+// no other record has it.
 func (t *tx) ReplaceContentKey(revision uint64, k custodian.SealedKey) (err error) {
 	defer t.guard(&err, t.enter())
 	if err := checkSealed(k); err != nil {
@@ -555,8 +556,19 @@ func (t *tx) ReplaceContentKey(revision uint64, k custodian.SealedKey) (err erro
 	if !old.Key.SameItem(k.Key.NaturalKey) || old.Key.Generation != k.Key.Generation {
 		return fmt.Errorf("content key %s: is stored for %s, not %s: %w", k.Key.KID, old.Key.NaturalKey, k.Key.NaturalKey, custodian.ErrNaturalKey)
 	}
-	if old.Key.Fingerprint != k.Key.Fingerprint {
-		return fmt.Errorf("content key %s: its fingerprint would change: %w", k.Key.KID, custodian.ErrFingerprint)
+	if was, is := old.Key.Fingerprint, k.Key.Fingerprint; was != is {
+		if was.Version == is.Version {
+			return fmt.Errorf("content key %s: its fingerprint would change: %w", k.Key.KID, custodian.ErrFingerprint)
+		}
+		if owner := t.get(bucketFingerprint, fingerprintKey(is)); owner != nil {
+			return fmt.Errorf("content key %s: stored under %x as well: %w", k.Key.KID, owner, custodian.ErrFingerprint)
+		}
+		if err := t.put(bucketFingerprint, fingerprintKey(was), nil); err != nil {
+			return err
+		}
+		if err := t.put(bucketFingerprint, fingerprintKey(is), bytes.Clone(k.Key.KID[:])); err != nil {
+			return err
+		}
 	}
 
 	if old.Key.KEK != k.Key.KEK {

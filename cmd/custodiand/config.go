@@ -111,6 +111,7 @@ type LimitsConfig struct {
 	CallbackDeadline time.Duration `yaml:"callback_deadline"` // 250ms
 	KEKLifetime      time.Duration `yaml:"kek_lifetime"`      // 15m
 	DrainTimeout     time.Duration `yaml:"drain_timeout"`     // of calls at shutdown; 10s
+	RewrapRate       int           `yaml:"rewrap_rate"`       // content keys a second that rotations move; 0: as many as the token can
 }
 
 // LogConfig is the daemon's own log on standard error.
@@ -269,6 +270,9 @@ func (c *Config) check() error {
 	}
 	if c.Limits.KEKLifetime < time.Second || c.Limits.KEKLifetime > 24*time.Hour {
 		fault("limits.kek_lifetime", "%s: must be 1s to 24h", c.Limits.KEKLifetime)
+	}
+	if c.Limits.RewrapRate < 0 {
+		fault("limits.rewrap_rate", "%d: must not be negative; 0 is as many as the token can", c.Limits.RewrapRate)
 	}
 	if err := new(slog.Level).UnmarshalText([]byte(c.Log.Level)); err != nil {
 		fault("log.level", "%q: must be debug, info, warn or error", c.Log.Level)

@@ -12,6 +12,7 @@ import (
 	"crypto/subtle"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"sync"
 
@@ -33,6 +34,7 @@ type HSM struct {
 	foreign []custodian.TokenObject
 	faults  map[string][]fault
 	counts  map[string]int
+	drawn   []byte // what Random gives once, for a dst of its length
 }
 
 type objectID struct {
@@ -54,6 +56,16 @@ type fault struct {
 // NewHSM returns an HSM that holds nothing.
 func NewHSM() *HSM {
 	return &HSM{epoch: 1, meks: map[objectID]*rootKey{}, signers: map[objectID]*ecdsa.PrivateKey{}, faults: map[string][]fault{}, counts: map[string]int{}}
+}
+
+// Clone returns a token with the same objects, so that what happens to the one
+// is not seen in the other. No key is loaded in it, and no fault is set.
+func (h *HSM) Clone() *HSM {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	n := NewHSM()
+	n.meks, n.signers, n.foreign = maps.Clone(h.meks), maps.Clone(h.signers), slices.Clone(h.foreign)
+	return n
 }
 
 // Fail makes the next n calls of op answer err and do nothing.
@@ -139,9 +151,25 @@ func (h *HSM) nextFault(op string) fault {
 	return fault{}
 }
 
+// NextRandom makes the next call of Random for as many bytes give these, as a
+// broken source would that repeats itself.
+func (h *HSM) NextRandom(b []byte) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.drawn = bytes.Clone(b)
+}
+
 // Random fills dst from crypto/rand.
 func (h *HSM) Random(ctx context.Context, dst []byte) error {
-	return h.do(ctx, "Random", func() error { rand.Read(dst); return nil })
+	return h.do(ctx, "Random", func() error {
+		if len(h.drawn) == len(dst) && len(dst) > 0 {
+			copy(dst, h.drawn)
+			h.drawn = nil
+			return nil
+		}
+		rand.Read(dst)
+		return nil
+	})
 }
 
 // GenerateMEK makes a MEK or adopts it.
@@ -255,6 +283,36 @@ func (h *HSM) LoadKey(ctx context.Context, m custodian.MEK, u custodian.KeyUse, 
 		return nil, err
 	}
 	return loaded, nil
+}
+
+// RewrapKey moves a key from one MEK to another.
+func (h *HSM) RewrapKey(ctx context.Context, from, to custodian.MEK, u custodian.KeyUse, identity, inner, canary []byte) (moved []byte, err error) {
+	err = h.do(ctx, "RewrapKey", func() error {
+		old, err := h.mek(from)
+		if err != nil {
+			return err
+		}
+		next, err := h.mek(to)
+		if err != nil {
+			return err
+		}
+		if old.profile != custodian.ProfileRotatable {
+			return fmt.Errorf("mek %s: profile %s lets no key go to another", from.Label, old.profile)
+		}
+		b, err := open(old.bytes, nil, inner)
+		if err != nil {
+			return fmt.Errorf("unwrap: %w", err)
+		}
+		if _, err := open(b, keyCanaryData(u, identity), canary); err != nil {
+			return fmt.Errorf("canary: %w", err)
+		}
+		moved, err = seal(next.bytes, nil, b)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return moved, nil
 }
 
 func keyCanaryData(u custodian.KeyUse, identity []byte) []byte {

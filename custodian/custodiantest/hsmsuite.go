@@ -34,6 +34,7 @@ func TestHSM(t *testing.T, open func(t *testing.T) custodian.HSM) {
 		{"CMAC", testCMAC},
 		{"LoadRefuses", testLoadRefuses},
 		{"UseIsKept", testUseIsKept},
+		{"Rewrap", testRewrapKey},
 		{"Release", testRelease},
 		{"Signer", testSigner},
 		{"Objects", testObjects},
@@ -49,8 +50,13 @@ func TestHSM(t *testing.T, open func(t *testing.T) custodian.HSM) {
 // record.
 func NewMEK(t testing.TB, h custodian.HSM) custodian.MEK {
 	t.Helper()
+	return newMEK(t, h, h.Status().DefaultMEK)
+}
+
+func newMEK(t testing.TB, h custodian.HSM, p custodian.MEKProfile) custodian.MEK {
+	t.Helper()
 	now := time.Now()
-	m := custodian.MEK{Version: 1, Profile: h.Status().DefaultMEK, State: custodian.StateActive, CreateTime: now, EndTime: now.AddDate(1, 0, 0)}
+	m := custodian.MEK{Version: 1, Profile: p, State: custodian.StateActive, CreateTime: now, EndTime: now.AddDate(1, 0, 0)}
 	rand.Read(m.ID[:])
 	m.Label = fmt.Sprintf("mek-%x", m.ID[:4])
 	if err := h.GenerateMEK(t.Context(), m); err != nil {
@@ -109,6 +115,52 @@ func testRandom(t *testing.T, h custodian.HSM) {
 		t.Error("random: two draws of 32 bytes are equal, or zero")
 	}
 }
+
+// testRewrapKey moves keys from a rotatable MEK to another one: they stay the
+// keys that they were, and the old wraps go on opening.
+func testRewrapKey(t *testing.T, h custodian.HSM) {
+	from, to := newMEK(t, h, custodian.ProfileRotatable), newMEK(t, h, custodian.ProfileRotatable)
+	for _, u := range []custodian.KeyUse{custodian.UseSeal, custodian.UseMAC} {
+		w := generate(t, h, from, u, "kek/movies")
+		moved, err := h.RewrapKey(t.Context(), from, to, u, w.identity, w.inner, w.canary)
+		if err != nil {
+			t.Fatalf("rewrap: %v", err)
+		}
+		after := w
+		after.mek, after.inner = to, moved
+		before, now := w.load(t, h), after.load(t, h)
+		if u == custodian.UseMAC {
+			a, aerr := before.CMAC(t.Context(), []byte("message"))
+			b, berr := now.CMAC(t.Context(), []byte("message"))
+			if aerr != nil || berr != nil || a != b {
+				t.Errorf("the key that was moved is another one: %v, %v", aerr, berr)
+			}
+			continue
+		}
+		iv, sealed, err := before.Seal(t.Context(), []byte("aad"), []byte("sixteen bytes ok"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := now.Open(t.Context(), iv, []byte("aad"), sealed, make([]byte, len(sealed))); err != nil {
+			t.Errorf("the key that was moved does not open what it has sealed before: %v", err)
+		}
+	}
+	w := generate(t, h, from, custodian.UseSeal, "kek/movies")
+	for name, err := range map[string]error{
+		"with the identity of another": second(h.RewrapKey(t.Context(), from, to, w.use, []byte("kek/series"), w.inner, w.canary)),
+		"a changed blob":               second(h.RewrapKey(t.Context(), from, to, w.use, w.identity, flip(w.inner, 3), w.canary)),
+		"from the wrong MEK":           second(h.RewrapKey(t.Context(), to, from, w.use, w.identity, w.inner, w.canary)),
+	} {
+		wantError(t, "rewrap "+name, err, custodian.ErrAuth)
+	}
+	closed := newMEK(t, h, custodian.ProfileSealed)
+	w = generate(t, h, closed, custodian.UseSeal, "kek/movies")
+	if _, err := h.RewrapKey(t.Context(), closed, to, w.use, w.identity, w.inner, w.canary); err == nil {
+		t.Error("a sealed MEK lets a key go to another")
+	}
+}
+
+func second(_ []byte, err error) error { return err }
 
 func testMEKAdopt(t *testing.T, h custodian.HSM) {
 	m := NewMEK(t, h)

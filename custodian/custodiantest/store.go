@@ -544,20 +544,30 @@ func replaced() custodian.SealedKey {
 	})
 }
 
+// renewed is the third key with a fingerprint of another helper key.
+func renewed() custodian.SealedKey {
+	return SealedKey(3, func(k *custodian.ContentKey) {
+		k.Fingerprint.Version = 2
+		k.Revision = 2
+	})
+}
+
 func doReplace(t *testing.T, s custodian.Store) {
-	insert(t, s, SealedKey(1, nil), SealedKey(2, nil))
+	insert(t, s, SealedKey(1, nil), SealedKey(2, nil), SealedKey(3, nil))
+	update(t, s, func(tx custodian.UpdateTx) error { return tx.ReplaceContentKey(1, renewed()) })
 	for _, c := range []struct {
 		name     string
 		revision uint64
 		k        custodian.SealedKey
 		want     error
 	}{
-		{"unknown KID", 1, SealedKey(3, nil), custodian.ErrNotFound},
+		{"unknown KID", 1, SealedKey(9, nil), custodian.ErrNotFound},
 		{"older revision", 0, replaced(), custodian.ErrChanged},
 		{"newer revision", 2, replaced(), custodian.ErrChanged},
 		{"another natural key", 1, SealedKey(1, func(k *custodian.ContentKey) { k.Generation = 2 }), custodian.ErrNaturalKey},
 		{"another content item", 1, SealedKey(1, func(k *custodian.ContentKey) { k.ContentID = custodian.ContentID("x") }), custodian.ErrNaturalKey},
-		{"another fingerprint", 1, SealedKey(1, func(k *custodian.ContentKey) { k.Fingerprint.Version = 2 }), custodian.ErrFingerprint},
+		{"another fingerprint", 1, SealedKey(1, func(k *custodian.ContentKey) { k.Fingerprint.MAC[0]++ }), custodian.ErrFingerprint},
+		{"the fingerprint of another key", 1, SealedKey(1, func(k *custodian.ContentKey) { k.Fingerprint = renewed().Key.Fingerprint }), custodian.ErrFingerprint},
 	} {
 		err := s.Update(t.Context(), func(tx custodian.UpdateTx) error { return tx.ReplaceContentKey(c.revision, c.k) })
 		wantOnly(t, c.name, err, c.want)
@@ -572,14 +582,21 @@ func doReplace(t *testing.T, s custodian.Store) {
 func wantReplace(t *testing.T, s custodian.Store) {
 	wantKey(t, s, replaced())
 	wantKey(t, s, SealedKey(2, func(k *custodian.ContentKey) { k.Revision = 7 }))
-	wantStats(t, s, 2, 3)
+	wantKey(t, s, renewed())
+	wantStats(t, s, 3, 4)
 	view(t, s, func(tx custodian.Tx) {
-		for version, want := range map[uint32]custodian.KID{1: testKID(2), 2: testKID(1)} {
+		for version, want := range map[uint32][]custodian.KID{1: {testKID(2), testKID(3)}, 2: {testKID(1)}} {
 			got, err := tx.KeysUnderKEK(custodian.KEKID{Category: "movies", Version: version}, custodian.KID{}, 10)
-			if err != nil || !slices.Equal(got, []custodian.KID{want}) {
-				t.Errorf("keys under movies/%d: got %v, %v, want %s", version, got, err, want)
+			if err != nil || !slices.Equal(got, want) {
+				t.Errorf("keys under movies/%d: got %v, %v, want %v", version, got, err, want)
 			}
 		}
+		owner, err := tx.FingerprintOwner(renewed().Key.Fingerprint)
+		if err != nil || owner != renewed().Key.KID {
+			t.Errorf("owner of a renewed fingerprint: got %v, %v, want %v", owner, err, renewed().Key.KID)
+		}
+		_, err = tx.FingerprintOwner(SealedKey(3, nil).Key.Fingerprint)
+		wantOnly(t, "the fingerprint before", err, custodian.ErrNotFound)
 	})
 }
 

@@ -398,8 +398,15 @@ func (t *memoryTx) ReplaceContentKey(revision uint64, k custodian.SealedKey) err
 		return fmt.Errorf("content key %s: is at revision %d, not %d: %w", k.Key.KID, old.Key.Revision, revision, custodian.ErrChanged)
 	case compareNatural(old.Key.NaturalKey, k.Key.NaturalKey) != 0:
 		return fmt.Errorf("content key %s: is stored for %s: %w", k.Key.KID, old.Key.NaturalKey, custodian.ErrNaturalKey)
-	case old.Key.Fingerprint != k.Key.Fingerprint:
+	case old.Key.Fingerprint != k.Key.Fingerprint && old.Key.Fingerprint.Version == k.Key.Fingerprint.Version:
 		return fmt.Errorf("content key %s: its fingerprint would change: %w", k.Key.KID, custodian.ErrFingerprint)
+	}
+	if old.Key.Fingerprint != k.Key.Fingerprint {
+		if _, taken := s.fingerprint.get(k.Key.Fingerprint, compareFingerprint); taken {
+			return fmt.Errorf("content key %s: another has its fingerprint: %w", k.Key.KID, custodian.ErrFingerprint)
+		}
+		s.fingerprint = s.fingerprint.without(old.Key.Fingerprint, compareFingerprint)
+		s.fingerprint = s.fingerprint.with(k.Key.Fingerprint, k.Key.KID, compareFingerprint)
 	}
 	s.byKEK = s.byKEK.without(kekUse{old.Key.KEK, k.Key.KID}, compareUse)
 	s.byKEK = s.byKEK.with(kekUse{k.Key.KEK, k.Key.KID}, struct{}{}, compareUse)
