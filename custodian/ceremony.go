@@ -22,14 +22,15 @@ type CeremonyState uint8
 // The states. Expired is never recorded: it is a proposed one whose time is up.
 const (
 	CeremonyProposed  CeremonyState = 1
-	CeremonyExecuted  CeremonyState = 2 // it has taken effect, and its end is not proved and written down yet
+	CeremonyExecuted  CeremonyState = 2 // it takes effect, and its end is not proved and written down yet
 	CeremonyDone      CeremonyState = 3
 	CeremonyCancelled CeremonyState = 4
 	CeremonyExpired   CeremonyState = 5
+	CeremonyFailed    CeremonyState = 6 // it was executed, and could not be done
 )
 
 func (s CeremonyState) String() string {
-	names := [...]string{"UNSPECIFIED", "PROPOSED", "EXECUTED", "DONE", "CANCELLED", "EXPIRED"}
+	names := [...]string{"UNSPECIFIED", "PROPOSED", "EXECUTED", "DONE", "CANCELLED", "EXPIRED", "FAILED"}
 	if int(s) < len(names) {
 		return names[s]
 	}
@@ -129,15 +130,8 @@ type CeremonyInfo struct {
 	Digest    [32]byte
 	Expires   time.Time
 	StoreID   [16]byte
-	ReadyTime time.Time // of a recovery with its quorum: not executed before
-	Progress  Progress
-}
-
-// Progress of what is done in the background.
-type Progress struct {
-	Step        string
-	Done, Total uint64
-	Rate        float64 // records a second
+	ReadyTime time.Time        // of a recovery with its quorum: not executed before
+	Progress  []RotationStatus // what is done in the background
 }
 
 func (c *Custodian) describeCeremony(set *controlSet, x Ceremony) (CeremonyInfo, error) {
@@ -146,7 +140,7 @@ func (c *Custodian) describeCeremony(set *controlSet, x Ceremony) (CeremonyInfo,
 		return CeremonyInfo{}, err
 	}
 	info := CeremonyInfo{Ceremony: x, Kind: p.Kind, Reason: p.Reason, Digest: p.Digest(), Expires: p.ExpireTime(), StoreID: set.head.StoreID}
-	info.State = x.stateAt(c.now(), p)
+	info.State, info.Progress = x.stateAt(c.now(), p), c.progressOf(set, x, p)
 	if p.Kind == KindRecovery && !x.QuorumTime.IsZero() {
 		info.ReadyTime = x.QuorumTime.Add(RecoveryDelay)
 	}
@@ -465,7 +459,7 @@ func (c *Custodian) execute(ctx context.Context, who Caller, d Decision, id, req
 	if err := kinds[p.Kind].check(ctx, c, set, p, &r); err != nil {
 		return err
 	}
-	before, err := c.snapshot(ctx, set, p)
+	before, err := c.snapshot(ctx, set, x, p)
 	if err != nil {
 		return err
 	}
@@ -476,9 +470,11 @@ func (c *Custodian) execute(ctx context.Context, who Caller, d Decision, id, req
 		if err := x.ready(old, p, now); err != nil {
 			return change{}, err
 		}
-		ch, err := kinds[p.Kind].apply(c, old, p, now)
-		if err != nil {
-			return change{}, err
+		var ch change
+		if apply := kinds[p.Kind].apply; apply != nil {
+			if ch, err = apply(c, old, p, now); err != nil {
+				return change{}, err
+			}
 		}
 		x.State, x.Executor, x.ExecTime, x.Before, x.Revision = CeremonyExecuted, who.ID, now, before, x.Revision+1
 		ch.put = append(ch.put, ceremonyRecord(x))
@@ -511,15 +507,23 @@ func (x Ceremony) ready(set *controlSet, p *Plan, now time.Time) error {
 	return nil
 }
 
-// finishCeremonies proves what executed ceremonies have done, and writes their
-// end down. It is the same function on a good day and after a crash.
+// finishCeremonies does what executed ceremonies have left to do, proves it,
+// and writes their end down. It is the same function on a good day and after a
+// crash.
 func (c *Custodian) finishCeremonies(ctx context.Context) error {
-	var errs []error
-	for id, x := range c.set.Load().ceremonies {
+	c.finishing.Lock()
+	defer c.finishing.Unlock()
+	var executed []Ceremony
+	for _, x := range c.set.Load().ceremonies {
 		if x.State == CeremonyExecuted {
-			if err := c.finishCeremony(ctx, id); err != nil {
-				errs = append(errs, fmt.Errorf("ceremony %s: %w", id, err))
-			}
+			executed = append(executed, x)
+		}
+	}
+	slices.SortFunc(executed, func(a, b Ceremony) int { return a.ExecTime.Compare(b.ExecTime) })
+	var errs []error
+	for _, x := range executed {
+		if err := c.finishCeremony(ctx, x.ID); err != nil {
+			errs = append(errs, fmt.Errorf("ceremony %s: %w", x.ID, err))
 		}
 	}
 	return errors.Join(errs...)
@@ -532,7 +536,17 @@ func (c *Custodian) finishCeremony(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	after, err := c.snapshot(ctx, set, p)
+	if work := kinds[p.Kind].work; work != nil {
+		over, err := work(ctx, c, x, p)
+		if err != nil && final(err) {
+			return errors.Join(err, c.failCeremony(ctx, id, err))
+		}
+		if err != nil || !over {
+			return err
+		}
+		set = c.set.Load()
+	}
+	after, err := c.snapshot(ctx, set, x, p)
 	if err != nil {
 		return err
 	}
@@ -551,6 +565,20 @@ func (c *Custodian) finishCeremony(ctx context.Context, id string) error {
 			return change{}, err
 		}
 		return change{put: []ControlRecord{ceremonyRecord(x)}, entry: audit.Entry{Action: actionCeremonyDone, Caller: x.Executor, Detail: done}}, nil
+	})
+}
+
+// failCeremony ends a ceremony that was executed and cannot be done.
+func (c *Custodian) failCeremony(ctx context.Context, id string, why error) error {
+	return c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+		x := old.ceremonies[id]
+		if x.State != CeremonyExecuted {
+			return change{}, errNoChange
+		}
+		x.State, x.EndTime, x.Revision = CeremonyFailed, now, x.Revision+1
+		e := audit.Entry{Action: "ceremony.failed", Outcome: audit.Failed, Reason: string(ReasonOf(why)), Caller: x.Executor, Priority: true,
+			Detail: strings.ToValidUTF8(fmt.Sprintf("%s: %.1500s", about(id), why), "")}
+		return change{put: []ControlRecord{ceremonyRecord(x)}, entry: e}, nil
 	})
 }
 

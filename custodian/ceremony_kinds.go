@@ -17,10 +17,15 @@ type kind struct {
 	// check says everything that stands against the plan now, and what it would
 	// change. It changes nothing.
 	check func(ctx context.Context, c *Custodian, set *controlSet, p *Plan, r *Rehearsal) error
-	// apply makes the records of the change. It has no effect of its own.
+	// apply, if there is one, makes the records of the change. It has no effect
+	// of its own.
 	apply func(c *Custodian, old *controlSet, p *Plan, now time.Time) (change, error)
 	// applied, if there is one, is called once the change holds.
 	applied func(c *Custodian)
+	// work, if there is one, does what takes its time, and says whether it has
+	// come to its end. It is called again until then, and after a crash: what is
+	// done already, it does not do again.
+	work func(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error)
 }
 
 // kinds are all kinds that can be proposed.
@@ -34,6 +39,12 @@ var kinds = map[PlanKind]kind{
 	KindUnfreeze: {check: checkUnfreeze, apply: applyUnfreeze},
 	KindSeal:     {check: checkSeal, apply: applySeal, applied: (*Custodian).dropKeys},
 	KindUnseal:   {check: checkSeal, apply: applySeal},
+
+	KindKEKRotation:   {check: checkRotate, work: beginRotations},
+	KindMEKRotation:   {check: checkRotate, work: beginRotations},
+	KindKEKCompromise: {check: checkRotate, work: beginRotations},
+	KindRollback:      {check: checkRollBack, work: rollBackRotations},
+	KindRetire:        {check: checkRetire, work: retireRotations},
 }
 
 // basis is the digest of what a plan stands on: who the officers are, and the
@@ -60,6 +71,7 @@ func (s *controlSet) basis(p *Plan) [32]byte {
 			e.uint(uint64(s.categories[name].Mode))
 		}
 	}
+	s.rotationBasis(e, p)
 	return sha256.Sum256(e.b)
 }
 
@@ -250,6 +262,8 @@ type Snapshot struct {
 	MEKs       []MEKEvidence      `json:"meks"`
 	Keys       []KeyEvidence      `json:"key_versions"`
 	Categories []CategoryEvidence `json:"categories"`
+	Rotations  []RotationEvidence `json:"rotations"`
+	KEKsByMEK  map[uint32]int     `json:"key_versions_by_mek"` // how many each MEK wraps
 	Officers   []Officer          `json:"officers"`
 	Quorum     uint32             `json:"quorum"`
 	Policy     string             `json:"policy"` // digest of the grants
@@ -285,9 +299,22 @@ type CategoryEvidence struct {
 	ActiveKEK uint32       `json:"active_key_version"`
 }
 
+// A RotationEvidence is a rotation of the ceremony.
+type RotationEvidence struct {
+	Name        string   `json:"name"`
+	Step        string   `json:"step"`
+	From        []uint32 `json:"from"`
+	To          uint32   `json:"to"`
+	Compromised []uint32 `json:"compromised"`
+	Serve       bool     `json:"serve"`
+	Moved       uint64   `json:"moved"`    // content keys
+	Verified    uint64   `json:"verified"` // content keys that were opened after the move
+}
+
 // snapshot proves what the plan is about in the token, and describes it.
-func (c *Custodian) snapshot(ctx context.Context, set *controlSet, p *Plan) ([]byte, error) {
-	s := Snapshot{MEKs: []MEKEvidence{}, Keys: []KeyEvidence{}, Categories: []CategoryEvidence{}, Officers: []Officer{}}
+func (c *Custodian) snapshot(ctx context.Context, set *controlSet, x Ceremony, p *Plan) ([]byte, error) {
+	s := Snapshot{MEKs: []MEKEvidence{}, Keys: []KeyEvidence{}, Categories: []CategoryEvidence{}, Officers: []Officer{},
+		Rotations: []RotationEvidence{}, KEKsByMEK: map[uint32]int{}}
 	for _, m := range set.meks {
 		e := MEKEvidence{Version: m.Version, Label: m.Label, ID: hex.EncodeToString(m.ID[:]), State: m.State.String(), Profile: m.Profile, EndTime: m.EndTime, Canary: sumText(m.Canary)}
 		if m.State == StateActive || m.State == StateDeactivated {
@@ -305,9 +332,16 @@ func (c *Custodian) snapshot(ctx context.Context, set *controlSet, p *Plan) ([]b
 	for _, name := range p.Categories {
 		cat := set.categories[name]
 		s.Categories = append(s.Categories, CategoryEvidence{name, cat.Mode.String(), cat.ActiveKEK})
-		if k, ok := set.keks[KEKID{name, cat.ActiveKEK}]; ok {
+	}
+	for id, k := range set.keks {
+		s.KEKsByMEK[k.Wrapped.MEKVersion]++
+		if slices.Contains(p.Categories, id.Category) || slices.Contains(p.KeyVersions, id.String()) {
 			s.Keys = append(s.Keys, KeyEvidence{k.ID.String(), k.State.String(), k.Wrapped.MEKVersion, sumText(k.Wrapped.Canary)})
 		}
+	}
+	slices.SortFunc(s.Keys, func(a, b KeyEvidence) int { return strings.Compare(a.Key, b.Key) })
+	for _, r := range c.progressOf(set, x, p) {
+		s.Rotations = append(s.Rotations, RotationEvidence{r.Name, r.Step.String(), r.From, r.To, r.Compromised, r.Serve, set.rotations[r.Name].Total, set.rotations[r.Name].Verified})
 	}
 	if a := set.authority; a != nil {
 		_, s.Quorum = a.voters(p.Kind)

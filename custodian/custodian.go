@@ -112,6 +112,8 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
+	finishing sync.Mutex // held while executed ceremonies are finished: nothing is ordered twice
+
 	// budgetMu guards the map below.
 	budgetMu sync.Mutex
 	budgets  map[CategoryName]*budget

@@ -38,6 +38,12 @@ const (
 	KindUnfreeze PlanKind = "unfreeze" // categories are opened again
 	KindSeal     PlanKind = "seal"     // nothing is served any more
 	KindUnseal   PlanKind = "unseal"   // service goes on
+
+	KindKEKRotation   PlanKind = "kek-rotation"   // categories get a new KEK version
+	KindMEKRotation   PlanKind = "mek-rotation"   // a new MEK takes the place of one
+	KindKEKCompromise PlanKind = "kek-compromise" // KEK versions became known to others
+	KindRollback      PlanKind = "rollback"       // rotations that are held are taken back
+	KindRetire        PlanKind = "retire"         // rotations that are held are ended for good
 )
 
 // A Plan says what a ceremony is to do, and names every object that it will
@@ -59,7 +65,14 @@ type Plan struct {
 	Quorum     *Quorum        `yaml:"quorum,omitempty" json:"quorum,omitempty"`
 	Recovery   *RecoveryPlan  `yaml:"recovery,omitempty" json:"recovery,omitempty"`
 	Grants     []PlanGrant    `yaml:"grants,omitempty" json:"grants,omitempty"`         // of genesis and policy: all of them
-	Categories []CategoryName `yaml:"categories,omitempty" json:"categories,omitempty"` // of unfreeze
+	Categories []CategoryName `yaml:"categories,omitempty" json:"categories,omitempty"` // of unfreeze and kek-rotation
+	// MEKVersion is the one whose place a new one takes.
+	MEKVersion  uint32   `yaml:"mek_version,omitempty" json:"mek_version,omitempty"`
+	KeyVersions []string `yaml:"key_versions,omitempty" json:"key_versions,omitempty"` // compromised: movies/4
+	Decision    string   `yaml:"decision,omitempty" json:"decision,omitempty"`         // DecisionServe or DecisionFreeze
+	Rotations   []string `yaml:"rotations,omitempty" json:"rotations,omitempty"`       // kek/movies/5, mek/2
+	// Hold is how long a rotation can be rolled back at least: 72h.
+	Hold string `yaml:"hold,omitempty" json:"hold,omitempty"`
 }
 
 // A GenesisPlan is the part of a genesis plan that never changes again.
@@ -103,6 +116,11 @@ var sections = []struct {
 	{"recovery", func(p *Plan) bool { return p.Recovery != nil }},
 	{"grants", func(p *Plan) bool { return len(p.Grants) > 0 }},
 	{"categories", func(p *Plan) bool { return len(p.Categories) > 0 }},
+	{"mek_version", func(p *Plan) bool { return p.MEKVersion > 0 }},
+	{"key_versions", func(p *Plan) bool { return len(p.KeyVersions) > 0 }},
+	{"decision", func(p *Plan) bool { return p.Decision != "" }},
+	{"rotations", func(p *Plan) bool { return len(p.Rotations) > 0 }},
+	{"hold", func(p *Plan) bool { return p.Hold != "" }},
 }
 
 // planSections are the sections that a kind must have; one with a question
@@ -115,6 +133,12 @@ var planSections = map[PlanKind][]string{
 	KindUnfreeze: {"categories"},
 	KindSeal:     {},
 	KindUnseal:   {},
+
+	KindKEKRotation:   {"categories", "hold?"},
+	KindMEKRotation:   {"mek_version", "hold?"},
+	KindKEKCompromise: {"key_versions", "decision"},
+	KindRollback:      {"rotations"},
+	KindRetire:        {"rotations"},
 }
 
 // ParsePlan reads a plan, and says everything that is wrong with it at once.
@@ -216,6 +240,7 @@ func (p *Plan) check() error {
 			faults = append(faults, err)
 		}
 	}
+	faults = append(faults, p.checkRotationFields()...)
 	for i, c := range p.Categories {
 		if err := c.Check(); err != nil {
 			fault(fmt.Sprintf("categories[%d]", i), "%w", err)

@@ -126,6 +126,9 @@ func (v ceremonyView) next() string {
 	case v.State == "done":
 		return fmt.Sprintf("custodianctl ceremony evidence %s --out FILE", v.ID)
 	}
+	if v.State == "failed" {
+		return "custodianctl audit list --action ceremony.failed"
+	}
 	return "-"
 }
 
@@ -361,7 +364,7 @@ when something has changed. --timeout is for each look at it.`,
 				return fmt.Errorf("watch %s: %w", plain(args[0]), err)
 			}
 			v := viewCeremony(x)
-			if over := v.State == "done" || v.State == "cancelled" || v.State == "expired"; over {
+			if over := v.State == "done" || v.State == "cancelled" || v.State == "expired" || v.State == "failed"; over {
 				return a.printCeremony(x)
 			}
 			line := fmt.Sprintf("%s, %d of %d approvals", v.State, len(v.Approvals), v.Needed)

@@ -164,14 +164,20 @@ var ceremonyStates = map[custodian.CeremonyState]v1.CeremonyState{
 	custodian.CeremonyDone:      v1.CeremonyState_CEREMONY_STATE_DONE,
 	custodian.CeremonyCancelled: v1.CeremonyState_CEREMONY_STATE_CANCELLED,
 	custodian.CeremonyExpired:   v1.CeremonyState_CEREMONY_STATE_EXPIRED,
+	custodian.CeremonyFailed:    v1.CeremonyState_CEREMONY_STATE_FAILED,
 }
 
 func encodeCeremony(x custodian.CeremonyInfo) *v1.Ceremony {
-	return &v1.Ceremony{Id: x.ID, Kind: string(x.Kind), Reason: x.Reason, State: ceremonyStates[x.State], Plan: []byte(x.Plan),
+	out := &v1.Ceremony{Id: x.ID, Kind: string(x.Kind), Reason: x.Reason, State: ceremonyStates[x.State], Plan: []byte(x.Plan),
 		Challenge: &v1.CeremonyChallenge{PlanDigest: x.Digest[:], StoreId: x.StoreID[:], ControlRevision: x.Base, ExpireTime: timestamppb.New(x.Expires),
 			Nonce: x.Nonce[:], LogKeySha256: x.LogKey[:]},
 		ApprovalsNeeded: x.Needed, Approvals: encodeApprovals(x.Approvals), Cancellations: encodeApprovals(x.Cancels), Proposer: x.Proposer,
 		ProposeTime: timestamp(x.ProposeTime), ReadyTime: timestamp(x.ReadyTime), Executor: x.Executor, ExecuteTime: timestamp(x.ExecTime), EndTime: timestamp(x.EndTime)}
+	for _, p := range x.Progress {
+		out.Progress = append(out.Progress, &v1.CeremonyProgress{Name: p.Name, Step: p.Step.String(), Done: p.Done, Total: p.Total, Rate: p.Rate,
+			Remaining: durationpb.New(p.Remaining), LastError: p.LastError})
+	}
+	return out
 }
 
 func encodeApprovals(all []custodian.Approval) []*v1.CeremonyApproval {

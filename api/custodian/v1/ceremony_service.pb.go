@@ -31,7 +31,7 @@ const (
 	CeremonyState_CEREMONY_STATE_UNSPECIFIED CeremonyState = 0
 	// It waits for officers.
 	CeremonyState_CEREMONY_STATE_PROPOSED CeremonyState = 1
-	// It has taken effect, and its end is not written down yet.
+	// It takes effect, and its end is not written down yet.
 	CeremonyState_CEREMONY_STATE_EXECUTED CeremonyState = 2
 	// It is over, and there is evidence of it.
 	CeremonyState_CEREMONY_STATE_DONE CeremonyState = 3
@@ -39,6 +39,8 @@ const (
 	CeremonyState_CEREMONY_STATE_CANCELLED CeremonyState = 4
 	// Its time was up before it was executed.
 	CeremonyState_CEREMONY_STATE_EXPIRED CeremonyState = 5
+	// It was executed, and could not be done; the audit log says why.
+	CeremonyState_CEREMONY_STATE_FAILED CeremonyState = 6
 )
 
 // Enum value maps for CeremonyState.
@@ -50,6 +52,7 @@ var (
 		3: "CEREMONY_STATE_DONE",
 		4: "CEREMONY_STATE_CANCELLED",
 		5: "CEREMONY_STATE_EXPIRED",
+		6: "CEREMONY_STATE_FAILED",
 	}
 	CeremonyState_value = map[string]int32{
 		"CEREMONY_STATE_UNSPECIFIED": 0,
@@ -58,6 +61,7 @@ var (
 		"CEREMONY_STATE_DONE":        3,
 		"CEREMONY_STATE_CANCELLED":   4,
 		"CEREMONY_STATE_EXPIRED":     5,
+		"CEREMONY_STATE_FAILED":      6,
 	}
 )
 
@@ -1486,14 +1490,15 @@ const file_custodian_v1_ceremony_service_proto_rawDesc = "" +
 	"\x12GetEvidenceRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"1\n" +
 	"\x13GetEvidenceResponse\x12\x1a\n" +
-	"\bevidence\x18\x01 \x01(\fR\bevidence*\xbc\x01\n" +
+	"\bevidence\x18\x01 \x01(\fR\bevidence*\xd7\x01\n" +
 	"\rCeremonyState\x12\x1e\n" +
 	"\x1aCEREMONY_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17CEREMONY_STATE_PROPOSED\x10\x01\x12\x1b\n" +
 	"\x17CEREMONY_STATE_EXECUTED\x10\x02\x12\x17\n" +
 	"\x13CEREMONY_STATE_DONE\x10\x03\x12\x1c\n" +
 	"\x18CEREMONY_STATE_CANCELLED\x10\x04\x12\x1a\n" +
-	"\x16CEREMONY_STATE_EXPIRED\x10\x052\x93\x05\n" +
+	"\x16CEREMONY_STATE_EXPIRED\x10\x05\x12\x19\n" +
+	"\x15CEREMONY_STATE_FAILED\x10\x062\x93\x05\n" +
 	"\x0fCeremonyService\x12^\n" +
 	"\x0fProposeCeremony\x12$.custodian.v1.ProposeCeremonyRequest\x1a%.custodian.v1.ProposeCeremonyResponse\x12R\n" +
 	"\vGetCeremony\x12 .custodian.v1.GetCeremonyRequest\x1a!.custodian.v1.GetCeremonyResponse\x12[\n" +
