@@ -56,6 +56,7 @@ type Client struct {
 	issuance  v1.KeyIssuanceServiceClient
 	custody   v1.CustodyServiceClient
 	audit     v1.AuditServiceClient
+	rotation  v1.RotationServiceClient
 	ceremony  v1.CeremonyServiceClient
 	health    healthv1.HealthClient
 }
@@ -85,7 +86,7 @@ func Dial(ctx context.Context, c Config) (*Client, error) {
 		return nil, fmt.Errorf("dial %s: %w", c.Address, err)
 	}
 	cl := &Client{conn: conn, retrieval: v1.NewKeyRetrievalServiceClient(conn), issuance: v1.NewKeyIssuanceServiceClient(conn),
-		custody: v1.NewCustodyServiceClient(conn), audit: v1.NewAuditServiceClient(conn), ceremony: v1.NewCeremonyServiceClient(conn), health: healthv1.NewHealthClient(conn)}
+		custody: v1.NewCustodyServiceClient(conn), audit: v1.NewAuditServiceClient(conn), rotation: v1.NewRotationServiceClient(conn), ceremony: v1.NewCeremonyServiceClient(conn), health: healthv1.NewHealthClient(conn)}
 	if _, err := cl.Ready(ctx); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("dial %s: %w", c.Address, err)

@@ -23,6 +23,7 @@ var once = map[string]bool{
 	v1.CeremonyService_ApproveCeremony_FullMethodName: true,
 	v1.CeremonyService_CancelCeremony_FullMethodName:  true,
 	v1.CeremonyService_ExecuteCeremony_FullMethodName: true,
+	v1.RotationService_StartRotation_FullMethodName:   true,
 }
 
 // retries make a refused call again.

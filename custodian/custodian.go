@@ -73,6 +73,8 @@ type Config struct {
 	// RewrapRate is how many content keys a second rotations move at most.
 	// Zero: as many as the token can.
 	RewrapRate int
+	// Events is the standing approval for what events do by themselves.
+	Events EventLimits
 	// GCMLimits replaces the limits of invocations, for tests. Zero: the
 	// constants above.
 	GCMLimits GCMLimits
@@ -94,6 +96,7 @@ type Custodian struct {
 	// limiter bounds the records that rotations move; nil: it does not.
 	limiter   *rate.Limiter
 	rotations *rotations
+	events    EventLimits
 
 	clock          func() time.Time
 	defaultWraps   []string
@@ -160,7 +163,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}, rotations: newRotations()}
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events}
 	if cfg.RewrapRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RewrapRate), rewrapBatch)
 	}

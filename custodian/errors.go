@@ -25,6 +25,7 @@ var (
 	ErrCategoryFrozen   error = &refusal{"CATEGORY_FROZEN", "the category is frozen"}
 	ErrMEKExpired       error = &refusal{"MEK_EXPIRED", "the MEK is past its cryptoperiod; rotate it"}
 	ErrKEKExhausted     error = &refusal{"KEK_EXHAUSTED", "the KEK has reached its limit of GCM invocations; rotate it"}
+	ErrRotationState    error = &refusal{"ROTATION_STATE", "rotations do not permit this now; custodianctl rotation list shows how far they are"}
 	ErrKeyDestroyed     error = &refusal{"KEY_DESTROYED", "the key is destroyed"}
 	ErrKIDConflict      error = &refusal{"KID_CONFLICT", "the KID is stored for other content"}
 	ErrContentCategory  error = &refusal{"CONTENT_CATEGORY", "the content item belongs to another category"}

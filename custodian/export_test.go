@@ -45,6 +45,9 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 	return nil, fmt.Errorf("kind %d has no decoder here", r.Kind)
 }
 
+// RotateAged is what RunRotations does beside AdvanceRotations.
+func (c *Custodian) RotateAged(ctx context.Context) error { return c.rotateAged(ctx) }
+
 // AlterContentKey is AlterControl for content keys.
 func AlterContentKey(body []byte) ([]Alteration, error) {
 	return alter(body, DecodeContentKey, EncodeContentKey)

@@ -50,6 +50,7 @@ const (
 	ActionReadAudit      Action = "audit.read"
 	ActionRotate         Action = "rotation"
 	ActionReadRotations  Action = "rotation.read"
+	ActionReportEvent    Action = "event"
 	ActionPropose        Action = "ceremony.propose"
 	ActionApprove        Action = "ceremony.approve"
 	ActionCancel         Action = "ceremony.cancel"
@@ -71,6 +72,7 @@ var permits = map[Action][]Role{
 	ActionReadAudit:      {RoleAuditor},
 	ActionRotate:         {RoleOfficer},
 	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
+	ActionReportEvent:    {RolePackager, RoleOfficer},
 	ActionPropose:        {RoleOfficer},
 	ActionApprove:        {RoleOfficer},
 	ActionCancel:         {RoleOfficer},

@@ -36,7 +36,11 @@ func (c *Custodian) RunRotations(ctx context.Context) {
 	pause := rotationPause
 	for {
 		wait := rotationLook
-		if err := c.AdvanceRotations(ctx); err != nil && ctx.Err() == nil {
+		err := c.AdvanceRotations(ctx)
+		if c.lookAtClock() == nil {
+			err = errors.Join(err, c.rotateAged(ctx))
+		}
+		if err != nil && ctx.Err() == nil {
 			c.log.Error("a rotation waits", "err", err, "again_in", pause.String())
 			wait, pause = pause, min(2*pause, maxRotationPause)
 		} else {
@@ -463,7 +467,7 @@ func (c *Custodian) noReference(ctx context.Context, set *controlSet, r Rotation
 		return err
 	}
 	if left > 0 {
-		return fmt.Errorf("%d content keys still refer to versions %v: %w", left, r.From, ErrKeyState)
+		return fmt.Errorf("%d content keys still refer to versions %v: %w", left, r.From, ErrRotationState)
 	}
 	return c.noneRefers(ctx, []CategoryName{r.Category}, r.refersTo)
 }
@@ -475,7 +479,7 @@ func (c *Custodian) noneRefers(ctx context.Context, categories []CategoryName, r
 		err := c.eachKey(ctx, name, func(page []SealedKey) error {
 			for _, k := range page {
 				if refers(set, k.Key) {
-					return fmt.Errorf("content key %s still refers to %s: %w", k.Key.KID, k.Key.KEK, ErrKeyState)
+					return fmt.Errorf("content key %s still refers to %s: %w", k.Key.KID, k.Key.KEK, ErrRotationState)
 				}
 			}
 			return nil

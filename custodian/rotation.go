@@ -302,7 +302,7 @@ func (c *Custodian) startKEK(ctx context.Context, o RotationOrder, e audit.Entry
 			return change{}, err
 		}
 		if old.nextKEK(cat.Name) != kek.ID.Version {
-			return change{}, fmt.Errorf("kek %s: another was made meanwhile: %w", kek.ID, ErrKeyState)
+			return change{}, fmt.Errorf("kek %s: another was made meanwhile: %w", kek.ID, ErrRotationState)
 		}
 		cat := old.categories[o.Category]
 		r = Rotation{Kind: RotateKEK, Category: cat.Name, To: kek.ID.Version, Predecessor: cat.ActiveKEK, From: old.liveKEKs(cat.Name),
@@ -332,7 +332,7 @@ func (s *controlSet) mayRotateKEK(o RotationOrder) error {
 	}
 	for name, r := range s.rotations {
 		if r.Kind == RotateKEK && r.Category == o.Category && !r.Step.over() && len(o.Compromised) == 0 {
-			return fmt.Errorf("category %s: rotation %s is at %s; retire it or roll it back first: %w", o.Category, name, r.Step, ErrKeyState)
+			return fmt.Errorf("category %s: rotation %s is at %s; retire it or roll it back first: %w", o.Category, name, r.Step, ErrRotationState)
 		}
 	}
 	return nil
@@ -360,7 +360,7 @@ func (c *Custodian) rollBack(ctx context.Context, name string, e audit.Entry) (R
 	err := c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
 		var ok bool
 		if r, ok = old.rotations[name]; !ok {
-			return change{}, fmt.Errorf("rotation %q: %w", name, ErrKeyNotFound)
+			return change{}, invalid("name", fmt.Errorf("there is no rotation %q", name))
 		}
 		if r.Step == StepRollback || r.Step == StepRolledBack {
 			return change{}, errNoChange
@@ -383,7 +383,7 @@ func (c *Custodian) rollBack(ctx context.Context, name string, e audit.Entry) (R
 func (s *controlSet) restorePredecessor(r Rotation, now time.Time) ([]ControlRecord, error) {
 	switch {
 	case r.Step.over() || r.Step == StepDestroy:
-		return nil, fmt.Errorf("it is at %s: %w", r.Step, ErrKeyState)
+		return nil, fmt.Errorf("it is at %s: %w", r.Step, ErrRotationState)
 	case len(r.Compromised) > 0:
 		return nil, fmt.Errorf("versions %v are compromised: %w", r.Compromised, ErrKeyCompromised)
 	case r.Kind == RotateMEK:
@@ -391,10 +391,10 @@ func (s *controlSet) restorePredecessor(r Rotation, now time.Time) ([]ControlRec
 	}
 	cat, pred, succ := s.categories[r.Category], s.keks[KEKID{r.Category, r.Predecessor}], s.keks[KEKID{r.Category, r.To}]
 	if cat.ActiveKEK != r.To {
-		return nil, fmt.Errorf("version %d has followed: %w", cat.ActiveKEK, ErrKeyState)
+		return nil, fmt.Errorf("version %d has followed: %w", cat.ActiveKEK, ErrRotationState)
 	}
 	if m := s.meks[pred.Wrapped.MEKVersion]; m.State != StateActive {
-		return nil, fmt.Errorf("kek %s is under mek %s, which is %s: %w", pred.ID, m.Label, m.State, ErrKeyState)
+		return nil, fmt.Errorf("kek %s is under mek %s, which is %s: %w", pred.ID, m.Label, m.State, ErrRotationState)
 	}
 	cat.ActiveKEK, cat.Revision = r.Predecessor, cat.Revision+1
 	pred.State, pred.DeactivateTime, pred.Revision = StateActive, time.Time{}, pred.Revision+1
@@ -407,16 +407,16 @@ func (c *Custodian) retire(ctx context.Context, name string, e audit.Entry) (Rot
 	set := c.set.Load()
 	r, ok := set.rotations[name]
 	if !ok {
-		return r, fmt.Errorf("rotation %q: %w", name, ErrKeyNotFound)
+		return r, invalid("name", fmt.Errorf("there is no rotation %q", name))
 	}
 	if r.Step == StepRetired {
 		return r, nil
 	}
 	if r.Step != StepHold && !(r.Step == StepVerify && len(r.Compromised) > 0) {
-		return r, fmt.Errorf("rotation %s: it is at %s, and only what is verified and held can be retired: %w", name, r.Step, ErrKeyState)
+		return r, fmt.Errorf("rotation %s: it is at %s, and only what is verified and held can be retired: %w", name, r.Step, ErrRotationState)
 	}
 	if now := c.now(); now.Before(r.HoldUntil) && len(r.Compromised) == 0 {
-		return r, fmt.Errorf("rotation %s: it can be rolled back until %s, and not be retired before: %w", name, r.HoldUntil.Format(time.RFC3339), ErrKeyState)
+		return r, fmt.Errorf("rotation %s: it can be rolled back until %s, and not be retired before: %w", name, r.HoldUntil.Format(time.RFC3339), ErrRotationState)
 	}
 	if err := c.noReference(ctx, set, r); err != nil {
 		return r, fmt.Errorf("rotation %s: it cannot be retired: %w", name, err)
@@ -428,7 +428,7 @@ func (c *Custodian) retire(ctx context.Context, name string, e audit.Entry) (Rot
 			return change{}, errNoChange
 		}
 		if r.Step != was {
-			return change{}, fmt.Errorf("rotation %s: it is at %s now: %w", name, r.Step, ErrKeyState)
+			return change{}, fmt.Errorf("rotation %s: it is at %s now: %w", name, r.Step, ErrRotationState)
 		}
 		var put []ControlRecord
 		for _, v := range r.Compromised {
@@ -468,6 +468,12 @@ type RotationStatus struct {
 	LastError   string        `json:"last_error,omitempty"`
 }
 
+// Status is what the record alone says.
+func (r Rotation) Status() RotationStatus {
+	return RotationStatus{Name: r.Name(), Kind: r.Kind, Category: r.Category, From: r.From, To: r.To, Compromised: r.Compromised, Serve: r.Serve,
+		Step: r.Step, Cause: r.Cause, StartTime: r.StartTime, StepTime: r.StepTime, HoldUntil: r.HoldUntil, Total: r.Total, Done: r.Verified}
+}
+
 // Rotations lists the rotations that who may see, oldest first.
 func (c *Custodian) Rotations(ctx context.Context, who Caller) ([]RotationStatus, error) {
 	if d := c.decide(who, ActionReadRotations, Resource{}); !d.Allow {
@@ -484,9 +490,8 @@ func (c *Custodian) Rotations(ctx context.Context, who Caller) ([]RotationStatus
 
 func (c *Custodian) rotationStatuses(set *controlSet) []RotationStatus {
 	var out []RotationStatus
-	for name, r := range set.rotations {
-		s := RotationStatus{Name: name, Kind: r.Kind, Category: r.Category, From: r.From, To: r.To, Compromised: r.Compromised, Serve: r.Serve,
-			Step: r.Step, Cause: r.Cause, StartTime: r.StartTime, StepTime: r.StepTime, HoldUntil: r.HoldUntil, Total: r.Total, Done: r.Verified}
+	for _, r := range set.rotations {
+		s := r.Status()
 		c.rotations.describe(&s)
 		out = append(out, s)
 	}

@@ -40,7 +40,7 @@ func (s *controlSet) retiredMEK(version uint32) bool {
 func (s *controlSet) mayRotateMEK() error {
 	for name, r := range s.rotations {
 		if r.Kind == RotateMEK && !r.Step.over() {
-			return fmt.Errorf("rotation %s is at %s; retire it or roll it back first: %w", name, r.Step, ErrKeyState)
+			return fmt.Errorf("rotation %s is at %s; retire it or roll it back first: %w", name, r.Step, ErrRotationState)
 		}
 	}
 	return nil
@@ -489,7 +489,7 @@ func (c *Custodian) noReferenceToMEK(ctx context.Context, set *controlSet, r Rot
 		return err
 	}
 	if left > 0 {
-		return fmt.Errorf("%d content keys still refer to KEKs under meks %v: %w", left, r.From, ErrKeyState)
+		return fmt.Errorf("%d content keys still refer to KEKs under meks %v: %w", left, r.From, ErrRotationState)
 	}
 	return c.noneRefers(ctx, set.categoryNames(), refersToMEK)
 }
@@ -503,21 +503,21 @@ func (c *Custodian) noControlRefersToMEK(ctx context.Context, set *controlSet) e
 			return err
 		}
 		if set.stale(h.Wrapped.MEKVersion) {
-			return fmt.Errorf("helper key %s/%d is still under mek version %d: %w", p, h.Version, h.Wrapped.MEKVersion, ErrKeyState)
+			return fmt.Errorf("helper key %s/%d is still under mek version %d: %w", p, h.Version, h.Wrapped.MEKVersion, ErrRotationState)
 		}
 	}
 	if cat, found := set.staleCategory(); found {
-		return fmt.Errorf("kek %s is still under an old mek: %w", KEKID{cat.Name, cat.ActiveKEK}, ErrKeyState)
+		return fmt.Errorf("kek %s is still under an old mek: %w", KEKID{cat.Name, cat.ActiveKEK}, ErrRotationState)
 	}
 	if set.protectingMEK().Profile == ProfileRotatable {
 		if left := set.staleWrapped(); len(left) > 0 {
-			return fmt.Errorf("%s is still under an old mek: %w", left[0], ErrKeyState)
+			return fmt.Errorf("%s is still under an old mek: %w", left[0], ErrRotationState)
 		}
 	}
 	return c.eachControl(ctx, func(rec ControlRecord) error {
 		h := set.helpers[helperID{HelperRecord, rec.MACVersion}]
 		if set.stale(h.Wrapped.MEKVersion) {
-			return fmt.Errorf("control record %q still has a MAC of %s/%d, which is under an old mek: %w", rec.Name, HelperRecord, rec.MACVersion, ErrKeyState)
+			return fmt.Errorf("control record %q still has a MAC of %s/%d, which is under an old mek: %w", rec.Name, HelperRecord, rec.MACVersion, ErrRotationState)
 		}
 		return nil
 	})

@@ -162,6 +162,7 @@ var nextSteps = map[string]string{
 	"KEY_COMPROMISED":    "custodianctl keys show KID; an officer decides whether it is served on",
 	"CATEGORY_FROZEN":    "custodianctl audit list --action category.freeze says why; an officer opens it with custodianctl category unfreeze",
 	"MEK_EXPIRED":        "the root key is due for rotation: call the officers; keys in use go on being served",
+	"ROTATION_STATE":     "custodianctl rotation list",
 	"KEK_EXHAUSTED":      "the category's key is due for rotation: call the officers",
 	"KID_CONFLICT":       "leave --kid out, and the daemon draws a KID",
 	"CONTENT_CATEGORY":   "ask in the category that has this content item",

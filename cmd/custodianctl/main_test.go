@@ -68,7 +68,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"dev": startDev, "stop": stopDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip,
+			"dev": startDev, "stop": stopDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip, "await": await,
 			"fill": fill, "assemble": assemble, "card": card,
 		},
 		Setup: func(e *testscript.Env) error {
@@ -162,6 +162,24 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if got != want {
 		ts.Fatalf("exit code %d, want %d", got, want)
 	}
+}
+
+// await runs a command again and again until its output matches, for half a
+// minute.
+func await(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: await REGEXP COMMAND...")
+	}
+	want, err := regexp.Compile(args[0])
+	ts.Check(err)
+	for range 150 {
+		ts.Check(ts.Exec(args[1], args[2:]...))
+		if want.MatchString(ts.ReadFile("stdout")) {
+			return
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	ts.Fatalf("%s never came", args[0])
 }
 
 func keep(ts *testscript.TestScript, _ bool, args []string) {

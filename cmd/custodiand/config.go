@@ -37,6 +37,7 @@ type Config struct {
 	TLS    TLSConfig     `yaml:"tls"`
 	Grants []GrantConfig `yaml:"grants"`
 	Limits LimitsConfig  `yaml:"limits"`
+	Events EventsConfig  `yaml:"events"`
 	Log    LogConfig     `yaml:"log"`
 
 	digest [32]byte
@@ -114,6 +115,12 @@ type LimitsConfig struct {
 	RewrapRate       int           `yaml:"rewrap_rate"`       // content keys a second that rotations move; 0: as many as the token can
 }
 
+// EventsConfig is the standing approval for what events do by themselves.
+type EventsConfig struct {
+	DailyCap    int           `yaml:"daily_cap"`    // KEK versions that a category gets in 24 hours; 0: events make none
+	MinInterval time.Duration `yaml:"min_interval"` // between two versions of a category; 1h
+}
+
 // LogConfig is the daemon's own log on standard error.
 type LogConfig struct {
 	Level  string `yaml:"level"`  // debug, info, warn, error; info
@@ -177,6 +184,9 @@ func parseConfig(raw []byte) (*Config, error) {
 	}
 	if c.KMS.GraceCeiling == 0 {
 		c.KMS.GraceCeiling = 24 * time.Hour
+	}
+	if c.Events.MinInterval == 0 {
+		c.Events.MinInterval = time.Hour
 	}
 	if c.Limits.DrainTimeout == 0 {
 		c.Limits.DrainTimeout = 10 * time.Second
@@ -270,6 +280,12 @@ func (c *Config) check() error {
 	}
 	if c.Limits.KEKLifetime < time.Second || c.Limits.KEKLifetime > 24*time.Hour {
 		fault("limits.kek_lifetime", "%s: must be 1s to 24h", c.Limits.KEKLifetime)
+	}
+	if c.Events.DailyCap < 0 || c.Events.DailyCap > 24 {
+		fault("events.daily_cap", "%d: must be 0 to 24", c.Events.DailyCap)
+	}
+	if c.Events.MinInterval < 0 || c.Events.MinInterval > 24*time.Hour {
+		fault("events.min_interval", "%s: must be positive, 24h at most", c.Events.MinInterval)
 	}
 	if c.Limits.RewrapRate < 0 {
 		fault("limits.rewrap_rate", "%d: must not be negative; 0 is as many as the token can", c.Limits.RewrapRate)

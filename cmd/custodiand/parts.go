@@ -73,7 +73,8 @@ func (p *parts) config(c *Config, policy *custodian.Policy, log *slog.Logger) cu
 	return custodian.Config{Store: p.store, HSM: kms.Token(p.token), Providers: p.providers, Audit: p.log, Logged: p.logged, Policy: policy,
 		Now: time.Now, Log: log, LabelPrefix: c.HSM.LabelPrefix, DefaultProviders: c.KMS.Default, KEKLifetime: c.Limits.KEKLifetime,
 		KMS:          custodian.KMSLimits{Deadline: c.KMS.Deadline, Grace: *c.KMS.Grace, GraceCeiling: c.KMS.GraceCeiling},
-		ConfigDigest: c.digest, RewrapRate: c.Limits.RewrapRate}
+		ConfigDigest: c.digest, RewrapRate: c.Limits.RewrapRate,
+		Events: custodian.EventLimits{DailyCap: c.Events.DailyCap, MinInterval: c.Events.MinInterval}}
 }
 
 // close closes what is open, last first. ctx bounds the drain of the token.

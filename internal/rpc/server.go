@@ -38,6 +38,11 @@ type Custody interface {
 	DescribeContentKey(context.Context, custodian.Caller, custodian.KID) (custodian.ContentKeyInfo, error)
 	Status(context.Context, custodian.Caller) (custodian.Status, error)
 	Backup(ctx context.Context, who custodian.Caller, recipient string, w io.Writer) error
+	StartRotation(context.Context, custodian.Caller, custodian.RotationOrder) (custodian.Rotation, error)
+	Rotations(context.Context, custodian.Caller) ([]custodian.RotationStatus, error)
+	RollBackRotation(ctx context.Context, who custodian.Caller, requestID, name string) (custodian.Rotation, error)
+	RetireRotation(ctx context.Context, who custodian.Caller, requestID, name string) (custodian.Rotation, error)
+	ReportEvent(context.Context, custodian.Caller, custodian.Event) (custodian.EventResult, error)
 	AuditCheckpoint(context.Context, custodian.Caller) ([]byte, custodian.AuditKey, error)
 	AuditInclusion(ctx context.Context, who custodian.Caller, index, size uint64) (custodian.AuditProof, error)
 	AuditConsistency(ctx context.Context, who custodian.Caller, old, size uint64) ([][32]byte, []byte, error)
@@ -191,6 +196,7 @@ func NewServer(c Config) (*Server, error) {
 	s.register(&v1.KeyIssuanceService_ServiceDesc, &issuance{server: s})
 	s.register(&v1.CustodyService_ServiceDesc, &custodyService{server: s})
 	s.register(&v1.AuditService_ServiceDesc, &auditService{server: s})
+	s.register(&v1.RotationService_ServiceDesc, &rotationService{server: s})
 	s.register(&v1.CeremonyService_ServiceDesc, &ceremonyService{server: s})
 	healthv1.RegisterHealthServer(s.grpc, &health{server: s})
 	return s, nil

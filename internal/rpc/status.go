@@ -58,6 +58,7 @@ var table = index(
 	row{reason: reasonOf(custodian.ErrKeyCompromised), code: codes.FailedPrecondition, http: 409, message: "the key is compromised"},
 	row{reason: reasonOf(custodian.ErrCategoryFrozen), code: codes.FailedPrecondition, http: 409, message: "the category is frozen"},
 	row{reason: reasonOf(custodian.ErrMEKExpired), code: codes.FailedPrecondition, http: 409, message: "the root key is past its cryptoperiod", ours: true},
+	row{reason: reasonOf(custodian.ErrRotationState), code: codes.FailedPrecondition, http: 409, message: "rotations do not permit this now; custodianctl rotation list shows how far they are"},
 	row{reason: reasonOf(custodian.ErrKEKExhausted), code: codes.FailedPrecondition, http: 409, message: "the category's key has reached its limit of use", ours: true},
 	row{reason: reasonOf(custodian.ErrKeyDestroyed), code: codes.NotFound, http: 410, message: "the key is destroyed"},
 	row{reason: reasonOf(custodian.ErrKIDConflict), code: codes.AlreadyExists, http: 409, message: "the KID is in use for other content"},

@@ -37,6 +37,7 @@ var contract = []contractRow{
 	{custodian.ErrKeyCompromised, codes.FailedPrecondition, 409, false},
 	{custodian.ErrCategoryFrozen, codes.FailedPrecondition, 409, false},
 	{custodian.ErrMEKExpired, codes.FailedPrecondition, 409, false},
+	{custodian.ErrRotationState, codes.FailedPrecondition, 409, false},
 	{custodian.ErrKEKExhausted, codes.FailedPrecondition, 409, false},
 	{custodian.ErrKeyDestroyed, codes.NotFound, 410, false},
 	{custodian.ErrKIDConflict, codes.AlreadyExists, 409, false},

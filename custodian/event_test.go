@@ -1,0 +1,118 @@
+package custodian_test
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/keycustody/custodian/custodian"
+)
+
+func TestReportEvent(t *testing.T) {
+	w := newWorld(t)
+	w.category("movies")
+	batch := custodian.Event{ID: "b1", Kind: custodian.EventNewBatch, Category: "movies"}
+	report := func(what string, ev custodian.Event, version uint32, rotated bool, why string) {
+		t.Helper()
+		got, err := w.c.ReportEvent(t.Context(), packager, ev)
+		if err != nil || got.KEK.Version != version || got.Rotated != rotated || !strings.Contains(got.Reason, why) || (why == "") != (got.Reason == "") {
+			t.Errorf("%s: got %+v, %v, want version %d, rotated %v, %q", what, got, err, version, rotated, why)
+		}
+	}
+	report("without standing approval", batch, 1, false, "no standing approval")
+	w.cfg.Events = custodian.EventLimits{DailyCap: 3, MinInterval: time.Hour}
+	w.reopen()
+	w.fill("movies", "before", 2)
+	report("within the interval", batch, 1, false, "younger than 1h")
+	w.advance(time.Hour)
+	report("first", batch, 2, true, "")
+	w.fill("movies", "in the batch", 2)
+	w.advance(time.Hour)
+	report("repeated", batch, 2, true, "")
+	w.reopen()
+	report("repeated after a restart", batch, 2, true, "")
+	for _, k := range w.contentKeys() {
+		want := uint32(1)
+		if strings.HasPrefix(string(k.Key.ContentID), "in the batch") {
+			want = 2
+		}
+		if k.Key.KEK.Version != want {
+			t.Errorf("content %s: got %s, want version %d: a batch moves nothing", k.Key.ContentID, k.Key.KEK, want)
+		}
+	}
+	batch.ID = "b2"
+	report("second", batch, 3, true, "")
+	w.advance(time.Hour)
+	batch.ID = "b3"
+	report("at the cap", batch, 3, false, "is the cap")
+	w.advance(24 * time.Hour)
+	report("a day later", batch, 4, true, "")
+	// A rotation in its hold is not to be overtaken.
+	r := w.rotate(kekOrder)
+	w.advance(25 * time.Hour)
+	batch.ID = "b4"
+	report("in the hold of a rotation", batch, 5, false, r.Name()+" is at HOLD")
+	w.whole()
+
+	for name, c := range map[string]struct {
+		who  custodian.Caller
+		ev   custodian.Event
+		want error
+	}{
+		"no ID":            {packager, custodian.Event{Kind: custodian.EventNewBatch, Category: "movies"}, custodian.ErrInvalid},
+		"unknown kind":     {packager, custodian.Event{ID: "x", Kind: "compromise", Category: "movies"}, custodian.ErrInvalid},
+		"unknown category": {packager, custodian.Event{ID: "x", Kind: custodian.EventNewBatch, Category: "none"}, custodian.ErrCategoryNotFound},
+		"provider":         {provider, batch, custodian.ErrDenied},
+	} {
+		_, err := w.c.ReportEvent(t.Context(), c.who, c.ev)
+		wantErr(t, name, err, c.want)
+	}
+}
+
+// A flood of events makes no more versions than the cap.
+func TestEventFlood(t *testing.T) {
+	w := newWorld(t)
+	w.cfg.Events = custodian.EventLimits{DailyCap: 2, MinInterval: time.Minute}
+	w.reopen()
+	w.category("movies")
+	for i := range 50 {
+		w.advance(time.Minute)
+		ev := custodian.Event{ID: strings.Repeat("x", i+1), Kind: custodian.EventNewBatch, Category: "movies"}
+		if _, err := w.c.ReportEvent(t.Context(), packager, ev); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(w.keks("movies")); n != 2 {
+		t.Errorf("got %d versions, want 2", n)
+	}
+	w.whole()
+}
+
+// A KEK protects for two years at most. Here its MEK is rotatable, so that a
+// new MEK brings no new KEK with it.
+func TestKEKAge(t *testing.T) {
+	w := profileWorld(t, custodian.ProfileRotatable)
+	w.category("movies")
+	w.fill("movies", "film", 2)
+	w.cfg.ConfirmTime = true
+	later := func(d time.Duration) {
+		t.Helper()
+		w.clock.Add(int64(d))
+		w.reopen()
+	}
+	later(custodian.KEKMaxAge - time.Hour)
+	wantErr(t, "before its time", w.c.RotateAged(t.Context()), nil)
+	if n := len(w.keks("movies")); n != 1 {
+		t.Errorf("before its time: got %d versions, want 1", n)
+	}
+	later(2 * time.Hour)
+	wantErr(t, "under a MEK past its year", w.c.RotateAged(t.Context()), custodian.ErrMEKExpired)
+	w.rotate(mekOrder)
+	for range 2 {
+		wantErr(t, "past its time", w.c.RotateAged(t.Context()), nil)
+		if n := len(w.keks("movies")); n != 2 {
+			t.Errorf("past its time: got %d versions, want 2", n)
+		}
+	}
+	w.whole()
+}
