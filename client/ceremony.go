@@ -2,6 +2,8 @@ package client
 
 import (
 	"context"
+	"errors"
+	"io"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 )
@@ -45,4 +47,27 @@ func (c *Client) ExecuteCeremony(ctx context.Context, req *v1.ExecuteCeremonyReq
 func (c *Client) GetEvidence(ctx context.Context, id string) ([]byte, error) {
 	resp, err := c.ceremony.GetEvidence(ctx, &v1.GetEvidenceRequest{Id: id})
 	return resp.GetEvidence(), wrap(err)
+}
+
+// GetBlastRadius calls visit for each content key that the loss of a key
+// version, or of a caller, exposes. An error of visit ends it, and is no *Error.
+func (c *Client) GetBlastRadius(ctx context.Context, req *v1.GetBlastRadiusRequest, visit func(*v1.GetBlastRadiusResponse) error) error {
+	ctx, cancel := context.WithCancel(ctx) // an error of visit ends the stream
+	defer cancel()
+	stream, err := c.ceremony.GetBlastRadius(ctx, req)
+	if err != nil {
+		return wrap(err)
+	}
+	for {
+		row, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return wrap(err)
+		}
+		if err := visit(row); err != nil {
+			return err
+		}
+	}
 }

@@ -33,12 +33,12 @@ func (p *Plan) checkRotationFields() (faults []error) {
 		fault("decision", "%.40q: must be %s, to go on serving what the key has wrapped, or %s", p.Decision, DecisionServe, DecisionFreeze)
 	}
 	for i, text := range p.KeyVersions {
-		id, err := parseKEKID(text)
+		id, err := ParseKEKID(text)
 		if err != nil {
 			fault(fmt.Sprintf("key_versions[%d]", i), "%w", err)
 			continue
 		}
-		if first, err := parseKEKID(p.KeyVersions[0]); err == nil && first.Category != id.Category {
+		if first, err := ParseKEKID(p.KeyVersions[0]); err == nil && first.Category != id.Category {
 			fault(fmt.Sprintf("key_versions[%d]", i), "%s: the decision is one category's; propose a plan for each", text)
 		}
 		if slices.Contains(p.KeyVersions[:i], text) {
@@ -56,8 +56,8 @@ func (p *Plan) checkRotationFields() (faults []error) {
 	return faults
 }
 
-// parseKEKID reads movies/4.
-func parseKEKID(s string) (KEKID, error) {
+// ParseKEKID reads movies/4.
+func ParseKEKID(s string) (KEKID, error) {
 	name, version, _ := strings.Cut(s, "/")
 	n, err := strconv.ParseUint(version, 10, 32)
 	id := KEKID{CategoryName(name), uint32(n)}
@@ -73,7 +73,7 @@ func rotationName(s string) bool {
 		return err == nil && strconv.FormatUint(n, 10) == v
 	}
 	v, ok := strings.CutPrefix(s, string(RotateKEK)+"/")
-	_, err := parseKEKID(v)
+	_, err := ParseKEKID(v)
 	return ok && err == nil
 }
 
@@ -93,7 +93,7 @@ func (p *Plan) orders(id string) (orders []RotationOrder) {
 		return []RotationOrder{order}
 	case KindKEKCompromise:
 		for _, text := range p.KeyVersions {
-			k, _ := parseKEKID(text) // checked by ParsePlan
+			k, _ := ParseKEKID(text) // checked by ParsePlan
 			order.Category, order.Compromised = k.Category, append(order.Compromised, k.Version)
 		}
 		order.Serve = p.Decision == DecisionServe
@@ -194,11 +194,11 @@ func (c *Custodian) rehearseCompromise(ctx context.Context, o RotationOrder, r *
 		}
 		return nil
 	})
-	what := "are not released any more, and the category is frozen"
+	what := "are not released any more, and the category stays frozen"
 	if o.Serve {
 		what = "go on being released, by this decision"
 	}
-	r.Changes = append(r.Changes, fmt.Sprintf("%d content keys of %s count as compromised and %s", n, o.Category, what))
+	r.Changes = append(r.Changes, fmt.Sprintf("content keys of %s that count as compromised: %d; they %s", o.Category, n, what))
 	return err
 }
 
@@ -311,7 +311,7 @@ func (s *controlSet) rotationBasis(e *encoder, p *Plan) {
 		e.uint(uint64(s.categories[name].ActiveKEK))
 	}
 	for _, text := range p.KeyVersions {
-		id, _ := parseKEKID(text) // checked by ParsePlan
+		id, _ := ParseKEKID(text) // checked by ParsePlan
 		e.uint(uint64(s.keks[id].State))
 	}
 	for _, name := range p.Rotations {

@@ -83,6 +83,45 @@ func TestKEKRotationCeremony(t *testing.T) {
 	a.whole()
 }
 
+// A record that still refers to the old version keeps it from being retired,
+// when the plan is proposed and when it is executed.
+func TestRetireWithReferences(t *testing.T) {
+	a := populated(t)
+	kid := a.contentKeys()[0].Key.KID
+	old := a.contentKeys()[0]
+	a.wantDone(a.begin(a.plan("kek-rotation", "categories: [movies]")))
+	text := a.plan("retire", "rotations: [kek/movies/2]")
+	info := a.propose(text)
+	a.approve(info, text, a.anna, a.ben)
+	put := func(k custodian.SealedKey) (before custodian.SealedKey) {
+		t.Helper()
+		if err := a.st.Update(t.Context(), func(tx custodian.UpdateTx) (err error) {
+			if before, err = tx.ContentKey(kid); err != nil {
+				return err
+			}
+			return tx.ReplaceContentKey(before.Key.Revision, k)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return before
+	}
+	moved := put(old) // somebody has put the old record back
+	wantErr(t, "execute", a.execute(info), custodian.ErrPlan)
+	_, _, err := a.c.ProposeCeremony(t.Context(), officer, []byte(text), "", false)
+	wantErr(t, "propose", err, custodian.ErrPlan)
+	if err != nil && !strings.Contains(err.Error(), "still refer to versions [1]") {
+		t.Errorf("propose: got %q, want it to say what refers", err)
+	}
+	all := a.entries(0)
+	if last := all[len(all)-1]; last.Action != "ceremony.propose" || last.Outcome != audit.Denied || last.Reason != "PLAN" {
+		t.Errorf("the attempt in the audit log: got %+v", last)
+	}
+	a.wantStep("kek/movies/2", custodian.StepHold)
+	put(moved)
+	wantErr(t, "execute without references", a.execute(info), nil)
+	a.wantStep("kek/movies/2", custodian.StepRetired)
+}
+
 func TestRollbackCeremony(t *testing.T) {
 	a := populated(t)
 	a.wantDone(a.begin(a.plan("kek-rotation", "categories: [movies]")))
@@ -98,7 +137,7 @@ func TestMEKRotationCeremony(t *testing.T) {
 	_, _, err := a.c.ProposeCeremony(t.Context(), officer, []byte(a.plan("mek-rotation", "mek_version: 2")), "", false)
 	wantErr(t, "another MEK than the one that protects", err, custodian.ErrPlan)
 	e := a.wantDone(a.begin(a.plan("mek-rotation", "mek_version: 1")))
-	if len(e.Before.MEKs) != 1 || len(e.After.MEKs) != 2 || e.After.MEKs[1].State != "ACTIVE" || e.After.MEKs[1].Attributes["CKA_EXTRACTABLE"] != "false" ||
+	if len(e.Before.MEKs) != 1 || len(e.After.MEKs) != 2 || e.After.MEKs[1].State != "ACTIVE" || e.After.MEKs[1].Attributes["extractable"] != "false" ||
 		e.After.MEKs[0].Canary == e.After.MEKs[1].Canary {
 		t.Errorf("evidence: got MEKs %+v before and %+v after", e.Before.MEKs, e.After.MEKs)
 	}
@@ -113,7 +152,7 @@ func TestCompromiseCeremony(t *testing.T) {
 			a.freeze("movies", custodian.CategoryFrozen) // break-glass first
 			text := a.plan("kek-compromise", "key_versions: [movies/1]\ndecision: "+decision)
 			_, r, err := a.c.ProposeCeremony(t.Context(), officer, []byte(text), "", true)
-			if err != nil || !strings.Contains(fmt.Sprint(r.Changes), "20 content keys of movies count as compromised") {
+			if err != nil || !strings.Contains(fmt.Sprint(r.Changes), "content keys of movies that count as compromised: 20;") {
 				t.Errorf("rehearsal: got %v and %v", r.Changes, err)
 			}
 			e := a.wantDone(a.begin(text))

@@ -698,7 +698,7 @@ func TestEvidence(t *testing.T) {
 		t.Fatal(err)
 	}
 	if e.Before.Categories[0].Mode != "FROZEN" || e.After.Categories[0].Mode != "OPEN" || len(e.Approvals) != 2 ||
-		e.After.MEKs[0].Attributes["CKA_EXTRACTABLE"] != "false" || len(e.Log.Entries) != 6 {
+		e.After.MEKs[0].Attributes["extractable"] != "false" || len(e.Log.Entries) != 6 {
 		t.Errorf("evidence: got %+v", e)
 	}
 	a.category("sport") // the log goes on

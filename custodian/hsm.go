@@ -30,7 +30,7 @@ type HSM interface {
 	// CheckMEK verifies the attributes of the token object and its canary.
 	CheckMEK(ctx context.Context, m MEK) error
 	// MEKAttributes are the attributes of the token object that CheckMEK has
-	// found last, by their PKCS#11 names. They hold no secret.
+	// found last, by name. They hold no secret.
 	MEKAttributes(ctx context.Context, m MEK) (map[string]string, error)
 	// GenerateKey makes an AES-256 key in the token and returns it wrapped
 	// under m, with a canary bound to identity. The key is in no variable.

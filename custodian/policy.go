@@ -56,6 +56,7 @@ const (
 	ActionCancel         Action = "ceremony.cancel"
 	ActionExecute        Action = "ceremony.execute"
 	ActionReadCeremonies Action = "ceremony.read"
+	ActionBlastRadius    Action = "blast-radius"
 )
 
 // permits says which roles may do an action at all.
@@ -78,6 +79,7 @@ var permits = map[Action][]Role{
 	ActionCancel:         {RoleOfficer},
 	ActionExecute:        {RoleOfficer},
 	ActionReadCeremonies: {RoleOfficer, RoleOperator, RoleAuditor},
+	ActionBlastRadius:    {RoleOfficer, RoleAuditor},
 }
 
 // A Grant gives one identity one role over categories. AllCategories is only

@@ -35,7 +35,7 @@ evidence that verifies anywhere. docs/CEREMONY.md has a script for each kind.`,
   custodianctl ceremony evidence 0123456789abcdef --out evidence.json
   custodianctl ceremony verify evidence.json --trust officers.pem`,
 	}, a.ceremonyProposeCmd(), a.ceremonyListCmd(), a.ceremonyShowCmd(), a.ceremonyApproveCmd(), a.ceremonyCancelCmd(), a.ceremonyExecuteCmd(),
-		a.ceremonyWatchCmd(), a.ceremonyEvidenceCmd(), a.ceremonyVerifyCmd(), a.ceremonyDigestCmd(), a.ceremonySignCmd(), a.ceremonyKeyCmd(), a.ceremonyKeygenCmd())
+		a.ceremonyWatchCmd(), a.ceremonyEvidenceCmd(), a.ceremonyVerifyCmd(), a.blastRadiusCmd(), a.ceremonyDigestCmd(), a.ceremonySignCmd(), a.ceremonyKeyCmd(), a.ceremonyKeygenCmd())
 }
 
 // readPlan reads an officer's own copy of a plan.

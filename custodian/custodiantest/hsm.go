@@ -217,7 +217,7 @@ func (h *HSM) CheckMEK(ctx context.Context, m custodian.MEK) error {
 // MEKAttributes are those that every MEK has.
 func (h *HSM) MEKAttributes(ctx context.Context, m custodian.MEK) (map[string]string, error) {
 	err := h.do(ctx, "MEKAttributes", func() error { _, err := h.mek(m); return err })
-	return map[string]string{"CKA_LABEL": m.Label, "CKA_EXTRACTABLE": "false"}, err
+	return map[string]string{"label": m.Label, "extractable": "false"}, err
 }
 
 // mek is the recorded MEK, proved by its canary. The caller holds mu.

@@ -94,7 +94,7 @@ func (s *Server) bound(ctx context.Context, fullMethod string) (context.Context,
 	switch fullMethod {
 	case v1.KeyRetrievalService_GetContentKeys_FullMethodName:
 		return context.WithTimeout(ctx, s.config.RetrieveDeadline)
-	case v1.CustodyService_Backup_FullMethodName:
+	case v1.CustodyService_Backup_FullMethodName, v1.CeremonyService_GetBlastRadius_FullMethodName:
 		return context.WithTimeout(ctx, s.config.BackupDeadline)
 	case healthWatch:
 		return context.WithCancel(ctx)

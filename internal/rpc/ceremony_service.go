@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -20,6 +21,7 @@ type Ceremonies interface {
 	Ceremonies(context.Context, custodian.Caller) ([]custodian.CeremonyInfo, error)
 	Ceremony(ctx context.Context, who custodian.Caller, id string) (custodian.CeremonyInfo, error)
 	Evidence(ctx context.Context, who custodian.Caller, id string) ([]byte, error)
+	BlastRadius(ctx context.Context, who custodian.Caller, req custodian.BlastRequest, visit func(custodian.BlastRow) error) error
 }
 
 // ceremonyService is the CeremonyService.
@@ -129,6 +131,31 @@ func (s *ceremonyService) GetEvidence(ctx context.Context, req *v1.GetEvidenceRe
 		return nil, err
 	}
 	return &v1.GetEvidenceResponse{Evidence: b}, nil
+}
+
+func (s *ceremonyService) GetBlastRadius(req *v1.GetBlastRadiusRequest, stream grpc.ServerStreamingServer[v1.GetBlastRadiusResponse]) error {
+	custody, err := s.server.custody()
+	if err != nil {
+		return err
+	}
+	ask := custodian.BlastRequest{Caller: req.GetCaller()}
+	if v := req.GetKeyVersion(); v != "" {
+		if ask.KEK, err = custodian.ParseKEKID(v); err != nil {
+			return &custodian.InvalidError{Field: "key_version", Err: err}
+		}
+	}
+	return custody.BlastRadius(stream.Context(), callOf(stream.Context()).caller, ask, func(r custodian.BlastRow) error {
+		k := r.Key
+		row := &v1.GetBlastRadiusResponse{Kid: k.KID[:], Category: string(k.Category), ContentId: k.ContentID, TrackType: string(k.TrackType), Scheme: string(k.Scheme),
+			Generation: k.Generation, BirthKeyVersion: k.BirthKEK, KeyVersion: k.KEK.Version}
+		for _, g := range r.Given {
+			row.Handouts = append(row.Handouts, &v1.KeyHandout{Caller: g.Caller, FirstTime: timestamp(g.First), LastTime: timestamp(g.Last), Count: g.Count})
+		}
+		if err := stream.Send(row); err != nil {
+			return &sendError{err}
+		}
+		return nil
+	})
 }
 
 // decodeSignature reads what an officer has signed. A field that is not there,

@@ -1392,6 +1392,252 @@ func (x *GetEvidenceResponse) GetEvidence() []byte {
 	return nil
 }
 
+// GetBlastRadiusRequest names what was lost.
+type GetBlastRadiusRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A version of a category's key-encryption key, such as movies/4.
+	KeyVersion string `protobuf:"bytes,1,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
+	// Or the identity of a caller.
+	Caller        string `protobuf:"bytes,2,opt,name=caller,proto3" json:"caller,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetBlastRadiusRequest) Reset() {
+	*x = GetBlastRadiusRequest{}
+	mi := &file_custodian_v1_ceremony_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetBlastRadiusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetBlastRadiusRequest) ProtoMessage() {}
+
+func (x *GetBlastRadiusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_ceremony_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetBlastRadiusRequest.ProtoReflect.Descriptor instead.
+func (*GetBlastRadiusRequest) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_ceremony_service_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *GetBlastRadiusRequest) GetKeyVersion() string {
+	if x != nil {
+		return x.KeyVersion
+	}
+	return ""
+}
+
+func (x *GetBlastRadiusRequest) GetCaller() string {
+	if x != nil {
+		return x.Caller
+	}
+	return ""
+}
+
+// GetBlastRadiusResponse is one content key.
+type GetBlastRadiusResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key ID, 16 bytes.
+	Kid []byte `protobuf:"bytes,1,opt,name=kid,proto3" json:"kid,omitempty"`
+	// The category; empty where the store does not know the key any more.
+	Category string `protobuf:"bytes,2,opt,name=category,proto3" json:"category,omitempty"`
+	// The content item.
+	ContentId []byte `protobuf:"bytes,3,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
+	// The track type.
+	TrackType string `protobuf:"bytes,4,opt,name=track_type,json=trackType,proto3" json:"track_type,omitempty"`
+	// The scheme.
+	Scheme string `protobuf:"bytes,5,opt,name=scheme,proto3" json:"scheme,omitempty"`
+	// The generation, from 1.
+	Generation uint32 `protobuf:"varint,6,opt,name=generation,proto3" json:"generation,omitempty"`
+	// The key version under which it was born.
+	BirthKeyVersion uint32 `protobuf:"varint,7,opt,name=birth_key_version,json=birthKeyVersion,proto3" json:"birth_key_version,omitempty"`
+	// The key version that wraps it now.
+	KeyVersion uint32 `protobuf:"varint,8,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
+	// Who was given it, as far back as the audit log goes.
+	Handouts      []*KeyHandout `protobuf:"bytes,9,rep,name=handouts,proto3" json:"handouts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetBlastRadiusResponse) Reset() {
+	*x = GetBlastRadiusResponse{}
+	mi := &file_custodian_v1_ceremony_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetBlastRadiusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetBlastRadiusResponse) ProtoMessage() {}
+
+func (x *GetBlastRadiusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_ceremony_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetBlastRadiusResponse.ProtoReflect.Descriptor instead.
+func (*GetBlastRadiusResponse) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_ceremony_service_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *GetBlastRadiusResponse) GetKid() []byte {
+	if x != nil {
+		return x.Kid
+	}
+	return nil
+}
+
+func (x *GetBlastRadiusResponse) GetCategory() string {
+	if x != nil {
+		return x.Category
+	}
+	return ""
+}
+
+func (x *GetBlastRadiusResponse) GetContentId() []byte {
+	if x != nil {
+		return x.ContentId
+	}
+	return nil
+}
+
+func (x *GetBlastRadiusResponse) GetTrackType() string {
+	if x != nil {
+		return x.TrackType
+	}
+	return ""
+}
+
+func (x *GetBlastRadiusResponse) GetScheme() string {
+	if x != nil {
+		return x.Scheme
+	}
+	return ""
+}
+
+func (x *GetBlastRadiusResponse) GetGeneration() uint32 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *GetBlastRadiusResponse) GetBirthKeyVersion() uint32 {
+	if x != nil {
+		return x.BirthKeyVersion
+	}
+	return 0
+}
+
+func (x *GetBlastRadiusResponse) GetKeyVersion() uint32 {
+	if x != nil {
+		return x.KeyVersion
+	}
+	return 0
+}
+
+func (x *GetBlastRadiusResponse) GetHandouts() []*KeyHandout {
+	if x != nil {
+		return x.Handouts
+	}
+	return nil
+}
+
+// A KeyHandout is how often a caller was given a key.
+type KeyHandout struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The caller's identity.
+	Caller string `protobuf:"bytes,1,opt,name=caller,proto3" json:"caller,omitempty"`
+	// The first time.
+	FirstTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=first_time,json=firstTime,proto3" json:"first_time,omitempty"`
+	// The last time.
+	LastTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=last_time,json=lastTime,proto3" json:"last_time,omitempty"`
+	// How often.
+	Count         uint64 `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyHandout) Reset() {
+	*x = KeyHandout{}
+	mi := &file_custodian_v1_ceremony_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyHandout) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyHandout) ProtoMessage() {}
+
+func (x *KeyHandout) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_ceremony_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyHandout.ProtoReflect.Descriptor instead.
+func (*KeyHandout) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_ceremony_service_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *KeyHandout) GetCaller() string {
+	if x != nil {
+		return x.Caller
+	}
+	return ""
+}
+
+func (x *KeyHandout) GetFirstTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FirstTime
+	}
+	return nil
+}
+
+func (x *KeyHandout) GetLastTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastTime
+	}
+	return nil
+}
+
+func (x *KeyHandout) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 var File_custodian_v1_ceremony_service_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_ceremony_service_proto_rawDesc = "" +
@@ -1490,7 +1736,33 @@ const file_custodian_v1_ceremony_service_proto_rawDesc = "" +
 	"\x12GetEvidenceRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"1\n" +
 	"\x13GetEvidenceResponse\x12\x1a\n" +
-	"\bevidence\x18\x01 \x01(\fR\bevidence*\xd7\x01\n" +
+	"\bevidence\x18\x01 \x01(\fR\bevidence\"P\n" +
+	"\x15GetBlastRadiusRequest\x12\x1f\n" +
+	"\vkey_version\x18\x01 \x01(\tR\n" +
+	"keyVersion\x12\x16\n" +
+	"\x06caller\x18\x02 \x01(\tR\x06caller\"\xbf\x02\n" +
+	"\x16GetBlastRadiusResponse\x12\x10\n" +
+	"\x03kid\x18\x01 \x01(\fR\x03kid\x12\x1a\n" +
+	"\bcategory\x18\x02 \x01(\tR\bcategory\x12\x1d\n" +
+	"\n" +
+	"content_id\x18\x03 \x01(\fR\tcontentId\x12\x1d\n" +
+	"\n" +
+	"track_type\x18\x04 \x01(\tR\ttrackType\x12\x16\n" +
+	"\x06scheme\x18\x05 \x01(\tR\x06scheme\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x06 \x01(\rR\n" +
+	"generation\x12*\n" +
+	"\x11birth_key_version\x18\a \x01(\rR\x0fbirthKeyVersion\x12\x1f\n" +
+	"\vkey_version\x18\b \x01(\rR\n" +
+	"keyVersion\x124\n" +
+	"\bhandouts\x18\t \x03(\v2\x18.custodian.v1.KeyHandoutR\bhandouts\"\xae\x01\n" +
+	"\n" +
+	"KeyHandout\x12\x16\n" +
+	"\x06caller\x18\x01 \x01(\tR\x06caller\x129\n" +
+	"\n" +
+	"first_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tfirstTime\x127\n" +
+	"\tlast_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\blastTime\x12\x14\n" +
+	"\x05count\x18\x04 \x01(\x04R\x05count*\xd7\x01\n" +
 	"\rCeremonyState\x12\x1e\n" +
 	"\x1aCEREMONY_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17CEREMONY_STATE_PROPOSED\x10\x01\x12\x1b\n" +
@@ -1498,7 +1770,7 @@ const file_custodian_v1_ceremony_service_proto_rawDesc = "" +
 	"\x13CEREMONY_STATE_DONE\x10\x03\x12\x1c\n" +
 	"\x18CEREMONY_STATE_CANCELLED\x10\x04\x12\x1a\n" +
 	"\x16CEREMONY_STATE_EXPIRED\x10\x05\x12\x19\n" +
-	"\x15CEREMONY_STATE_FAILED\x10\x062\x93\x05\n" +
+	"\x15CEREMONY_STATE_FAILED\x10\x062\xf2\x05\n" +
 	"\x0fCeremonyService\x12^\n" +
 	"\x0fProposeCeremony\x12$.custodian.v1.ProposeCeremonyRequest\x1a%.custodian.v1.ProposeCeremonyResponse\x12R\n" +
 	"\vGetCeremony\x12 .custodian.v1.GetCeremonyRequest\x1a!.custodian.v1.GetCeremonyResponse\x12[\n" +
@@ -1506,7 +1778,8 @@ const file_custodian_v1_ceremony_service_proto_rawDesc = "" +
 	"\x0fApproveCeremony\x12$.custodian.v1.ApproveCeremonyRequest\x1a%.custodian.v1.ApproveCeremonyResponse\x12[\n" +
 	"\x0eCancelCeremony\x12#.custodian.v1.CancelCeremonyRequest\x1a$.custodian.v1.CancelCeremonyResponse\x12^\n" +
 	"\x0fExecuteCeremony\x12$.custodian.v1.ExecuteCeremonyRequest\x1a%.custodian.v1.ExecuteCeremonyResponse\x12R\n" +
-	"\vGetEvidence\x12 .custodian.v1.GetEvidenceRequest\x1a!.custodian.v1.GetEvidenceResponseB>Z<github.com/keycustody/custodian/api/custodian/v1;custodianv1b\x06proto3"
+	"\vGetEvidence\x12 .custodian.v1.GetEvidenceRequest\x1a!.custodian.v1.GetEvidenceResponse\x12]\n" +
+	"\x0eGetBlastRadius\x12#.custodian.v1.GetBlastRadiusRequest\x1a$.custodian.v1.GetBlastRadiusResponse0\x01B>Z<github.com/keycustody/custodian/api/custodian/v1;custodianv1b\x06proto3"
 
 var (
 	file_custodian_v1_ceremony_service_proto_rawDescOnce sync.Once
@@ -1521,7 +1794,7 @@ func file_custodian_v1_ceremony_service_proto_rawDescGZIP() []byte {
 }
 
 var file_custodian_v1_ceremony_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_custodian_v1_ceremony_service_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_custodian_v1_ceremony_service_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_custodian_v1_ceremony_service_proto_goTypes = []any{
 	(CeremonyState)(0),              // 0: custodian.v1.CeremonyState
 	(*Ceremony)(nil),                // 1: custodian.v1.Ceremony
@@ -1544,23 +1817,26 @@ var file_custodian_v1_ceremony_service_proto_goTypes = []any{
 	(*ExecuteCeremonyResponse)(nil), // 18: custodian.v1.ExecuteCeremonyResponse
 	(*GetEvidenceRequest)(nil),      // 19: custodian.v1.GetEvidenceRequest
 	(*GetEvidenceResponse)(nil),     // 20: custodian.v1.GetEvidenceResponse
-	(*timestamppb.Timestamp)(nil),   // 21: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 22: google.protobuf.Duration
+	(*GetBlastRadiusRequest)(nil),   // 21: custodian.v1.GetBlastRadiusRequest
+	(*GetBlastRadiusResponse)(nil),  // 22: custodian.v1.GetBlastRadiusResponse
+	(*KeyHandout)(nil),              // 23: custodian.v1.KeyHandout
+	(*timestamppb.Timestamp)(nil),   // 24: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 25: google.protobuf.Duration
 }
 var file_custodian_v1_ceremony_service_proto_depIdxs = []int32{
 	0,  // 0: custodian.v1.Ceremony.state:type_name -> custodian.v1.CeremonyState
 	2,  // 1: custodian.v1.Ceremony.challenge:type_name -> custodian.v1.CeremonyChallenge
 	3,  // 2: custodian.v1.Ceremony.approvals:type_name -> custodian.v1.CeremonyApproval
 	3,  // 3: custodian.v1.Ceremony.cancellations:type_name -> custodian.v1.CeremonyApproval
-	21, // 4: custodian.v1.Ceremony.propose_time:type_name -> google.protobuf.Timestamp
-	21, // 5: custodian.v1.Ceremony.ready_time:type_name -> google.protobuf.Timestamp
-	21, // 6: custodian.v1.Ceremony.execute_time:type_name -> google.protobuf.Timestamp
-	21, // 7: custodian.v1.Ceremony.end_time:type_name -> google.protobuf.Timestamp
+	24, // 4: custodian.v1.Ceremony.propose_time:type_name -> google.protobuf.Timestamp
+	24, // 5: custodian.v1.Ceremony.ready_time:type_name -> google.protobuf.Timestamp
+	24, // 6: custodian.v1.Ceremony.execute_time:type_name -> google.protobuf.Timestamp
+	24, // 7: custodian.v1.Ceremony.end_time:type_name -> google.protobuf.Timestamp
 	4,  // 8: custodian.v1.Ceremony.progress:type_name -> custodian.v1.CeremonyProgress
-	21, // 9: custodian.v1.CeremonyChallenge.expire_time:type_name -> google.protobuf.Timestamp
-	21, // 10: custodian.v1.CeremonyApproval.time:type_name -> google.protobuf.Timestamp
-	22, // 11: custodian.v1.CeremonyProgress.remaining:type_name -> google.protobuf.Duration
-	22, // 12: custodian.v1.CeremonyRehearsal.duration:type_name -> google.protobuf.Duration
+	24, // 9: custodian.v1.CeremonyChallenge.expire_time:type_name -> google.protobuf.Timestamp
+	24, // 10: custodian.v1.CeremonyApproval.time:type_name -> google.protobuf.Timestamp
+	25, // 11: custodian.v1.CeremonyProgress.remaining:type_name -> google.protobuf.Duration
+	25, // 12: custodian.v1.CeremonyRehearsal.duration:type_name -> google.protobuf.Duration
 	2,  // 13: custodian.v1.OfficerSignature.challenge:type_name -> custodian.v1.CeremonyChallenge
 	1,  // 14: custodian.v1.ProposeCeremonyResponse.ceremony:type_name -> custodian.v1.Ceremony
 	5,  // 15: custodian.v1.ProposeCeremonyResponse.rehearsal:type_name -> custodian.v1.CeremonyRehearsal
@@ -1571,25 +1847,30 @@ var file_custodian_v1_ceremony_service_proto_depIdxs = []int32{
 	6,  // 20: custodian.v1.CancelCeremonyRequest.signature:type_name -> custodian.v1.OfficerSignature
 	1,  // 21: custodian.v1.CancelCeremonyResponse.ceremony:type_name -> custodian.v1.Ceremony
 	1,  // 22: custodian.v1.ExecuteCeremonyResponse.ceremony:type_name -> custodian.v1.Ceremony
-	7,  // 23: custodian.v1.CeremonyService.ProposeCeremony:input_type -> custodian.v1.ProposeCeremonyRequest
-	9,  // 24: custodian.v1.CeremonyService.GetCeremony:input_type -> custodian.v1.GetCeremonyRequest
-	11, // 25: custodian.v1.CeremonyService.ListCeremonies:input_type -> custodian.v1.ListCeremoniesRequest
-	13, // 26: custodian.v1.CeremonyService.ApproveCeremony:input_type -> custodian.v1.ApproveCeremonyRequest
-	15, // 27: custodian.v1.CeremonyService.CancelCeremony:input_type -> custodian.v1.CancelCeremonyRequest
-	17, // 28: custodian.v1.CeremonyService.ExecuteCeremony:input_type -> custodian.v1.ExecuteCeremonyRequest
-	19, // 29: custodian.v1.CeremonyService.GetEvidence:input_type -> custodian.v1.GetEvidenceRequest
-	8,  // 30: custodian.v1.CeremonyService.ProposeCeremony:output_type -> custodian.v1.ProposeCeremonyResponse
-	10, // 31: custodian.v1.CeremonyService.GetCeremony:output_type -> custodian.v1.GetCeremonyResponse
-	12, // 32: custodian.v1.CeremonyService.ListCeremonies:output_type -> custodian.v1.ListCeremoniesResponse
-	14, // 33: custodian.v1.CeremonyService.ApproveCeremony:output_type -> custodian.v1.ApproveCeremonyResponse
-	16, // 34: custodian.v1.CeremonyService.CancelCeremony:output_type -> custodian.v1.CancelCeremonyResponse
-	18, // 35: custodian.v1.CeremonyService.ExecuteCeremony:output_type -> custodian.v1.ExecuteCeremonyResponse
-	20, // 36: custodian.v1.CeremonyService.GetEvidence:output_type -> custodian.v1.GetEvidenceResponse
-	30, // [30:37] is the sub-list for method output_type
-	23, // [23:30] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	23, // 23: custodian.v1.GetBlastRadiusResponse.handouts:type_name -> custodian.v1.KeyHandout
+	24, // 24: custodian.v1.KeyHandout.first_time:type_name -> google.protobuf.Timestamp
+	24, // 25: custodian.v1.KeyHandout.last_time:type_name -> google.protobuf.Timestamp
+	7,  // 26: custodian.v1.CeremonyService.ProposeCeremony:input_type -> custodian.v1.ProposeCeremonyRequest
+	9,  // 27: custodian.v1.CeremonyService.GetCeremony:input_type -> custodian.v1.GetCeremonyRequest
+	11, // 28: custodian.v1.CeremonyService.ListCeremonies:input_type -> custodian.v1.ListCeremoniesRequest
+	13, // 29: custodian.v1.CeremonyService.ApproveCeremony:input_type -> custodian.v1.ApproveCeremonyRequest
+	15, // 30: custodian.v1.CeremonyService.CancelCeremony:input_type -> custodian.v1.CancelCeremonyRequest
+	17, // 31: custodian.v1.CeremonyService.ExecuteCeremony:input_type -> custodian.v1.ExecuteCeremonyRequest
+	19, // 32: custodian.v1.CeremonyService.GetEvidence:input_type -> custodian.v1.GetEvidenceRequest
+	21, // 33: custodian.v1.CeremonyService.GetBlastRadius:input_type -> custodian.v1.GetBlastRadiusRequest
+	8,  // 34: custodian.v1.CeremonyService.ProposeCeremony:output_type -> custodian.v1.ProposeCeremonyResponse
+	10, // 35: custodian.v1.CeremonyService.GetCeremony:output_type -> custodian.v1.GetCeremonyResponse
+	12, // 36: custodian.v1.CeremonyService.ListCeremonies:output_type -> custodian.v1.ListCeremoniesResponse
+	14, // 37: custodian.v1.CeremonyService.ApproveCeremony:output_type -> custodian.v1.ApproveCeremonyResponse
+	16, // 38: custodian.v1.CeremonyService.CancelCeremony:output_type -> custodian.v1.CancelCeremonyResponse
+	18, // 39: custodian.v1.CeremonyService.ExecuteCeremony:output_type -> custodian.v1.ExecuteCeremonyResponse
+	20, // 40: custodian.v1.CeremonyService.GetEvidence:output_type -> custodian.v1.GetEvidenceResponse
+	22, // 41: custodian.v1.CeremonyService.GetBlastRadius:output_type -> custodian.v1.GetBlastRadiusResponse
+	34, // [34:42] is the sub-list for method output_type
+	26, // [26:34] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_ceremony_service_proto_init() }
@@ -1603,7 +1884,7 @@ func file_custodian_v1_ceremony_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_ceremony_service_proto_rawDesc), len(file_custodian_v1_ceremony_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   20,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,7 @@ const (
 	CeremonyService_CancelCeremony_FullMethodName  = "/custodian.v1.CeremonyService/CancelCeremony"
 	CeremonyService_ExecuteCeremony_FullMethodName = "/custodian.v1.CeremonyService/ExecuteCeremony"
 	CeremonyService_GetEvidence_FullMethodName     = "/custodian.v1.CeremonyService/GetEvidence"
+	CeremonyService_GetBlastRadius_FullMethodName  = "/custodian.v1.CeremonyService/GetBlastRadius"
 )
 
 // CeremonyServiceClient is the client API for CeremonyService service.
@@ -52,6 +53,9 @@ type CeremonyServiceClient interface {
 	// GetEvidence returns the evidence of a ceremony that is done: one file,
 	// which verifies without the daemon.
 	GetEvidence(ctx context.Context, in *GetEvidenceRequest, opts ...grpc.CallOption) (*GetEvidenceResponse, error)
+	// GetBlastRadius returns the content keys that the loss of a key version, or
+	// of a caller, exposes, and who was given them. It reads the whole audit log.
+	GetBlastRadius(ctx context.Context, in *GetBlastRadiusRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GetBlastRadiusResponse], error)
 }
 
 type ceremonyServiceClient struct {
@@ -132,6 +136,25 @@ func (c *ceremonyServiceClient) GetEvidence(ctx context.Context, in *GetEvidence
 	return out, nil
 }
 
+func (c *ceremonyServiceClient) GetBlastRadius(ctx context.Context, in *GetBlastRadiusRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GetBlastRadiusResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &CeremonyService_ServiceDesc.Streams[0], CeremonyService_GetBlastRadius_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[GetBlastRadiusRequest, GetBlastRadiusResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type CeremonyService_GetBlastRadiusClient = grpc.ServerStreamingClient[GetBlastRadiusResponse]
+
 // CeremonyServiceServer is the server API for CeremonyService service.
 // All implementations must embed UnimplementedCeremonyServiceServer
 // for forward compatibility.
@@ -156,6 +179,9 @@ type CeremonyServiceServer interface {
 	// GetEvidence returns the evidence of a ceremony that is done: one file,
 	// which verifies without the daemon.
 	GetEvidence(context.Context, *GetEvidenceRequest) (*GetEvidenceResponse, error)
+	// GetBlastRadius returns the content keys that the loss of a key version, or
+	// of a caller, exposes, and who was given them. It reads the whole audit log.
+	GetBlastRadius(*GetBlastRadiusRequest, grpc.ServerStreamingServer[GetBlastRadiusResponse]) error
 	mustEmbedUnimplementedCeremonyServiceServer()
 }
 
@@ -186,6 +212,9 @@ func (UnimplementedCeremonyServiceServer) ExecuteCeremony(context.Context, *Exec
 }
 func (UnimplementedCeremonyServiceServer) GetEvidence(context.Context, *GetEvidenceRequest) (*GetEvidenceResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetEvidence not implemented")
+}
+func (UnimplementedCeremonyServiceServer) GetBlastRadius(*GetBlastRadiusRequest, grpc.ServerStreamingServer[GetBlastRadiusResponse]) error {
+	return status.Error(codes.Unimplemented, "method GetBlastRadius not implemented")
 }
 func (UnimplementedCeremonyServiceServer) mustEmbedUnimplementedCeremonyServiceServer() {}
 func (UnimplementedCeremonyServiceServer) testEmbeddedByValue()                         {}
@@ -334,6 +363,17 @@ func _CeremonyService_GetEvidence_Handler(srv interface{}, ctx context.Context, 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _CeremonyService_GetBlastRadius_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(GetBlastRadiusRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(CeremonyServiceServer).GetBlastRadius(m, &grpc.GenericServerStream[GetBlastRadiusRequest, GetBlastRadiusResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type CeremonyService_GetBlastRadiusServer = grpc.ServerStreamingServer[GetBlastRadiusResponse]
+
 // CeremonyService_ServiceDesc is the grpc.ServiceDesc for CeremonyService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -370,6 +410,12 @@ var CeremonyService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _CeremonyService_GetEvidence_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "GetBlastRadius",
+			Handler:       _CeremonyService_GetBlastRadius_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "custodian/v1/ceremony_service.proto",
 }
