@@ -23,7 +23,7 @@ demo: setup setup-media build ## a film clip, encrypted and played with a key fr
 	@bash scripts/demo.sh
 
 .PHONY: test
-test: setup setup-media servers ## everything that must hold; log in bin/test.log
+test: setup setup-media setup-shaka servers ## everything that must hold; log in bin/test.log
 	@echo "make: go build"; go build ./...
 	@echo "make: go vet"; go vet ./...
 	@echo "make: go test"; scripts/gotest.sh -count=1 -timeout 20m ./...
@@ -40,7 +40,7 @@ bench: setup ## measure; BENCH=section,... QUICK=1; writes bench.json
 	go run ./internal/bench/cmd/custodybench -sections "$(BENCH)" -quick=$(QUICK) -out bench.json
 
 .PHONY: long
-long: setup servers ## the tests named TestLong..., hours: million-record runs
+long: setup setup-media setup-shaka servers ## the tests named TestLong..., hours: million-record runs
 	CUSTODIAN_LONG=1 scripts/gotest.sh -count=1 -timeout 12h -run '^TestLong' ./...
 
 .PHONY: fuzz
@@ -62,12 +62,15 @@ clean: ## remove what was built here; caches outside the checkout stay
 
 # Steps of the targets above.
 
-.PHONY: setup setup-media servers format vet lint generated unit tools
+.PHONY: setup setup-media setup-shaka servers format vet lint generated unit tools
 setup:
 	@scripts/setup.sh base
 
 setup-media:
 	@scripts/setup.sh media
+
+setup-shaka:
+	@scripts/setup.sh shaka
 
 servers:
 	@go run ./testservers/cmd/ensure

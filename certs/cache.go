@@ -1,47 +1,48 @@
 package certs
 
 import (
-	"crypto/sha256"
 	"crypto/x509"
+	"slices"
 	"sync"
 )
 
 // cacheSize bounds a cache: far more callers than one daemon has, at a few
-// hundred bytes each.
+// kilobytes each.
 const cacheSize = 4096
 
 // A cache remembers who presented which certificates. It belongs to one state,
 // so a reload starts with an empty one. Refusals are not remembered.
+//
+// It compares certificates by their address: crypto/tls parses what a peer
+// presents once a connection, and nobody changes it after that. An entry keeps
+// its certificates, so that their addresses stay theirs.
 type cache struct {
 	mu sync.RWMutex
-	m  map[[32]byte]identified
+	m  map[*x509.Certificate]cached // by the leaf
 }
 
-// cacheKey covers all that the peer presented: whether a leaf verifies depends
+// A cached is for all that the peer presented: whether a leaf verifies depends
 // on the intermediates that came with it.
-func cacheKey(presented []*x509.Certificate) [32]byte {
-	if len(presented) == 1 {
-		return sha256.Sum256(presented[0].Raw)
-	}
-	h := sha256.New()
-	for _, cert := range presented {
-		h.Write(cert.Raw) // DER is self-delimiting
-	}
-	return [32]byte(h.Sum(nil))
+type cached struct {
+	presented []*x509.Certificate
+	who       identified
 }
 
-func (c *cache) get(key [32]byte) (identified, bool) {
+func (c *cache) get(presented []*x509.Certificate) (identified, bool) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	id, ok := c.m[key]
-	return id, ok
+	e, ok := c.m[presented[0]]
+	if !ok || !slices.Equal(e.presented, presented) {
+		return identified{}, false
+	}
+	return e.who, true
 }
 
-func (c *cache) put(key [32]byte, id identified) {
+func (c *cache) put(presented []*x509.Certificate, who identified) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.m == nil {
-		c.m = make(map[[32]byte]identified)
+		c.m = make(map[*x509.Certificate]cached)
 	}
 	if len(c.m) >= cacheSize {
 		for any := range c.m {
@@ -49,5 +50,5 @@ func (c *cache) put(key [32]byte, id identified) {
 			break
 		}
 	}
-	c.m[key] = id
+	c.m[presented[0]] = cached{slices.Clone(presented), who}
 }

@@ -163,15 +163,29 @@ func CheckCAs(cas []CA) error {
 // certificate, the CAs and the revocation lists of its moment, and ends with the
 // checks of Peer. The caller may set NextProtos on the result before using it;
 // changes to other fields have no effect.
-func (s *Server) TLSConfig() *tls.Config {
-	outer := &tls.Config{MinVersion: s.opts.MinVersion, SessionTicketsDisabled: true}
+func (s *Server) TLSConfig() *tls.Config { return s.tlsConfig(s.opts.MinVersion, nil) }
+
+// PackagerTLSConfig is TLSConfig for packagers without TLS 1.3, as Shaka Packager
+// 3.4: it takes TLS 1.2 as well, with forward secrecy and authenticated
+// encryption only.
+func (s *Server) PackagerTLSConfig() *tls.Config {
+	return s.tlsConfig(tls.VersionTLS12, []uint16{
+		tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+		tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+	})
+}
+
+// tlsConfig takes the cipher suites of TLS 1.2; those of 1.3 are not for choice.
+func (s *Server) tlsConfig(min uint16, suites []uint16) *tls.Config {
+	outer := &tls.Config{MinVersion: min, SessionTicketsDisabled: true}
 	outer.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
 		st := s.current.Load()
 		return &tls.Config{
 			Certificates: []tls.Certificate{*st.pair},
 			ClientAuth:   tls.RequireAndVerifyClientCert,
 			ClientCAs:    st.pool,
-			MinVersion:   s.opts.MinVersion,
+			MinVersion:   min,
+			CipherSuites: suites,
 			NextProtos:   outer.NextProtos,
 			Time:         s.opts.Now,
 			// A resumed session would skip the checks of the chain.
@@ -203,14 +217,13 @@ func (s *Server) Peer(cs tls.ConnectionState) (Peer, error) {
 	}
 	st := s.current.Load()
 	now := s.opts.Now()
-	key := cacheKey(cs.PeerCertificates)
-	known, ok := st.cache.get(key)
+	known, ok := st.cache.get(cs.PeerCertificates)
 	if !ok || !known.good.holds(now) {
 		var err error
 		if known, err = st.identify(cs.PeerCertificates, now, s.opts.CRLGrace); err != nil {
 			return Peer{}, fmt.Errorf("client certificate %x: %w", cs.PeerCertificates[0].SerialNumber, err)
 		}
-		st.cache.put(key, known)
+		st.cache.put(cs.PeerCertificates, known)
 	}
 	peer := known.peer
 	peer.Roles = slices.Clone(peer.Roles)

@@ -54,6 +54,7 @@ type Client struct {
 	conn      *grpc.ClientConn
 	retrieval v1.KeyRetrievalServiceClient
 	issuance  v1.KeyIssuanceServiceClient
+	transfer  v1.KeyTransferServiceClient
 	custody   v1.CustodyServiceClient
 	audit     v1.AuditServiceClient
 	rotation  v1.RotationServiceClient
@@ -85,7 +86,7 @@ func Dial(ctx context.Context, c Config) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", c.Address, err)
 	}
-	cl := &Client{conn: conn, retrieval: v1.NewKeyRetrievalServiceClient(conn), issuance: v1.NewKeyIssuanceServiceClient(conn),
+	cl := &Client{conn: conn, retrieval: v1.NewKeyRetrievalServiceClient(conn), issuance: v1.NewKeyIssuanceServiceClient(conn), transfer: v1.NewKeyTransferServiceClient(conn),
 		custody: v1.NewCustodyServiceClient(conn), audit: v1.NewAuditServiceClient(conn), rotation: v1.NewRotationServiceClient(conn), ceremony: v1.NewCeremonyServiceClient(conn), health: healthv1.NewHealthClient(conn)}
 	if _, err := cl.Ready(ctx); err != nil {
 		conn.Close()
@@ -114,6 +115,18 @@ func (c *Client) GetContentKeys(ctx context.Context, req *v1.GetContentKeysReque
 // not exist, for a packager. The same request gives the same keys.
 func (c *Client) IssueContentKeys(ctx context.Context, req *v1.IssueContentKeysRequest) (*v1.IssueContentKeysResponse, error) {
 	return answer(c.issuance.IssueContentKeys(ctx, req))
+}
+
+// ImportContentKeys stores keys of one content item that exist already. The
+// keys in the request are the caller's to wipe.
+func (c *Client) ImportContentKeys(ctx context.Context, req *v1.ImportContentKeysRequest) (*v1.ImportContentKeysResponse, error) {
+	return answer(c.transfer.ImportContentKeys(ctx, req))
+}
+
+// ExportContentKeys returns the keys of one content item, encrypted to a
+// recipient of the daemon's configuration.
+func (c *Client) ExportContentKeys(ctx context.Context, req *v1.ExportContentKeysRequest) (*v1.ExportContentKeysResponse, error) {
+	return answer(c.transfer.ExportContentKeys(ctx, req))
 }
 
 // CreateCategory makes a content category.

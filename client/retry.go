@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 )
@@ -34,10 +35,17 @@ type retries struct{ attempts int }
 // where no answer came, if the call may be repeated. It ends early where the
 // caller's own deadline would not outlast the wait.
 func (r retries) unary(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	var trailer metadata.MD
+	grace, _ := ctx.Value(graceKey{}).(*time.Duration)
+	if grace != nil {
+		*grace = 0
+		opts = append(opts[:len(opts):len(opts)], grpc.Trailer(&trailer))
+	}
 	timedOut := false
 	for attempt := 1; ; attempt++ {
 		err := invoke(ctx, method, req, reply, conn, opts...)
 		if err == nil {
+			setGrace(grace, trailer)
 			return nil
 		}
 		e := newError(err)

@@ -34,7 +34,9 @@ func TestBlastRadius(t *testing.T) {
 		}
 		return got
 	}
-	kek := func(v uint32) custodian.BlastRequest { return custodian.BlastRequest{KEK: custodian.KEKID{Category: "movies", Version: v}} }
+	kek := func(v uint32) custodian.BlastRequest {
+		return custodian.BlastRequest{KEK: custodian.KEKID{Category: "movies", Version: v}}
+	}
 	// Moving a key away from a version does not un-expose it, and what is born
 	// later was never exposed.
 	for v, want := range map[uint32]string{1: "old 1-2 packager*1 narrow*2; ", 2: "old 1-2 packager*1 narrow*2; young 2-2 packager*1 provider*1; "} {

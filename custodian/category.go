@@ -30,12 +30,7 @@ func (r CreateCategoryRequest) Check() error {
 	if r.ReissueWindow < 0 || r.ReissueWindow > 100*365*24*time.Hour {
 		return invalid("reissue_window", fmt.Errorf("%s: must be positive, a hundred years at most", r.ReissueWindow))
 	}
-	for i, p := range r.Providers {
-		if slices.Contains(r.Providers[:i], p) {
-			return invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%q is named twice", p))
-		}
-	}
-	return nil
+	return checkProviders(r.Providers)
 }
 
 // CreateCategory makes a category and version 1 of its KEK.
@@ -71,10 +66,8 @@ func (c *Custodian) createCategory(ctx context.Context, d Decision, req CreateCa
 	if len(providers) == 0 {
 		providers = c.defaultWraps
 	}
-	for i, p := range providers {
-		if c.keys.guards[p] == nil {
-			return Category{}, invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%q is not configured", p))
-		}
+	if err := c.keys.configured(providers); err != nil {
+		return Category{}, err
 	}
 	if req.ReissueWindow == 0 && !req.Live {
 		req.ReissueWindow = DefaultReissueWindow
@@ -123,8 +116,8 @@ func (c *Custodian) rotateKEK(ctx context.Context, name CategoryName, from, to u
 	}
 	return c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
 		cat, pred := old.categories[name], old.keks[KEKID{name, from}]
-		if cat.ActiveKEK != from {
-			return change{}, errNoChange // another was quicker
+		if cat.ActiveKEK != from || !slices.Equal(cat.Providers, providersOf(kek.Wrapped)) {
+			return change{}, errNoChange // another was quicker, or it is wrapped by those that were the category's before
 		}
 		cat.ActiveKEK, cat.Revision = kek.ID.Version, cat.Revision+1
 		pred.State, pred.DeactivateTime, pred.Revision = StateDeactivated, now, pred.Revision+1
@@ -225,7 +218,7 @@ func (c *Custodian) reserve(ctx context.Context, name CategoryName, n uint64) (K
 	case <-ctx.Done():
 		return KEKID{}, nil, fmt.Errorf("category %s: reserve GCM invocations: %w", name, ErrDeadline)
 	}
-	for range 3 { // a rotation, then a block, then the answer
+	for range 4 { // a rotation, or two where its providers change, then a block, then the answer
 		set := c.set.Load()
 		cat, ok := set.categories[name]
 		if !ok {

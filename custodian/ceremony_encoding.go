@@ -4,11 +4,11 @@ package custodian
 
 const (
 	// ControlAuthority is the one Authority, ControlCeremony a Ceremony.
-	ControlAuthority ControlKind = 8
-	ControlCeremony  ControlKind = 9
+	ControlAuthority ControlKind = 9
+	ControlCeremony  ControlKind = 10
 
-	formAuthority = 10
-	formCeremony  = 11
+	formAuthority = 11
+	formCeremony  = 12
 
 	authorityName = "authority"
 )

@@ -51,6 +51,7 @@ type controlSet struct {
 	exceptions map[KID]Exception
 	rotations  map[string]Rotation // by name
 	exposed    map[CategoryName][]exposure
+	rewraps    map[CategoryName]RewrapJob // those of the helper keys under ""
 	ceremonial
 	// buckets hold the hash of every record, by the first byte of the hash of
 	// its key. The head's digest is the hash of the buckets' hashes, so a
@@ -66,7 +67,7 @@ type helperID struct {
 
 func newControlSet() *controlSet {
 	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
-		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rotations: map[string]Rotation{}, exposed: map[CategoryName][]exposure{},
+		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rotations: map[string]Rotation{}, rewraps: map[CategoryName]RewrapJob{}, exposed: map[CategoryName][]exposure{},
 		ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}}
 }
 
@@ -75,6 +76,7 @@ func (s *controlSet) clone() *controlSet {
 	n.meks, n.keks, n.helpers = maps.Clone(s.meks), maps.Clone(s.keks), maps.Clone(s.helpers)
 	n.signers, n.categories, n.exceptions = maps.Clone(s.signers), maps.Clone(s.categories), maps.Clone(s.exceptions)
 	n.rotations, n.exposed = maps.Clone(s.rotations), maps.Clone(s.exposed)
+	n.rewraps = maps.Clone(s.rewraps)
 	n.ceremonies = maps.Clone(s.ceremonies)
 	return &n
 }
@@ -114,10 +116,13 @@ func (s *controlSet) remove(k controlKey) {
 	s.buckets[i] = maps.Clone(s.buckets[i])
 	delete(s.buckets[i], k)
 	s.sums[i] = sumBucket(s.buckets[i])
-	if k.kind == ControlException {
+	switch k.kind {
+	case ControlException:
 		if kid, err := ParseKID(k.name); err == nil {
 			delete(s.exceptions, kid)
 		}
+	case ControlRewrap:
+		maps.DeleteFunc(s.rewraps, func(name CategoryName, _ RewrapJob) bool { return rewrapName(name) == k.name })
 	}
 }
 
@@ -183,6 +188,10 @@ func (s *controlSet) decode(r ControlRecord) error {
 		x, err = decodeRotation(r.Body)
 		s.rotations[r.Name], want = x, x.Name()
 		s.expose(x)
+	case ControlRewrap:
+		var j RewrapJob
+		j, err = decodeRewrap(r.Body)
+		s.rewraps[j.Category], want = j, rewrapName(j.Category)
 	case ControlAuthority, ControlCeremony:
 		want, err = s.decodeCeremonial(r)
 	default:

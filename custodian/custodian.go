@@ -58,8 +58,9 @@ type Config struct {
 	// KMS says how providers are called, and what is served while they are
 	// away.
 	KMS KMSLimits
-	// OnIncident hears of every incident when it is declared and when it is
-	// closed. It must not wait.
+	// Outages know of providers that are away, also from before this Open. nil:
+	// ones of its own, which tell OnIncident.
+	Outages    *Outages
 	OnIncident func(Incident)
 	// MaxReleases is how many CEKs may be in clear at once. Zero: 8192.
 	MaxReleases int
@@ -70,9 +71,9 @@ type Config struct {
 	// Restored marks the first start after a restore: the store is expected
 	// to be behind the audit log, and every category gets a new KEK version.
 	Restored bool
-	// RewrapRate is how many content keys a second rotations move at most.
+	// RotationRate is how many content keys a second rotations move at most.
 	// Zero: as many as the token can.
-	RewrapRate int
+	RotationRate int
 	// Events is the standing approval for what events do by themselves.
 	Events EventLimits
 	// GCMLimits replaces the limits of invocations, for tests. Zero: the
@@ -85,14 +86,15 @@ type GCMLimits struct{ Block, Soft, Hard uint64 }
 
 // A Custodian is the domain at work. It is safe for concurrent use.
 type Custodian struct {
-	store  Store
-	hsm    HSM
-	audit  *audit.Log
-	keys   *keyring
-	arena  *secret.Arena
-	log    *slog.Logger
-	prefix string
-	limits GCMLimits
+	store   Store
+	hsm     HSM
+	audit   *audit.Log
+	keys    *keyring
+	rewraps *rewrapping
+	arena   *secret.Arena
+	log     *slog.Logger
+	prefix  string
+	limits  GCMLimits
 	// limiter bounds the records that rotations move; nil: it does not.
 	limiter   *rate.Limiter
 	rotations *rotations
@@ -100,7 +102,6 @@ type Custodian struct {
 
 	clock          func() time.Time
 	defaultWraps   []string
-	onIncident     func(Incident)
 	started        time.Time
 	unknownObjects []TokenObject
 
@@ -110,6 +111,9 @@ type Custodian struct {
 	clockFault atomic.Pointer[error]
 	lastLook   atomic.Int64  // Unix nanoseconds, when the clock was believed last; 0: never since the start
 	incidents  atomic.Uint64 // KEY_NOT_FOUND answers to callers who may know
+
+	checkLogged func(signed []byte) error // a checkpoint of the audit log
+	prunedNoted atomic.Uint64             // pruned entries that the audit log has been told of
 
 	// controlMu serialises changes of the control set and guards unsettled.
 	controlMu sync.Mutex
@@ -153,19 +157,22 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Outages == nil {
+		cfg.Outages = NewOutages(cfg.Now, cfg.Log, cfg.OnIncident, nil)
+	}
 	// A slot holds a CEK and its tag: modules want room for both.
 	arena, err := secret.NewArena(2*CEKSize, cfg.MaxReleases)
 	if err != nil {
 		return nil, err
 	}
-	keys, err := newKeyring(ctx, cfg.HSM, cfg.Providers, cfg.KEKLifetime, cfg.KMS, cfg.Now)
+	keys, err := newKeyring(ctx, cfg.HSM, cfg.Providers, cfg.KEKLifetime, cfg.KMS, cfg.Outages)
 	if err != nil {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, onIncident: cfg.OnIncident, keys: keys, budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events}
-	if cfg.RewrapRate > 0 {
-		c.limiter = rate.NewLimiter(rate.Limit(cfg.RewrapRate), rewrapBatch)
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events}
+	if cfg.RotationRate > 0 {
+		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)
 	}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
@@ -263,7 +270,7 @@ func (c *Custodian) record(ctx context.Context, entries ...audit.Entry) ([]audit
 // decide asks the policy, and the clock for what changes state.
 func (c *Custodian) decide(who Caller, a Action, r Resource) Decision {
 	set := c.set.Load()
-	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Sealed: set.sealed(), Now: c.now()})
+	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Officers: set.authority != nil, Sealed: set.sealed(), Now: c.now()})
 }
 
 // believesClock says whether anything may be issued or changed at this time.

@@ -24,7 +24,8 @@ const (
 	formCategory   = 6
 	formException  = 7
 	formHead       = 8
-	formRotation   = 9
+	formRotation   = 10
+	formRewrap     = 9
 	formVersion    = 1
 )
 
@@ -42,6 +43,12 @@ func (e *encoder) uint(v uint64)  { e.b = binary.AppendUvarint(e.b, v) }
 func (e *encoder) raw(p []byte)   { e.b = append(e.b, p...) }
 func (e *encoder) bytes(p []byte) { e.uint(uint64(len(p))); e.raw(p) }
 func (e *encoder) str(s string)   { e.uint(uint64(len(s))); e.b = append(e.b, s...) }
+func (e *encoder) strs(s []string) {
+	e.uint(uint64(len(s)))
+	for _, v := range s {
+		e.str(v)
+	}
+}
 func (e *encoder) bool(v bool) {
 	if v {
 		e.b = append(e.b, 1)
@@ -142,6 +149,13 @@ func (d *decoder) bytes() []byte {
 	return p
 }
 func (d *decoder) str() string { return string(d.bytes()) }
+
+func (d *decoder) strs() (s []string) {
+	for n := d.uint(); n > 0 && d.err == nil; n-- {
+		s = append(s, d.str())
+	}
+	return s
+}
 
 func (d *decoder) array16() (a [16]byte) { copy(a[:], d.raw(16)); return a }
 func (d *decoder) array32() (a [32]byte) { copy(a[:], d.raw(32)); return a }
@@ -343,10 +357,7 @@ func encodeCategory(c Category) []byte {
 	e.str(string(c.Name))
 	e.uint(uint64(c.Mode))
 	e.uint(uint64(c.ActiveKEK))
-	e.uint(uint64(len(c.Providers)))
-	for _, p := range c.Providers {
-		e.str(p)
-	}
+	e.strs(c.Providers)
 	e.time(c.CreateTime)
 	e.uint(uint64(c.ReissueWindow))
 	e.bool(c.Live)
@@ -356,10 +367,7 @@ func encodeCategory(c Category) []byte {
 
 func decodeCategory(b []byte) (Category, error) {
 	d := newDecoder(formCategory, b)
-	c := Category{Name: CategoryName(d.str()), Mode: CategoryMode(d.uint8()), ActiveKEK: d.uint32()}
-	for n := d.uint(); n > 0 && d.err == nil; n-- {
-		c.Providers = append(c.Providers, d.str())
-	}
+	c := Category{Name: CategoryName(d.str()), Mode: CategoryMode(d.uint8()), ActiveKEK: d.uint32(), Providers: d.strs()}
 	c.CreateTime = d.time()
 	c.ReissueWindow = time.Duration(d.uint())
 	c.Live = d.bool()

@@ -69,7 +69,9 @@ var forms = map[byte]form{
 	formCategory: formOf("category", decodeCategory, encodeCategory, Category{Name: "movies", Mode: CategoryFrozen, ActiveKEK: 4, Providers: []string{"vault-a", "local"},
 		CreateTime: sampleTime, ReissueWindow: 72 * time.Hour, Live: true, Revision: 5}),
 	formException: formOf("exception", decodeException, encodeException, Exception{KID: KID{1}, State: StateCompromised, Decided: true, Time: sampleTime, Cause: "leak", Revision: 2}),
-	formHead:      formOf("head", decodeHead, encodeHead, Head{StoreID: [16]byte{1}, Revision: 7, Digest: [32]byte{2}, Previous: [32]byte{3}, Pending: [32]byte{4}, HighestNow: sampleTime}),
+	formRewrap: formOf("rewrap", decodeRewrap, encodeRewrap, RewrapJob{Category: "movies", Providers: []string{"vault-a", "aws"}, Reencrypt: []string{"aws"},
+		Purpose: HelperRecord, Version: 300, BeginTime: sampleTime, By: "spiffe://test/officer", Revision: 2}),
+	formHead: formOf("head", decodeHead, encodeHead, Head{StoreID: [16]byte{1}, Revision: 7, Digest: [32]byte{2}, Previous: [32]byte{3}, Pending: [32]byte{4}, HighestNow: sampleTime}),
 	formRotation: formOf("rotation", decodeRotation, encodeRotation, Rotation{Kind: RotateKEK, Category: "movies", To: 5, Predecessor: 4, From: []uint32{3, 4},
 		Step: StepHold, Cause: "new batch", Compromised: []uint32{4}, Serve: true, RequestID: "r-1", StartTime: sampleTime, StepTime: sampleTime.Add(1),
 		HoldUntil: sampleTime.Add(time.Hour), Total: 1000, Verified: 1001, Revision: 3}),
@@ -103,6 +105,8 @@ func encodeAny(t testing.TB, v any) []byte {
 		return encodeHead(v)
 	case Rotation:
 		return encodeRotation(v)
+	case RewrapJob:
+		return encodeRewrap(v)
 	case Authority:
 		return encodeAuthority(v)
 	case Ceremony:

@@ -1,6 +1,9 @@
 package custodian
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+)
 
 // A Reason is the stable name of a refusal: ErrorInfo.reason on the wire and
 // the reason in the audit log. internal/rpc/status.go maps it to a status.
@@ -28,6 +31,7 @@ var (
 	ErrRotationState    error = &refusal{"ROTATION_STATE", "rotations do not permit this now; custodianctl rotation list shows how far they are"}
 	ErrKeyDestroyed     error = &refusal{"KEY_DESTROYED", "the key is destroyed"}
 	ErrKIDConflict      error = &refusal{"KID_CONFLICT", "the KID is stored for other content"}
+	ErrKeyConflict      error = &refusal{"KEY_CONFLICT", "the key, or what it is for, is in use otherwise"}
 	ErrContentCategory  error = &refusal{"CONTENT_CATEGORY", "the content item belongs to another category"}
 	ErrCategoryExists   error = &refusal{"CATEGORY_EXISTS", "the category exists"}
 	ErrInvalid          error = &refusal{"INVALID", "malformed request"}
@@ -79,6 +83,9 @@ var (
 	// ErrProviderUnavailable: no answer, or the KMS says that it is out of
 	// order or sealed. The blob may be fine; try again later.
 	ErrProviderUnavailable = errors.New("kms unavailable")
+	// ErrProviderLogin: the KMS refuses our login, so nothing is known of our
+	// access to the key. It is an outage, and matches ErrProviderUnavailable.
+	ErrProviderLogin = fmt.Errorf("kms refuses our login: %w", ErrProviderUnavailable)
 	// ErrProviderThrottled: the KMS asks to be called less often.
 	ErrProviderThrottled = errors.New("kms throttles us")
 	// ErrProviderDenied: a fresh login was good and the KMS still says no.

@@ -37,6 +37,8 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeException, encodeException)
 	case ControlRotation:
 		return alter(r.Body, decodeRotation, encodeRotation)
+	case ControlRewrap:
+		return alter(r.Body, decodeRewrap, encodeRewrap)
 	case ControlAuthority:
 		return alter(r.Body, decodeAuthority, encodeAuthority)
 	case ControlCeremony:

@@ -28,6 +28,12 @@ type badKMS struct {
 	slow  time.Duration
 	opens int
 	wraps int
+	key   byte // the newest version of its own key
+	// What it makes is changed by lies, what it opens is garbage while it
+	// misreads, and it knows nothing of the wrap lost.
+	lies     func(custodian.OuterWrap) custodian.OuterWrap
+	misreads bool
+	lost     []byte
 }
 
 func (k *badKMS) Name() string { return k.name }
@@ -80,24 +86,18 @@ func (k *badKMS) answer(ctx context.Context, count *int) error {
 	return fails
 }
 
-// The layer is the context in front of the blob: one moved to another record
-// does not open.
 func (k *badKMS) Wrap(ctx context.Context, blob, binding []byte) (custodian.OuterWrap, error) {
 	if err := k.answer(ctx, &k.wraps); err != nil {
 		return custodian.OuterWrap{}, err
 	}
-	return custodian.OuterWrap{Provider: k.name, KeyRef: "key", Blob: append(bytes.Clone(binding), blob...)}, nil
+	return k.seal(blob, binding), nil
 }
 
 func (k *badKMS) Unwrap(ctx context.Context, w custodian.OuterWrap, binding []byte) ([]byte, error) {
 	if err := k.answer(ctx, &k.opens); err != nil {
 		return nil, err
 	}
-	blob, ours := bytes.CutPrefix(w.Blob, binding)
-	if !ours {
-		return nil, custodian.ErrProviderBlob
-	}
-	return bytes.Clone(blob), nil
+	return k.unseal(w, binding)
 }
 
 const (

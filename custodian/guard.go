@@ -19,8 +19,10 @@ import (
 // while one is away.
 type KMSLimits struct {
 	// Deadline of opening one wrap, with its retries. Making a wrap, which a
-	// provider proves by opening it, may take three times as long. Zero: 5 s.
+	// provider proves to be bound to its record, may take twice as long. Zero: 5 s.
 	Deadline time.Duration
+	// Deadlines are other deadlines of single providers, by their names.
+	Deadlines map[string]time.Duration
 	// Grace is how long after the last contact with its provider a loaded KEK
 	// serves on beyond its lifetime. Zero: not at all.
 	Grace time.Duration
@@ -34,6 +36,9 @@ type KMSLimits struct {
 	// be slow before a KEK in its grace serves; half of its own time at most.
 	// Zero: 100 ms.
 	Patience time.Duration
+	// RewrapRate is how many keys a second get new outer wraps while a job
+	// moves them. Zero: 50.
+	RewrapRate float64
 }
 
 func (l KMSLimits) withDefaults() KMSLimits {
@@ -41,6 +46,7 @@ func (l KMSLimits) withDefaults() KMSLimits {
 	l.GraceCeiling = cmp.Or(l.GraceCeiling, 24*time.Hour)
 	l.BreakerPause = cmp.Or(l.BreakerPause, 5*time.Second)
 	l.Patience = cmp.Or(l.Patience, 100*time.Millisecond)
+	l.RewrapRate = cmp.Or(l.RewrapRate, 50)
 	return l
 }
 
@@ -60,21 +66,18 @@ const (
 	// probeInterval is how often a provider that nobody calls is asked whether
 	// it answers.
 	probeInterval = time.Minute
-	// incidentAfter is how long a provider is away before an incident is
-	// declared, incidentHold how long it must be back before it is closed.
-	incidentAfter = 5 * time.Minute
-	incidentHold  = time.Minute
 )
 
 // A CallReason is why a provider is called.
 type CallReason string
 
-// To load a key into the token, to make a new one, or to see whether the
-// provider answers.
+// To load a key into the token, to make a new one, to see whether the provider
+// answers, or to move a key's outer wraps.
 const (
-	CallLoad  CallReason = "load"
-	CallMake  CallReason = "make"
-	CallProbe CallReason = "probe"
+	CallLoad   CallReason = "load"
+	CallMake   CallReason = "make"
+	CallProbe  CallReason = "probe"
+	CallRewrap CallReason = "rewrap"
 )
 
 // A CallResult is how a call of a provider ended: ok, or one of the classes of
@@ -86,6 +89,7 @@ type CallResult string
 const (
 	ResultOK          CallResult = "ok"
 	ResultUnavailable CallResult = "unavailable"
+	ResultLogin       CallResult = "login" // refused: an outage that we must mend
 	ResultThrottled   CallResult = "throttled"
 	ResultDenied      CallResult = "denied"
 	ResultDisabled    CallResult = "disabled"
@@ -124,20 +128,10 @@ func resultOf(err error) CallResult {
 		return ResultThrottled
 	case errors.Is(err, ErrProviderBlob):
 		return ResultBlob
+	case errors.Is(err, ErrProviderLogin):
+		return ResultLogin
 	}
 	return ResultUnavailable
-}
-
-// An Incident is an outage of one provider that has lasted. It is told twice:
-// when it is declared, and with Closed set when contact is back to stay.
-type Incident struct {
-	ID        string    `json:"id"`
-	Provider  string    `json:"provider"`
-	Since     time.Time `json:"since"` // the first call that failed
-	Declared  time.Time `json:"declared"`
-	Back      time.Time `json:"back,omitzero"` // contact
-	Closed    time.Time `json:"closed,omitzero"`
-	LastError string    `json:"last_error"`
 }
 
 // A guard stands before one provider. Every call goes through it: it bounds
@@ -148,6 +142,7 @@ type guard struct {
 	p        Provider
 	limits   KMSLimits
 	clock    *steady
+	outage   *outage // is it there?
 	breaker  *gobreaker.CircuitBreaker[struct{}]
 	sequence *atomic.Uint64 // of successes, over all guards
 
@@ -158,20 +153,17 @@ type guard struct {
 	contact   time.Time // the last proof that it opens what is ours
 	lastGood  uint64    // place of that in sequence
 	lastErr   error
-	away      time.Time // since when it has not answered; zero: it answers
 	slow      bool      // the last call took long and had no answer
 	refused   error     // access was taken away on purpose; nil since the next success
 	logged    bool      // that
 	quiet     time.Time // until then it asked not to be called
 	throttles int
 	probing   bool
-	back      time.Time // since when it answers again in an open incident
-	incident  *Incident
-	incidents uint64
 }
 
-func newGuard(p Provider, limits KMSLimits, clock *steady, sequence *atomic.Uint64) *guard {
-	return &guard{p: p, limits: limits, clock: clock, sequence: sequence, counts: map[CallReason]map[CallResult]uint64{},
+func newGuard(p Provider, limits KMSLimits, outages *Outages, sequence *atomic.Uint64) *guard {
+	limits.Deadline = cmp.Or(limits.Deadlines[p.Name()], limits.Deadline)
+	return &guard{p: p, limits: limits, clock: outages.clock, outage: outages.provider(p.Name()), sequence: sequence, counts: map[CallReason]map[CallResult]uint64{},
 		breaker: gobreaker.NewCircuitBreaker[struct{}](gobreaker.Settings{
 			Timeout:     limits.BreakerPause,
 			ReadyToTrip: func(n gobreaker.Counts) bool { return n.ConsecutiveFailures >= breakerFailures },
@@ -214,15 +206,32 @@ func (g *guard) unwrap(ctx context.Context, why CallReason, w OuterWrap, ident [
 }
 
 // wrap makes a wrap. It is not tried again: the caller decides that.
-func (g *guard) wrap(ctx context.Context, blob, ident []byte) (w OuterWrap, err error) {
-	bounded, cancel := context.WithTimeout(ctx, 3*g.limits.Deadline)
+func (g *guard) wrap(ctx context.Context, why CallReason, blob, ident []byte) (w OuterWrap, err error) {
+	bounded, cancel := context.WithTimeout(ctx, 2*g.limits.Deadline)
 	defer cancel()
-	err = g.call(ctx, CallMake, func() error {
+	err = g.call(ctx, why, func() error {
 		var err error
 		w, err = g.p.Wrap(bounded, blob, ident)
 		return err
 	})
 	return w, err
+}
+
+// rewrap moves w, which opens to blob, to the newest version of the provider's
+// own key: inside the provider, where it can do that.
+func (g *guard) rewrap(ctx context.Context, w OuterWrap, blob, ident []byte) (moved OuterWrap, err error) {
+	p, ok := g.p.(Rewrapper)
+	if !ok {
+		return g.wrap(ctx, CallRewrap, blob, ident)
+	}
+	bounded, cancel := context.WithTimeout(ctx, 2*g.limits.Deadline)
+	defer cancel()
+	err = g.call(ctx, CallRewrap, func() error {
+		var err error
+		moved, err = p.Rewrap(bounded, w, ident)
+		return err
+	})
+	return moved, err
 }
 
 // call makes one call, unless the provider is to be left alone. ctx is the
@@ -290,18 +299,12 @@ func (g *guard) note(why CallReason, took time.Duration, err error) {
 	if err != nil && result != ResultBlob {
 		g.lastErr = err
 	}
-	if result == ResultUnavailable {
-		g.back, g.slow = time.Time{}, took > slowFailure
-		if g.away.IsZero() {
-			g.away = now
-		}
+	g.outage.note(now, result, err)
+	if result == ResultUnavailable || result == ResultLogin {
+		g.slow = took > slowFailure
 		return
 	}
-	// Whatever it says, it is there.
-	g.away, g.slow = time.Time{}, false
-	if g.incident != nil && g.back.IsZero() {
-		g.back = now
-	}
+	g.slow = false // whatever it says, it is there
 	switch result {
 	case ResultThrottled:
 		pause := min(throttlePause<<min(g.throttles, 10), maxThrottlePause)
@@ -324,7 +327,7 @@ func (g *guard) note(why CallReason, took time.Duration, err error) {
 func (g *guard) rank() (failing, slow bool, lastGood uint64) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return !g.away.IsZero() || g.refused != nil, g.slow, g.lastGood
+	return !g.outage.awaySince().IsZero() || g.refused != nil, g.slow, g.lastGood
 }
 
 // graceLeft is how long keys that it opened once may serve on.
@@ -358,28 +361,6 @@ func (g *guard) endProbe() {
 	g.probing = false
 }
 
-// tick declares an incident whose time has come, or closes one, and returns
-// it; nil where there is nothing to tell.
-func (g *guard) tick(now time.Time) *Incident {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	switch {
-	case g.incident == nil && !g.away.IsZero() && now.Sub(g.away) >= incidentAfter:
-		g.incidents++
-		since := g.clock.wall(g.away)
-		g.incident = &Incident{ID: fmt.Sprintf("%s-%d", g.p.Name(), since.Unix()), Provider: g.p.Name(), Since: since,
-			Declared: g.clock.wall(now), LastError: text(g.lastErr)}
-		told := *g.incident
-		return &told
-	case g.incident != nil && !g.back.IsZero() && now.Sub(g.back) >= incidentHold:
-		told := *g.incident
-		told.Back, told.Closed = g.clock.wall(g.back), g.clock.wall(now)
-		g.incident, g.back = nil, time.Time{}
-		return &told
-	}
-	return nil
-}
-
 // newRefusal is a refusal that it has not returned yet.
 func (g *guard) newRefusal() error {
 	g.mu.Lock()
@@ -396,10 +377,8 @@ func (g *guard) describe() ProviderStatus {
 	s, now := g.p.Status(), g.clock.now()
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	s.AwaySince, s.GraceLeft, s.Refused, s.Incidents = g.clock.wall(g.away), g.graceLeftLocked(now), text(g.refused), g.incidents
-	if g.incident != nil {
-		s.Incident = g.incident.Declared
-	}
+	s.GraceLeft, s.Refused = g.graceLeftLocked(now), text(g.refused)
+	g.outage.describe(&s, g.clock)
 	for why, results := range g.counts {
 		for result, n := range results {
 			s.CallsByReason = append(s.CallsByReason, CallCount{why, result, n})

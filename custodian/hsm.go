@@ -100,7 +100,8 @@ type HSMStatus struct {
 type Provider interface {
 	// Name is the instance's name in the configuration.
 	Name() string
-	// Wrap puts the provider's layer around blob.
+	// Wrap puts the provider's layer around blob. It returns none that opens
+	// under another context; that it opens under its own, the caller proves.
 	Wrap(ctx context.Context, blob, context []byte) (OuterWrap, error)
 	// Unwrap takes the layer off. w must be of this provider.
 	Unwrap(ctx context.Context, w OuterWrap, context []byte) ([]byte, error)
@@ -110,7 +111,8 @@ type Provider interface {
 	Close() error
 }
 
-// A Rewrapper can move its layer to its newest key version by itself.
+// A Rewrapper can move its layer to its newest key version by itself. What it
+// returns is as a Wrap's.
 type Rewrapper interface {
 	Rewrap(ctx context.Context, w OuterWrap, context []byte) (OuterWrap, error)
 }
@@ -126,14 +128,23 @@ type ProviderStatus struct {
 	LastError   string    `json:"last_error,omitempty"`
 	Calls       uint64    `json:"calls"`
 	Failures    uint64    `json:"failures"`
+	// NextRenewal is when the login is renewed, LoginEnd when it ends. Zero:
+	// there is none yet, or it has no end.
+	NextRenewal time.Time `json:"next_renewal,omitzero"`
+	LoginEnd    time.Time `json:"login_end,omitzero"`
 
 	// The domain adds what follows from all calls so far.
 
-	AwaySince time.Time     `json:"away_since,omitzero"` // no answer since
-	GraceLeft time.Duration `json:"grace_left"`          // for loaded keys, if it goes or stays away
-	Refused   string        `json:"refused,omitempty"`   // why there is no grace: access was taken away
-	Incident  time.Time     `json:"incident,omitzero"`   // declared, and still open
-	Incidents uint64        `json:"incidents"`           // since the start
+	AwaySince    time.Time     `json:"away_since,omitzero"`     // no answer since
+	GraceLeft    time.Duration `json:"grace_left"`              // for loaded keys, if it goes or stays away
+	Refused      string        `json:"refused,omitempty"`       // why there is no grace: access was taken away
+	LoginRefused string        `json:"login_refused,omitempty"` // our login, so that nothing is known of the access
+	// KeyVersions of which it holds a wrap, those of the helper keys included,
+	// and those that nobody else holds one of.
+	KeyVersions     int       `json:"key_versions"`
+	SoleKeyVersions int       `json:"sole_key_versions"`
+	Incident        time.Time `json:"incident,omitzero"` // declared, and still open
+	Incidents       uint64    `json:"incidents"`         // since the start
 	// CallsByReason counts what was asked of the provider, and how it ended.
 	CallsByReason []CallCount `json:"calls_by_reason"`
 }

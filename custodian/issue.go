@@ -1,7 +1,6 @@
 package custodian
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -261,10 +260,8 @@ func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req I
 		if err := stillProtects(tx, set, kek); err != nil {
 			return err
 		}
-		for _, f := range others {
-			if owner, err := tx.FingerprintOwner(f); !errors.Is(err, ErrNotFound) {
-				return fmt.Errorf("a new content key has the bytes of %s: %w", owner, cmp.Or(err, ErrFingerprint))
-			}
+		if err := unusedUnder(tx, others); err != nil {
+			return err
 		}
 		created = make([]bool, len(req.Keys))
 		for _, i := range missing {
@@ -413,6 +410,20 @@ func (c *Custodian) olderFingerprints(ctx context.Context, set *controlSet, cek 
 		to = append(to, f)
 	}
 	return to, nil
+}
+
+// unusedUnder says whether no stored key has one of the fingerprints.
+func unusedUnder(tx Tx, fingerprints []Fingerprint) error {
+	for _, f := range fingerprints {
+		owner, err := tx.FingerprintOwner(f)
+		if err == nil {
+			return fmt.Errorf("the key bytes are those of %s: %w", owner, ErrFingerprint)
+		}
+		if !errors.Is(err, ErrNotFound) {
+			return err
+		}
+	}
+	return nil
 }
 
 // handOutAgain gives a packager a key that exists: through the same decision,

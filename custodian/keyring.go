@@ -1,7 +1,6 @@
 package custodian
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -28,7 +27,8 @@ type keyring struct {
 	limits   KMSLimits
 	lifetime time.Duration // of a loaded KEK without grace
 	timeout  time.Duration // of one load
-	clock    *steady
+	outages  *Outages
+	clock    *steady // theirs
 	flight   singleflight.Group
 	loads    atomic.Uint64
 
@@ -68,16 +68,16 @@ type loadedKey struct {
 func (l *loadedKey) fresh(now time.Time) bool { return l.until.IsZero() || now.Before(l.until) }
 
 // newKeyring makes a keyring. ctx gives its calls their values, not their end.
-func newKeyring(ctx context.Context, hsm HSM, providers []Provider, lifetime time.Duration, limits KMSLimits, now func() time.Time) (*keyring, error) {
+func newKeyring(ctx context.Context, hsm HSM, providers []Provider, lifetime time.Duration, limits KMSLimits, outages *Outages) (*keyring, error) {
 	r := &keyring{hsm: hsm, guards: map[string]*guard{}, limits: limits.withDefaults(), lifetime: lifetime, timeout: 30 * time.Second,
-		clock: newSteady(now), loaded: map[keyID]*loadedKey{}}
+		outages: outages, clock: outages.clock, loaded: map[keyID]*loadedKey{}}
 	r.base, r.stop = context.WithCancel(context.WithoutCancel(ctx))
 	successes := &atomic.Uint64{}
 	for _, p := range providers {
 		if r.guards[p.Name()] != nil {
 			return nil, fmt.Errorf("provider %q is configured twice", p.Name())
 		}
-		g := newGuard(p, r.limits, r.clock, successes)
+		g := newGuard(p, r.limits, outages, successes)
 		r.guards[p.Name()], r.order = g, append(r.order, g)
 	}
 	return r, nil
@@ -233,7 +233,7 @@ func (r *keyring) load(ctx context.Context, s *controlSet, id keyID) (*loadedKey
 	if err := Usable(m.State, Process, false); err != nil {
 		return nil, fmt.Errorf("%s: mek %s: %w", id, m.Label, err)
 	}
-	inner, err := r.openOuter(ctx, id, w, ident)
+	inner, err := r.openOuter(ctx, CallLoad, id, w, ident)
 	if err != nil {
 		return nil, err
 	}
@@ -272,7 +272,7 @@ const hedgeAfter = 75 * time.Millisecond
 // openOuter takes the outer layer off, by any one of the providers: the last
 // good one first, the next when that one fails or takes long. Whoever answers
 // too late runs to its own deadline, so that its guard learns of it.
-func (r *keyring) openOuter(ctx context.Context, id keyID, w Wrapped, ident []byte) ([]byte, error) {
+func (r *keyring) openOuter(ctx context.Context, why CallReason, id keyID, w Wrapped, ident []byte) ([]byte, error) {
 	if len(w.Outer) == 0 {
 		return nil, corrupt(id.String(), errors.New("no outer wrap is recorded"))
 	}
@@ -293,7 +293,7 @@ func (r *keyring) openOuter(ctx context.Context, id keyID, w Wrapped, ident []by
 		}
 		go func() {
 			defer r.calls.Done()
-			inner, err := r.guards[o.Provider].unwrap(r.base, CallLoad, o, ident)
+			inner, err := r.guards[o.Provider].unwrap(r.base, why, o, ident)
 			if err != nil {
 				err = fmt.Errorf("%s: provider %s: %w", id, o.Provider, kmsError(err))
 			}
@@ -452,16 +452,12 @@ func (r *keyring) wrapOuter(ctx context.Context, w Wrapped, inner, ident []byte,
 		if g == nil {
 			return Wrapped{}, fmt.Errorf("provider %q is not configured: %w", name, ErrKMSUnavailable)
 		}
-		o, err := g.wrap(ctx, inner, ident)
+		o, err := g.wrap(ctx, CallMake, inner, ident)
 		if err != nil {
 			return Wrapped{}, fmt.Errorf("provider %s: wrap: %w", name, kmsError(err))
 		}
-		back, err := g.unwrap(ctx, CallMake, o, ident)
-		if err != nil {
-			return Wrapped{}, fmt.Errorf("provider %s: open the new wrap: %w", name, kmsError(err))
-		}
-		if !bytes.Equal(back, inner) { // both are wrapped by the HSM: no secret is compared
-			return Wrapped{}, fmt.Errorf("provider %s: the new wrap opens to something else: %w", name, ErrKMSUnavailable)
+		if err := r.proveWrap(ctx, CallMake, g, o, inner, ident); err != nil {
+			return Wrapped{}, err
 		}
 		w.Outer = append(w.Outer, o)
 	}

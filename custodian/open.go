@@ -311,14 +311,14 @@ func (c *Custodian) lookAtClock() error {
 }
 
 // Tick keeps house: it looks at the clock, releases the KEKs whose time is up,
-// ends a change that the audit log did not take at once, and keeps the highest
-// time seen up to date. Call it about once a minute; it writes once a day.
+// ends a change that the audit log did not take at once, notes what was pruned of
+// it, and keeps the highest time seen up to date. Call it about once a minute; it writes once a day.
 func (c *Custodian) Tick(ctx context.Context) error {
 	c.keys.sweep(c.set.Load(), c.keys.clock.now())
 	if c.set.Load().sealed() {
 		c.dropKeys() // a call that was under way at the seal may have loaded one
 	}
-	err := errors.Join(c.settleNow(ctx), c.finishCeremonies(ctx))
+	err := errors.Join(c.settleNow(ctx), c.notePruned(ctx), c.finishCeremonies(ctx))
 	if c.lookAtClock() != nil || c.now().Sub(c.set.Load().head.HighestNow) < 24*time.Hour {
 		return err
 	}

@@ -51,6 +51,10 @@ const (
 	ActionRotate         Action = "rotation"
 	ActionReadRotations  Action = "rotation.read"
 	ActionReportEvent    Action = "event"
+	ActionSetProviders   Action = "category.providers"
+	ActionReencrypt      Action = "category.reencrypt"
+	ActionImport         Action = "keys.import"
+	ActionExport         Action = "keys.export"
 	ActionPropose        Action = "ceremony.propose"
 	ActionApprove        Action = "ceremony.approve"
 	ActionCancel         Action = "ceremony.cancel"
@@ -74,6 +78,12 @@ var permits = map[Action][]Role{
 	ActionRotate:         {RoleOfficer},
 	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionReportEvent:    {RolePackager, RoleOfficer},
+	// Who holds the outer layer is decided by those who decide who holds keys;
+	// that its wraps follow a provider's own rotation is housekeeping.
+	ActionSetProviders:   {RoleOfficer},
+	ActionReencrypt:      {RoleOfficer, RoleOperator},
+	ActionImport:         {RoleOfficer},
+	ActionExport:         {RoleOfficer},
 	ActionPropose:        {RoleOfficer},
 	ActionApprove:        {RoleOfficer},
 	ActionCancel:         {RoleOfficer},
@@ -81,6 +91,10 @@ var permits = map[Action][]Role{
 	ActionReadCeremonies: {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionBlastRadius:    {RoleOfficer, RoleAuditor},
 }
+
+// byQuorum are the actions that are one officer's only where there are no
+// officers with a quorum.
+var byQuorum = []Action{ActionRotate, ActionSetProviders, ActionImport, ActionExport}
 
 // A Grant gives one identity one role over categories. AllCategories is only
 // set where the configuration says "*".
@@ -189,7 +203,8 @@ type Request struct {
 	Caller   Caller
 	Action   Action
 	Resource Resource
-	Sealed   bool // the officers have sealed the custody
+	Officers bool // there are officers, whose quorum decides what one officer may not
+	Sealed   bool // they have sealed the custody
 	Now      time.Time
 }
 
@@ -231,7 +246,10 @@ func (p *Policy) Decide(r Request) Decision {
 		return d
 	}
 	d.Err = r.unusable()
-	if r.Sealed && (purposeOf(r.Action) != 0 || r.Action == ActionCreateCategory) {
+	switch {
+	case r.Officers && slices.Contains(byQuorum, r.Action):
+		d.Err = &CeremonyError{ErrQuorum, "the officers' quorum decides it, and no officer alone"}
+	case r.Sealed && (purposeOf(r.Action) != 0 || r.Action == ActionCreateCategory):
 		d.Err = fmt.Errorf("by the officers: %w", ErrSealed)
 	}
 	d.Allow = d.Err == nil
@@ -258,9 +276,9 @@ func (r Request) unusable() error {
 // purposeOf is what an action uses keys for; zero where it uses none.
 func purposeOf(a Action) Purpose {
 	switch a {
-	case ActionIssue, ActionReissue:
+	case ActionIssue, ActionReissue, ActionImport:
 		return Protect
-	case ActionRelease:
+	case ActionRelease, ActionExport:
 		return Process
 	}
 	return 0

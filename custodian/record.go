@@ -218,7 +218,8 @@ const (
 	ControlSigner    ControlKind = 4
 	ControlCategory  ControlKind = 5
 	ControlException ControlKind = 6
-	ControlRotation  ControlKind = 7
+	ControlRotation  ControlKind = 8
+	ControlRewrap    ControlKind = 7
 )
 
 // A ControlRecord is a record as the store keeps it: Body is an encoding that

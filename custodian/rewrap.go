@@ -1,504 +1,651 @@
 package custodian
 
 import (
+	"bytes"
+	"cmp"
 	"context"
-	"crypto/subtle"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/keycustody/custodian/internal/audit"
 )
 
-const (
-	// rewrapBatch is how many content keys one store update moves.
-	rewrapBatch = 128
-	// verifyBatch is how many are read at once to be verified.
-	verifyBatch = 512
-	// rotationPause is how long a rotation that failed is left alone at first,
-	// and maxRotationPause in the end.
-	rotationPause    = time.Second
-	maxRotationPause = 5 * time.Minute
-	// rotationLook is how often somebody looks whether there is work, who was
-	// not woken up.
-	rotationLook = time.Minute
-)
+// This file moves outer wraps: to other providers, or to the newest version of
+// a provider's own key. What is wanted is a record, a RewrapJob; what is done
+// is read from the wrapped keys themselves. So the job that runs, and the one
+// that a restart finds, are the same code.
 
-// errStepped: the rotation is at another step than the work that goes on.
-var errStepped = errors.New("the rotation has taken another step")
-
-// RunRotations does what is left to do of all rotations, from the start of the
-// process until ctx ends: moving records and verifying them. What a crash has
-// cut off is done by the same code.
-func (c *Custodian) RunRotations(ctx context.Context) {
-	pause := rotationPause
-	for {
-		wait := rotationLook
-		err := c.AdvanceRotations(ctx)
-		if c.lookAtClock() == nil {
-			err = errors.Join(err, c.rotateAged(ctx))
-		}
-		if err != nil && ctx.Err() == nil {
-			c.log.Error("a rotation waits", "err", err, "again_in", pause.String())
-			wait, pause = pause, min(2*pause, maxRotationPause)
-		} else {
-			pause = rotationPause
-		}
-		if err := c.finishCeremonies(ctx); err != nil && ctx.Err() == nil {
-			c.log.Error("a ceremony is not finished", "err", err)
-		}
-		t := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			t.Stop()
-			return
-		case <-c.rotations.wake:
-			t.Stop()
-		case <-t.C:
-		}
-	}
+// A RewrapJob is what is still to be done to the outer wraps of a category's
+// KEKs, or of the helper keys. It is there from the audit entry that begins it
+// to the one that ends it.
+type RewrapJob struct {
+	Category  CategoryName // empty: the helper keys
+	Providers []string     // each key is to have a wrap of each of these, and no other
+	// Reencrypt are those of Providers whose wraps are made anew, since their
+	// own keys have newer versions. No record tells the version of such a key,
+	// so here the job keeps a mark: what is up to Purpose and Version is done.
+	Reencrypt []string
+	Purpose   HelperPurpose
+	Version   uint32
+	BeginTime time.Time
+	By        string // who asked for it
+	Revision  uint64
 }
 
-// AdvanceRotations does what can be done of all rotations now. One caller at a
-// time: no record is moved by two.
-func (c *Custodian) AdvanceRotations(ctx context.Context) error {
-	failed := map[string]error{}
-	for {
-		r, ok := c.set.Load().nextRotation(failed)
-		if !ok {
-			break
+// A SetProvidersRequest says which providers hold the outer wraps of a category
+// from now on, or of the helper keys.
+type SetProvidersRequest struct {
+	RequestID  string
+	Category   CategoryName
+	HelperKeys bool // in place of a category
+	Providers  []string
+	Cause      string
+}
+
+// A ReencryptRequest has the outer wraps of a category, or of the helper keys,
+// made anew after providers rotated their own keys.
+type ReencryptRequest struct {
+	RequestID  string
+	Category   CategoryName
+	HelperKeys bool     // in place of a category
+	Providers  []string // empty: all that hold a wrap
+	Cause      string
+}
+
+// Check says what is wrong with the request, or nil.
+func (r SetProvidersRequest) Check() error {
+	if len(r.Providers) == 0 {
+		return invalid("providers", errors.New("empty: nobody could open the keys"))
+	}
+	return checkRewrap(r.RequestID, r.Category, r.HelperKeys, r.Providers, r.Cause)
+}
+
+// Check says what is wrong with the request, or nil.
+func (r ReencryptRequest) Check() error {
+	return checkRewrap(r.RequestID, r.Category, r.HelperKeys, r.Providers, r.Cause)
+}
+
+func checkRewrap(requestID string, category CategoryName, helpers bool, providers []string, cause string) error {
+	if err := checkText(requestID, MaxRequestIDSize); err != nil {
+		return invalid("request_id", err)
+	}
+	if helpers && category != "" {
+		return invalid("category", errors.New("set beside helper_keys: name one of them"))
+	}
+	if !helpers {
+		if err := category.Check(); err != nil {
+			return invalid("category", err)
 		}
-		err := c.lookAtClock()
-		if err == nil {
-			err = c.advance(ctx, r)
+	}
+	if err := checkProviders(providers); err != nil {
+		return err
+	}
+	if err := checkText(cause, MaxCauseSize); err != nil {
+		return invalid("cause", err)
+	}
+	return nil
+}
+
+func checkProviders(providers []string) error {
+	for i, p := range providers {
+		if slices.Contains(providers[:i], p) {
+			return invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%q is named twice", p))
 		}
-		if errors.Is(err, errStepped) || errors.Is(err, ErrChanged) && ctx.Err() == nil {
-			continue
+	}
+	return nil
+}
+
+// configured says which of the providers is not, or nil.
+func (r *keyring) configured(providers []string) error {
+	for i, p := range providers {
+		if r.guards[p] == nil {
+			return invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%.80q is not configured", p))
 		}
+	}
+	return nil
+}
+
+// SetProviders begins the job that moves a category's KEKs, or the helper keys,
+// to other providers. New KEKs are wrapped by them at once. It does not wait
+// for the job: see RunRewraps.
+func (c *Custodian) SetProviders(ctx context.Context, who Caller, req SetProvidersRequest) (RewrapStatus, error) {
+	if err := req.Check(); err != nil {
+		return RewrapStatus{}, err
+	}
+	d := c.decide(who, ActionSetProviders, Resource{Category: req.Category})
+	if req.HelperKeys && d.Allow && !d.KnowIt {
+		d.Allow, d.Err = false, ErrDenied // every category rests on the helper keys
+	}
+	return c.beginRewrap(ctx, who, d, ActionSetProviders, req.Category, req.RequestID, func(set *controlSet, job *RewrapJob) (string, error) {
+		if err := c.keys.configured(req.Providers); err != nil {
+			return "", err
+		}
+		was := names(job.Providers)
+		job.Providers = req.Providers
+		job.Reencrypt = slices.DeleteFunc(job.Reencrypt, func(p string) bool { return !slices.Contains(req.Providers, p) })
+		return detail(fmt.Sprintf("from %s to %s", was, names(job.Providers)), req.Cause), nil
+	})
+}
+
+// Reencrypt begins the job that makes outer wraps anew under the newest version
+// of the providers' own keys. It does not wait for it: see RunRewraps.
+func (c *Custodian) Reencrypt(ctx context.Context, who Caller, req ReencryptRequest) (RewrapStatus, error) {
+	if err := req.Check(); err != nil {
+		return RewrapStatus{}, err
+	}
+	// An operator is granted the daemon, not categories: nobody holds a key
+	// afterwards who did not before.
+	d := c.decide(who, ActionReencrypt, Resource{})
+	return c.beginRewrap(ctx, who, d, ActionReencrypt, req.Category, req.RequestID, func(set *controlSet, job *RewrapJob) (string, error) {
+		if len(req.Providers) == 0 {
+			req.Providers = job.Providers
+		}
+		for i, p := range req.Providers {
+			if !slices.Contains(job.Providers, p) {
+				return "", invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%.80q holds none of these keys; those that do are %s", p, names(job.Providers)))
+			}
+			if !slices.Contains(job.Reencrypt, p) {
+				job.Reencrypt = append(job.Reencrypt, p)
+			}
+		}
+		job.Purpose, job.Version = "", 0 // what is done already is done again: it may be from before the rotation
+		return detail("by "+names(req.Providers), req.Cause), nil
+	})
+}
+
+// beginRewrap writes the job down with its first audit entry, where d allows it.
+// want changes the job that is there, or a new one that changes nothing, and
+// returns what the entry says.
+func (c *Custodian) beginRewrap(ctx context.Context, who Caller, d Decision, a Action, name CategoryName, requestID string, want func(*controlSet, *RewrapJob) (string, error)) (RewrapStatus, error) {
+	err := d.Err
+	if d.Allow {
+		err = c.lookAtClock()
+	}
+	if err == nil {
+		err = c.putRewrap(ctx, c.entry(c.set.Load(), who, d, a, requestID, ref{category: name}, nil), name, want)
+	}
+	if err != nil {
+		err = deadline(ctx, fmt.Errorf("%s: %w", scope(name), err))
+		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, a, requestID, ref{category: name}, err)); aerr != nil {
+			return RewrapStatus{}, errors.Join(aerr, err)
+		}
+		return RewrapStatus{}, err
+	}
+	c.rewraps.wake()
+	set := c.set.Load()
+	return c.rewrapStatus(set, set.rewraps[name]), nil
+}
+
+// putRewrap writes a job down. It asks nobody: whoever calls it has decided.
+func (c *Custodian) putRewrap(ctx context.Context, e audit.Entry, name CategoryName, want func(*controlSet, *RewrapJob) (string, error)) error {
+	return c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+		job, running := old.rewraps[name]
+		cat, known := old.categories[name]
+		switch {
+		case !known && name != "":
+			return change{}, ErrCategoryNotFound
+		case running:
+			job.Reencrypt = slices.Clone(job.Reencrypt)
+		default:
+			job = RewrapJob{Category: name, BeginTime: now, Providers: cat.Providers}
+			if name == "" {
+				job.Providers = old.helperProviders()
+			}
+		}
+		said, err := want(old, &job)
 		if err != nil {
-			err = fmt.Errorf("rotation %s: %s: %w", r.Name(), r.Step, deadline(ctx, err))
-			failed[r.Name()] = err
+			return change{}, err
 		}
-		c.rotations.note(r.Name(), err)
-	}
-	faults := make([]error, 0, len(failed))
-	for _, err := range failed {
-		faults = append(faults, err)
-	}
-	return errors.Join(faults...)
+		job.By, job.Revision = e.Caller, job.Revision+1
+		e.Detail = fmt.Sprintf("%s, %d keys: %s", scope(name), len(old.rewrappable(name)), said)
+		ch := change{put: []ControlRecord{rewrapRecord(job)}, entry: e}
+		if name != "" && !slices.Equal(cat.Providers, job.Providers) {
+			cat.Providers, cat.Revision = job.Providers, cat.Revision+1
+			ch.put = append(ch.put, categoryRecord(cat))
+		}
+		return ch, nil
+	})
 }
 
-// nextRotation is the one to work on: what is compromised first, then the
-// oldest. Those that failed are left out.
-func (s *controlSet) nextRotation(failed map[string]error) (next Rotation, ok bool) {
-	before := func(a, b Rotation) bool {
-		if (len(a.Compromised) > 0) != (len(b.Compromised) > 0) {
-			return len(a.Compromised) > 0
-		}
-		if d := a.StartTime.Compare(b.StartTime); d != 0 {
-			return d < 0
-		}
-		return strings.Compare(a.Name(), b.Name()) < 0
+// names lists providers in a sentence.
+func names(providers []string) string { return strings.Join(providers, ", ") }
+
+// scope names what a job is about.
+func scope(name CategoryName) string {
+	if name == "" {
+		return "helper keys"
 	}
-	for name, r := range s.rotations {
-		if r.Step.running() && failed[name] == nil && (!ok || before(r, next)) {
-			next, ok = r, true
-		}
-	}
-	return next, ok
+	return "category " + string(name)
 }
 
-// advance does the work of one step and takes the next.
-func (c *Custodian) advance(ctx context.Context, r Rotation) error {
-	if r.Kind == RotateMEK {
-		return c.advanceMEK(ctx, r)
+func detail(what, cause string) string {
+	if cause == "" {
+		return what
 	}
-	switch r.Step {
-	case StepRewrap:
-		if err := c.moveKeys(ctx, r, func(set *controlSet) []KEKID { return r.sources() }); err != nil {
-			return err
-		}
-		return c.takeStep(ctx, r, StepVerify, nil)
-	case StepVerify:
-		n, err := c.verifyKeys(ctx, r, []CategoryName{r.Category}, r.refersTo)
-		if err != nil {
-			return err
-		}
-		if len(r.Compromised) > 0 { // nobody goes back to what others know
-			_, err := c.retire(ctx, r.Name(), audit.Entry{Category: string(r.Category)})
-			return err
-		}
-		return c.takeStep(ctx, r, StepHold, func(r *Rotation) { r.Verified = n })
-	case StepRollback:
-		if err := c.moveKeys(ctx, r, func(set *controlSet) []KEKID { return r.sources() }); err != nil {
-			return err
-		}
-		n, err := c.verifyKeys(ctx, r, []CategoryName{r.Category}, r.refersTo)
-		if err != nil {
-			return err
-		}
-		return c.takeStep(ctx, r, StepRolledBack, func(r *Rotation) { r.Verified = n })
-	}
-	return fmt.Errorf("a KEK has nothing to do at %s", r.Step)
+	return what + ": " + cause
 }
 
-// sources are the KEK versions that records are moved away from.
-func (r Rotation) sources() []KEKID {
-	if r.Step == StepRollback {
-		return []KEKID{{r.Category, r.To}}
+// helperProviders are those of the newest record helper: all helper keys are
+// moved together.
+func (s *controlSet) helperProviders() []string {
+	h, err := s.latestHelper(HelperRecord)
+	if err != nil {
+		return nil
 	}
-	ids := make([]KEKID, len(r.From))
-	for i, v := range r.From {
-		ids[i] = KEKID{r.Category, v}
+	return providersOf(h.Wrapped)
+}
+
+func providersOf(w Wrapped) []string {
+	var out []string
+	for _, o := range w.Outer {
+		out = append(out, o.Provider)
 	}
+	return out
+}
+
+// rewrappable are the keys that a job of name is about, in the order in which
+// it takes them. Destroyed keys have no wraps any more.
+func (s *controlSet) rewrappable(name CategoryName) []keyID {
+	var ids []keyID
+	for id, k := range s.keks {
+		if name != "" && id.Category == name && k.State != StateDestroyed {
+			ids = append(ids, keyID{kek: id.Category, version: id.Version})
+		}
+	}
+	for id, h := range s.helpers {
+		if name == "" && h.State != StateDestroyed {
+			ids = append(ids, keyID{helper: id.purpose, version: id.version})
+		}
+	}
+	slices.SortFunc(ids, func(a, b keyID) int {
+		return cmp.Or(strings.Compare(string(a.helper), string(b.helper)), cmp.Compare(a.version, b.version))
+	})
 	return ids
 }
 
-// refersTo says whether a content key still lies under what loses its records.
-func (r Rotation) refersTo(_ *controlSet, k ContentKey) bool {
-	return slices.Contains(r.sources(), k.KEK)
+// outerOf is how a key rests now, and what its wraps are bound to.
+func (s *controlSet) outerOf(id keyID) (w Wrapped, use KeyUse, ident []byte) {
+	if id.helper != "" {
+		return s.helpers[helperID{id.helper, id.version}].Wrapped, UseMAC, helperIdentity(s.head.StoreID, id.helper, id.version)
+	}
+	k := KEKID{id.kek, id.version}
+	return s.keks[k].Wrapped, UseSeal, kekIdentity(s.head.StoreID, k)
 }
 
-// takeStep moves a rotation on, if it is still where r says it is.
-func (c *Custodian) takeStep(ctx context.Context, r Rotation, to RotationStep, set func(*Rotation)) error {
-	return c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
-		is := old.rotations[r.Name()]
-		if is.Step != r.Step {
-			return change{}, errStepped
-		}
-		is.Step, is.StepTime, is.Revision = to, now, is.Revision+1
-		if set != nil {
-			set(&is)
-		}
-		return change{put: []ControlRecord{rotationRecord(is)}, entry: audit.Entry{Action: "rotation." + strings.ToLower(to.String()),
-			Category: string(r.Category), Detail: fmt.Sprintf("%s: %d moved, %d verified", r.Name(), is.Total, is.Verified)}}, nil
-	})
+// marked says whether the wraps of id are made anew already.
+func (j RewrapJob) marked(id keyID) bool {
+	return len(j.Reencrypt) == 0 || cmp.Or(strings.Compare(string(id.helper), string(j.Purpose)), cmp.Compare(id.version, j.Version)) <= 0
 }
 
-// at says whether a rotation is still at the step of the work that goes on.
-func (c *Custodian) at(r Rotation) error {
-	if c.set.Load().rotations[r.Name()].Step != r.Step {
-		return errStepped
-	}
-	return nil
+// done says whether nothing is left to do to id.
+func (j RewrapJob) done(s *controlSet, id keyID) bool {
+	w, _, _ := s.outerOf(id)
+	return slices.Equal(providersOf(w), j.Providers) && j.marked(id)
 }
 
-// moveKeys seals every content key that lies under one of the sources anew,
-// under the KEK that its category protects with now. What is left to do is
-// read from the records themselves, so it may be cut off anywhere.
-func (c *Custodian) moveKeys(ctx context.Context, r Rotation, sources func(*controlSet) []KEKID) error {
-	left, err := c.countUnder(ctx, sources(c.set.Load()))
-	if err != nil {
-		return err
-	}
-	if left > r.Total { // at the first try; later ones find less
-		if err := c.takeStep(ctx, r, r.Step, func(r *Rotation) { r.Total = left }); err != nil {
-			return err
-		}
-		r.Total = left
-	}
-	c.rotations.begin(r.Name(), r.Step, r.Total-left, r.Total)
-	var faults []error
-	for _, id := range sources(c.set.Load()) {
-		unfit, err := c.moveKEK(ctx, r, id)
-		if err != nil {
-			return err
-		}
-		faults = append(faults, unfit...)
-	}
-	if len(faults) > 0 {
-		return fmt.Errorf("%d content keys cannot be moved, and the old version cannot be retired before they are restored: %w", len(faults), faults[0])
-	}
-	return nil
+// A RewrapStatus describes a job.
+type RewrapStatus struct {
+	Category   CategoryName `json:"category,omitempty"`
+	HelperKeys bool         `json:"helper_keys,omitempty"`
+	Providers  []string     `json:"providers"`
+	Reencrypt  []string     `json:"reencrypt,omitempty"`
+	BeginTime  time.Time    `json:"begin_time"`
+	By         string       `json:"requested_by"`
+	Done       int          `json:"done"` // keys
+	Total      int          `json:"total"`
+	LastError  string       `json:"last_error,omitempty"` // why it does not go on; it is tried again
 }
 
-func (c *Custodian) countUnder(ctx context.Context, ids []KEKID) (n uint64, err error) {
-	const page = 10_000
-	for _, id := range ids {
-		var after KID
-		for more := true; more; {
-			var kids []KID
-			if err := c.store.View(ctx, func(tx Tx) error { kids, err = tx.KeysUnderKEK(id, after, page); return err }); err != nil {
-				return 0, err
-			}
-			n += uint64(len(kids))
-			if more = len(kids) == page; more {
-				after = kids[page-1]
-			}
+func (c *Custodian) rewrapStatus(set *controlSet, j RewrapJob) RewrapStatus {
+	s := RewrapStatus{Category: j.Category, HelperKeys: j.Category == "", Providers: j.Providers, Reencrypt: j.Reencrypt, BeginTime: j.BeginTime,
+		By: j.By, LastError: c.rewraps.fault(j.Category)}
+	for _, id := range set.rewrappable(j.Category) {
+		s.Total++
+		if j.done(set, id) {
+			s.Done++
 		}
 	}
-	return n, nil
+	return s
 }
 
-// moveKEK moves the content keys away from one KEK version. While one batch is
-// being stored, the token seals the next. unfit are records that do not open:
-// they stay where they are.
-func (c *Custodian) moveKEK(ctx context.Context, r Rotation, id KEKID) (unfit []error, err error) {
-	var after KID
-	var storing chan error // the batch before; nil: none
-	stored := func() error {
-		if storing == nil {
-			return nil
-		}
-		err := <-storing
-		storing = nil
-		return err
+// rewrapStatuses describes all jobs, the helper keys first.
+func (c *Custodian) rewrapStatuses(set *controlSet) []RewrapStatus {
+	var out []RewrapStatus
+	for _, j := range set.rewraps {
+		out = append(out, c.rewrapStatus(set, j))
 	}
-	defer func() { err = errors.Join(err, stored()) }()
-	for {
-		if err := c.at(r); err != nil {
-			return unfit, err
-		}
-		batch, faults, last, err := c.sealBatch(ctx, id, after)
-		unfit = append(unfit, faults...)
-		if serr := stored(); err != nil || serr != nil {
-			return unfit, errors.Join(err, serr)
-		}
-		if last.IsZero() {
-			return unfit, nil
-		}
-		after, storing = last, make(chan error, 1)
-		go func(done chan<- error) {
-			err := c.storeBatch(ctx, batch)
-			if err == nil {
-				c.rotations.add(r.Name(), len(batch.keys))
-			}
-			done <- err
-		}(storing)
+	slices.SortFunc(out, func(a, b RewrapStatus) int { return strings.Compare(string(a.Category), string(b.Category)) })
+	return out
+}
+
+// Rewraps lists the jobs that have not ended.
+func (c *Custodian) Rewraps(ctx context.Context, who Caller) ([]RewrapStatus, error) {
+	d := c.decide(who, ActionReadStatus, Resource{})
+	if !d.Allow {
+		return nil, c.refuse(ctx, who, d, ActionReadStatus, ref{})
+	}
+	return c.rewrapStatuses(c.set.Load()), nil
+}
+
+// rewrapping is what the runner of the jobs keeps in memory.
+type rewrapping struct {
+	pace *rate.Limiter
+	poke chan struct{} // of one place: there is a new job
+
+	// mu guards the field below.
+	mu     sync.Mutex
+	faults map[CategoryName]error // of the last pass
+}
+
+func newRewrapping(limits KMSLimits) *rewrapping {
+	return &rewrapping{pace: rate.NewLimiter(rate.Limit(limits.RewrapRate), 1), poke: make(chan struct{}, 1), faults: map[CategoryName]error{}}
+}
+
+func (r *rewrapping) wake() {
+	select {
+	case r.poke <- struct{}{}:
+	default: // it will look anyway
 	}
 }
 
-// A movedBatch is content keys that are sealed anew and not stored yet.
-type movedBatch struct {
-	to   KEKID
-	set  *controlSet
-	keys []SealedKey
-}
-
-// sealBatch reads up to a batch of content keys behind after and seals them
-// anew: for each the token opens, seals and opens again. last is the KID of
-// the last one; zero where there is none left.
-func (c *Custodian) sealBatch(ctx context.Context, id KEKID, after KID) (b movedBatch, unfit []error, last KID, err error) {
-	var old []SealedKey
-	err = c.store.View(ctx, func(tx Tx) error {
-		kids, err := tx.KeysUnderKEK(id, after, rewrapBatch)
-		for _, kid := range kids {
-			last = kid
-			k, err := tx.ContentKey(kid)
-			if err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrRecordCorrupt) {
-				return err
-			}
-			if err == nil && k.Key.KEK != id {
-				err = fmt.Errorf("content key %s: it is sealed under %s, and indexed under %s: %w", kid, k.Key.KEK, id, ErrRecordCorrupt)
-			}
-			if err != nil {
-				unfit = append(unfit, err)
-				continue
-			}
-			old = append(old, k)
-		}
-		return err
-	})
-	if err != nil || len(old) == 0 {
-		return b, unfit, last, err
-	}
-	if c.limiter != nil {
-		if err := c.limiter.WaitN(ctx, len(old)); err != nil {
-			return b, unfit, last, fmt.Errorf("%w: %w", err, ErrDeadline)
-		}
-	}
-	if b.to, b.set, err = c.reserve(ctx, id.Category, uint64(len(old))); err != nil {
-		return b, unfit, last, err
-	}
-	for _, k := range old {
-		moved, err := c.sealAnew(ctx, b.set, k, b.to)
-		if errors.Is(err, ErrRecordCorrupt) {
-			unfit = append(unfit, err)
-			continue
-		}
-		if err != nil {
-			return b, unfit, last, err
-		}
-		b.keys = append(b.keys, moved)
-	}
-	return b, unfit, last, nil
-}
-
-// sealAnew opens a content key and seals it under another KEK. Its birth
-// version, and all else that it is, stay.
-func (c *Custodian) sealAnew(ctx context.Context, set *controlSet, old SealedKey, to KEKID) (SealedKey, error) {
-	cek, _, err := c.openCEK(ctx, set, old)
-	if err != nil {
-		return SealedKey{}, err
-	}
-	defer cek.Destroy()
-	k := SealedKey{Key: old.Key}
-	k.Key.KEK, k.Key.Revision = to, old.Key.Revision+1
-	cek.Use(func(b []byte) { _, err = c.sealCEK(ctx, set, &k, b, false) })
-	if err != nil {
-		return SealedKey{}, fmt.Errorf("content key %s: %w", old.Key.KID, err)
-	}
-	return k, nil
-}
-
-// storeBatch puts a batch in the place of the old records, if its KEK still
-// protects.
-func (c *Custodian) storeBatch(ctx context.Context, b movedBatch) error {
-	if len(b.keys) == 0 {
-		return nil
-	}
-	return c.store.Update(ctx, func(tx UpdateTx) error {
-		cat, err := categoryIn(tx, b.to.Category)
-		if err != nil {
-			return err
-		}
-		if cat.ActiveKEK != b.to.Version {
-			return fmt.Errorf("kek %s: %w", b.to, ErrChanged)
-		}
-		for _, k := range b.keys {
-			if err := tx.ReplaceContentKey(k.Key.Revision-1, k); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-// verifyKeys opens every content key of the categories and holds it against
-// the fingerprint that it was born with. One that is stale, or that does not
-// open, ends the step with an error that counts them all.
-func (c *Custodian) verifyKeys(ctx context.Context, r Rotation, categories []CategoryName, stale func(*controlSet, ContentKey) bool) (uint64, error) {
-	set, ids := c.set.Load(), []KEKID(nil)
-	for _, name := range categories {
-		for _, v := range set.liveKEKs(name) {
-			ids = append(ids, KEKID{name, v})
-		}
-	}
-	total, err := c.countUnder(ctx, ids)
-	if err != nil {
-		return 0, err
-	}
-	c.rotations.begin(r.Name(), r.Step, 0, total)
-	var n, bad uint64
-	var first error
-	for _, name := range categories {
-		err := c.eachKey(ctx, name, func(page []SealedKey) error {
-			for _, k := range page {
-				err := c.verifyKey(ctx, k)
-				if set := c.set.Load(); err == nil && stale(set, k.Key) {
-					err = fmt.Errorf("content key %s: it is still sealed under %s: %w", k.Key.KID, k.Key.KEK, ErrRecordCorrupt)
-				}
-				if errors.Is(err, ErrRecordCorrupt) {
-					if bad++; first == nil {
-						first = err
-					}
-					continue
-				}
-				if err != nil {
-					return err
-				}
-				n++
-			}
-			c.rotations.add(r.Name(), len(page))
-			return c.at(r)
-		})
-		if err != nil {
-			return n, err
-		}
-	}
-	if bad > 0 {
-		return n, fmt.Errorf("%d content keys are not right, and the old version cannot be retired before they are restored: %w", bad, first)
-	}
-	return n, nil
-}
-
-func (c *Custodian) verifyKey(ctx context.Context, k SealedKey) error {
-	set := c.set.Load()
-	cek, _, err := c.openCEK(ctx, set, k)
-	if err != nil {
-		return err
-	}
-	defer cek.Destroy()
-	var f Fingerprint
-	cek.Use(func(b []byte) { f, err = c.fingerprint(ctx, set, k.Key.Fingerprint.Version, b) })
-	if err != nil {
-		return fmt.Errorf("content key %s: %w", k.Key.KID, err)
-	}
-	if subtle.ConstantTimeCompare(f.MAC[:], k.Key.Fingerprint.MAC[:]) != 1 {
-		return corrupt("content key "+k.Key.KID.String(), errors.New("it is another key than it was born as"))
-	}
-	return nil
-}
-
-// eachKey calls f with every content key of a category, a page at a time. No
-// transaction is open while f runs.
-func (c *Custodian) eachKey(ctx context.Context, name CategoryName, f func([]SealedKey) error) error {
-	var after *NaturalKey
-	for {
-		var page []SealedKey
-		err := c.store.View(ctx, func(tx Tx) error {
-			page = page[:0]
-			return tx.ContentKeys(name, nil, after, verifyBatch, func(k SealedKey) error {
-				page = append(page, k)
-				return nil
-			})
-		})
-		if err != nil || len(page) == 0 {
-			return err
-		}
-		if err := f(page); err != nil {
-			return err
-		}
-		after = &page[len(page)-1].Key.NaturalKey
-	}
-}
-
-// noReference proves that no record refers to what a rotation is about to
-// retire: by the index of KEKs, and by reading every content key. It opens
-// none, so it is quick.
-func (c *Custodian) noReference(ctx context.Context, set *controlSet, r Rotation) error {
-	if r.Kind == RotateMEK {
-		return c.noReferenceToMEK(ctx, set, r)
-	}
-	left, err := c.countUnder(ctx, r.sources())
-	if err != nil {
-		return err
-	}
-	if left > 0 {
-		return fmt.Errorf("%d content keys still refer to versions %v: %w", left, r.From, ErrRotationState)
-	}
-	return c.noneRefers(ctx, []CategoryName{r.Category}, r.refersTo)
-}
-
-// noneRefers reads every content key of the categories.
-func (c *Custodian) noneRefers(ctx context.Context, categories []CategoryName, refers func(*controlSet, ContentKey) bool) error {
-	set := c.set.Load()
-	for _, name := range categories {
-		err := c.eachKey(ctx, name, func(page []SealedKey) error {
-			for _, k := range page {
-				if refers(set, k.Key) {
-					return fmt.Errorf("content key %s still refers to %s: %w", k.Key.KID, k.Key.KEK, ErrRotationState)
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// forget releases the loaded keys that s lets nobody use any more.
-func (r *keyring) forget(s *controlSet) {
+func (r *rewrapping) fault(name CategoryName) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for id, l := range r.loaded {
-		if _, _, _, err := s.wrapped(id); err != nil {
-			delete(r.loaded, id)
-			l.key.Release()
+	return text(r.faults[name])
+}
+
+func (r *rewrapping) setFault(name CategoryName, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.faults[name] = err
+}
+
+// How long jobs that cannot go on are left alone: at first, and at most.
+const (
+	rewrapPause    = time.Second
+	maxRewrapPause = time.Minute
+)
+
+// RunRewraps does the jobs that are there, whoever began them and before
+// whatever restart, until ctx ends. A job that cannot go on, because a provider
+// is away or a record is bad, is tried again for ever.
+func (c *Custodian) RunRewraps(ctx context.Context) {
+	for pause := rewrapPause; ctx.Err() == nil; {
+		began := c.set.Load().head.Revision
+		failed := false
+		for name := range c.set.Load().rewraps {
+			err := c.rewrapAll(ctx, name)
+			if ctx.Err() != nil {
+				return
+			}
+			if errors.Is(err, errOtherJob) {
+				c.rewraps.wake() // and begin again with what is there now
+				err = nil
+			}
+			c.rewraps.setFault(name, err)
+			if err != nil {
+				failed = true
+				c.log.Warn("outer wraps are not all moved yet; the job goes on", "job", scope(name), "again_in", pause.String(), "err", err)
+			}
+		}
+		var again <-chan time.Time
+		if failed {
+			if c.set.Load().head.Revision != began { // it got somewhere
+				pause = rewrapPause
+			}
+			t := time.NewTimer(pause)
+			defer t.Stop()
+			again, pause = t.C, min(2*pause, maxRewrapPause)
+		} else {
+			pause = rewrapPause
+		}
+		select {
+		case <-c.rewraps.poke:
+		case <-again:
+		case <-ctx.Done():
 		}
 	}
+}
+
+// A rewrapped key has new outer wraps, each of which was opened, and which are
+// not stored yet.
+type rewrapped struct {
+	id    keyID
+	was   []OuterWrap
+	outer []OuterWrap
+}
+
+// rewrapBatch is how many keys are stored in one change of the control set. A
+// crash loses the calls for as many, and nothing else.
+const rewrapBatch = 32
+
+// rewrapAll does one job to its end, or as far as it goes: an error is of the
+// first key that it could not do. A bad record does not keep it from the
+// others, a provider that is away does.
+func (c *Custodian) rewrapAll(ctx context.Context, name CategoryName) error {
+	set := c.set.Load()
+	job, ok := set.rewraps[name]
+	if !ok {
+		return nil
+	}
+	var batch []rewrapped
+	var first error
+	mark := keyID{helper: job.Purpose, version: job.Version}
+	for _, id := range set.rewrappable(name) {
+		if !job.done(set, id) {
+			outer, err := c.rewrapKey(ctx, set, job, id)
+			if err != nil && first == nil {
+				first = err
+			}
+			if errors.Is(err, ErrRecordCorrupt) {
+				continue
+			}
+			if err != nil {
+				break
+			}
+			w, _, _ := set.outerOf(id)
+			batch = append(batch, rewrapped{id, w.Outer, outer})
+		}
+		if first == nil {
+			mark = id
+		}
+		if len(batch) == rewrapBatch {
+			if err := c.keepRewrapped(ctx, job, batch, mark); err != nil {
+				return errors.Join(first, err)
+			}
+			batch = nil
+		}
+	}
+	if err := c.keepRewrapped(ctx, job, batch, mark); err != nil || first != nil {
+		return errors.Join(first, err)
+	}
+	return c.endRewrap(ctx, job)
+}
+
+// rewrapKey makes the new outer wraps of one key. Nothing is stored yet.
+func (c *Custodian) rewrapKey(ctx context.Context, set *controlSet, job RewrapJob, id keyID) ([]OuterWrap, error) {
+	if err := c.rewraps.pace.Wait(ctx); err != nil {
+		return nil, fmt.Errorf("%s: %w", id, err)
+	}
+	var afresh []string
+	if !job.marked(id) {
+		afresh = job.Reencrypt
+	}
+	return c.keys.rewrap(ctx, set, id, job.Providers, afresh)
+}
+
+// rewrap puts the layers of providers around a key, those of afresh anew. The
+// token proves what it starts from, and every layer that the key will rest in
+// is opened again, also one that stays: so nothing is dropped before there is
+// another way that is proved.
+func (r *keyring) rewrap(ctx context.Context, s *controlSet, id keyID, providers, afresh []string) ([]OuterWrap, error) {
+	w, use, ident := s.outerOf(id)
+	m, ok := s.meks[w.MEKVersion]
+	if !ok {
+		return nil, corrupt(id.String(), fmt.Errorf("mek version %d is not recorded", w.MEKVersion))
+	}
+	inner, err := r.openOuter(ctx, CallRewrap, id, w, ident)
+	if err != nil {
+		return nil, err
+	}
+	key, err := r.hsm.LoadKey(ctx, m, use, ident, inner, w.Canary)
+	if err != nil {
+		return nil, unwrapError(id.String(), err)
+	}
+	key.Release()
+	var outer []OuterWrap
+	for _, name := range providers {
+		g := r.guards[name]
+		if g == nil {
+			return nil, fmt.Errorf("%s: provider %q is not configured: %w", id, name, ErrKMSUnavailable)
+		}
+		i := slices.IndexFunc(w.Outer, func(o OuterWrap) bool { return o.Provider == name })
+		var o OuterWrap
+		switch {
+		case i < 0:
+			o, err = g.wrap(ctx, CallRewrap, inner, ident)
+		case slices.Contains(afresh, name):
+			o, err = g.rewrap(ctx, w.Outer[i], inner, ident)
+		default:
+			o = w.Outer[i]
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: provider %s: wrap: %w", id, name, kmsError(err))
+		}
+		if err := r.proveWrap(ctx, CallRewrap, g, o, inner, ident); err != nil {
+			return nil, fmt.Errorf("%s: %w", id, err)
+		}
+		outer = append(outer, o)
+	}
+	return outer, nil
+}
+
+// proveWrap opens a wrap before it counts: what the HSM has wrapped must come
+// back.
+func (r *keyring) proveWrap(ctx context.Context, why CallReason, g *guard, o OuterWrap, inner, ident []byte) error {
+	back, err := g.unwrap(ctx, why, o, ident)
+	if err != nil {
+		return fmt.Errorf("provider %s: open the new wrap: %w", g.p.Name(), kmsError(err))
+	}
+	if !bytes.Equal(back, inner) { // both are wrapped by the HSM: no secret is compared
+		return fmt.Errorf("provider %s: the new wrap opens to something else: %w", g.p.Name(), ErrKMSUnavailable)
+	}
+	return nil
+}
+
+var errOtherJob = errors.New("the job has changed meanwhile")
+
+// keepRewrapped stores new wraps, and how far the job is. A key that has
+// changed its wraps meanwhile is left as it is.
+func (c *Custodian) keepRewrapped(ctx context.Context, job RewrapJob, batch []rewrapped, mark keyID) error {
+	if len(batch) == 0 {
+		return nil
+	}
+	if err := c.lookAtClock(); err != nil {
+		return err
+	}
+	return c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+		now := old.rewraps[job.Category]
+		if now.Revision != job.Revision {
+			return change{}, errOtherJob
+		}
+		ch := change{entry: audit.Entry{Action: "kek.rewrap", Category: string(job.Category),
+			Detail: fmt.Sprintf("%s to %s, %d keys: now by %s", batch[0].id, batch[len(batch)-1].id, len(batch), names(job.Providers))}}
+		for _, b := range batch {
+			r, ok := old.withOuter(b.id, b.was, b.outer)
+			if !ok {
+				return change{}, errOtherJob
+			}
+			ch.put = append(ch.put, r)
+		}
+		if len(job.Reencrypt) > 0 {
+			now.Purpose, now.Version = mark.helper, mark.version
+			ch.put = append(ch.put, rewrapRecord(now))
+		}
+		return ch, nil
+	})
+}
+
+// withOuter is the record of a key with other wraps, if it still has those that
+// the others were made from.
+func (s *controlSet) withOuter(id keyID, was, outer []OuterWrap) (r ControlRecord, ok bool) {
+	same := func(w Wrapped) bool {
+		return slices.EqualFunc(w.Outer, was, sameWrap)
+	}
+	if id.helper != "" {
+		h, ok := s.helpers[helperID{id.helper, id.version}]
+		if !ok || !same(h.Wrapped) {
+			return r, false
+		}
+		h.Wrapped.Outer, h.Revision = outer, h.Revision+1
+		return helperRecord(h), true
+	}
+	k, ok := s.keks[KEKID{id.kek, id.version}]
+	if !ok || !same(k.Wrapped) {
+		return r, false
+	}
+	k.Wrapped.Outer, k.Revision = outer, k.Revision+1
+	return kekRecord(k), true
+}
+
+// endRewrap takes a job away whose keys all rest as it wants.
+func (c *Custodian) endRewrap(ctx context.Context, job RewrapJob) error {
+	if err := c.lookAtClock(); err != nil {
+		return err
+	}
+	err := c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+		now := old.rewraps[job.Category]
+		if now.Revision != job.Revision {
+			return change{}, errOtherJob
+		}
+		ids := old.rewrappable(job.Category)
+		for _, id := range ids {
+			if w, _, _ := old.outerOf(id); !slices.Equal(providersOf(w), job.Providers) {
+				return change{}, errOtherJob // a new version came, wrapped by those before
+			}
+		}
+		return change{remove: []controlKey{{ControlRewrap, rewrapName(job.Category)}}, entry: audit.Entry{Action: "kek.rewrap.end", Category: string(job.Category),
+			Detail: fmt.Sprintf("%s, %d keys: all by %s, asked for by %s", scope(job.Category), len(ids), names(job.Providers), job.By)}}, nil
+	})
+	if err == nil {
+		c.log.Info("outer wraps are moved, and each was opened", "job", scope(job.Category), "providers", names(job.Providers))
+	}
+	return err
+}
+
+func rewrapName(name CategoryName) string {
+	if name == "" {
+		return "helper keys" // no category has a space in its name
+	}
+	return string(name)
+}
+
+func rewrapRecord(j RewrapJob) ControlRecord {
+	return ControlRecord{Kind: ControlRewrap, Name: rewrapName(j.Category), Body: encodeRewrap(j)}
+}
+
+func encodeRewrap(j RewrapJob) []byte {
+	e := newEncoder(formRewrap, 256)
+	e.str(string(j.Category))
+	e.strs(j.Providers)
+	e.strs(j.Reencrypt)
+	e.str(string(j.Purpose))
+	e.uint(uint64(j.Version))
+	e.time(j.BeginTime)
+	e.str(j.By)
+	e.uint(j.Revision)
+	return e.b
+}
+
+func decodeRewrap(b []byte) (RewrapJob, error) {
+	d := newDecoder(formRewrap, b)
+	j := RewrapJob{Category: CategoryName(d.str()), Providers: d.strs(), Reencrypt: d.strs(), Purpose: HelperPurpose(d.str()), Version: d.uint32(),
+		BeginTime: d.time(), By: d.str(), Revision: d.uint()}
+	return j, d.done("rewrap record")
 }

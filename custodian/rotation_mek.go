@@ -1,6 +1,7 @@
 package custodian
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -197,7 +198,7 @@ func (c *Custodian) newHelpers(ctx context.Context, set *controlSet, m MEK) (fre
 		if err != nil {
 			return nil, err
 		}
-		if h.Wrapped, err = c.keys.make(ctx, m, UseMAC, helperIdentity(set.head.StoreID, p, h.Version), was.Wrapped.providers()); err != nil {
+		if h.Wrapped, err = c.keys.make(ctx, m, UseMAC, helperIdentity(set.head.StoreID, p, h.Version), providersOf(was.Wrapped)); err != nil {
 			return nil, fmt.Errorf("helper key %s/%d: %w", p, h.Version, err)
 		}
 		fresh = append(fresh, h)
@@ -213,15 +214,6 @@ func (s *controlSet) nextHelper(p HelperPurpose) uint32 {
 		}
 	}
 	return last + 1
-}
-
-// providers are those that wrap w.
-func (w Wrapped) providers() []string {
-	names := make([]string, len(w.Outer))
-	for i, o := range w.Outer {
-		names[i] = o.Provider
-	}
-	return names
 }
 
 // restoreMEK are the records of what protects after a MEK rotation is rolled
@@ -382,16 +374,15 @@ func (c *Custodian) moveOne(ctx context.Context, r Rotation, id keyID) error {
 	if err := usableMEK(to, Protect, c.now()); err != nil {
 		return err
 	}
-	moved, err := c.keys.rewrap(ctx, set, id, to)
+	moved, err := c.keys.rewrapUnder(ctx, set, id, to)
 	if err != nil {
 		return err
 	}
 	return c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
-		w, _, _, err := old.wrapped(id)
-		if err != nil {
-			return change{}, err
-		}
-		if old.protectingMEK().Version != to.Version || !old.stale(w.MEKVersion) {
+		was, _, _ := set.outerOf(id)
+		is, _, _ := old.outerOf(id)
+		// Another MEK protects meanwhile, or another provider wraps the key.
+		if old.protectingMEK().Version != to.Version || is.MEKVersion != was.MEKVersion || !slices.EqualFunc(is.Outer, was.Outer, sameWrap) {
 			return change{}, errStepped
 		}
 		e := audit.Entry{Action: "key.rewrap", Category: string(id.kek), KeyVersion: id.String(), Detail: fmt.Sprintf("%s: under mek %s", r.Name(), to.Label)}
@@ -523,14 +514,18 @@ func (c *Custodian) noControlRefersToMEK(ctx context.Context, set *controlSet) e
 	})
 }
 
-// rewrap moves a wrapped key to another MEK inside the token, and has the
+func sameWrap(a, b OuterWrap) bool {
+	return a.Provider == b.Provider && a.KeyRef == b.KeyRef && bytes.Equal(a.Blob, b.Blob)
+}
+
+// rewrapUnder moves a wrapped key to another MEK inside the token, and has the
 // providers that wrapped it before wrap it again.
-func (r *keyring) rewrap(ctx context.Context, s *controlSet, id keyID, to MEK) (Wrapped, error) {
+func (r *keyring) rewrapUnder(ctx context.Context, s *controlSet, id keyID, to MEK) (Wrapped, error) {
 	w, ident, use, err := s.wrapped(id)
 	if err != nil {
 		return Wrapped{}, err
 	}
-	inner, err := r.openOuter(ctx, id, w, ident)
+	inner, err := r.openOuter(ctx, CallRewrap, id, w, ident)
 	if err != nil {
 		return Wrapped{}, err
 	}
@@ -538,7 +533,7 @@ func (r *keyring) rewrap(ctx context.Context, s *controlSet, id keyID, to MEK) (
 	if err != nil {
 		return Wrapped{}, unwrapError(id.String(), err)
 	}
-	return r.wrapOuter(ctx, Wrapped{MEKVersion: to.Version, Canary: w.Canary}, moved, ident, w.providers())
+	return r.wrapOuter(ctx, Wrapped{MEKVersion: to.Version, Canary: w.Canary}, moved, ident, providersOf(w))
 }
 
 // prove loads a key as it is recorded, whatever is loaded already. One that

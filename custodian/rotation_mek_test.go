@@ -155,6 +155,9 @@ func TestRotateMEKPastItsYear(t *testing.T) {
 // fingerprints of both are looked at.
 func TestFingerprintsOfTwoHelpers(t *testing.T) {
 	w := mekWorld(t, custodian.ProfileSealed)
+	if _, err := w.take(officer, w.bring("series", "imported", w.foreign("SD", 1, 0xa1))); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := w.c.StartRotation(t.Context(), officer, mekOrder); err != nil {
 		t.Fatal(err)
 	}
@@ -169,6 +172,12 @@ func TestFingerprintsOfTwoHelpers(t *testing.T) {
 	}
 	_, err := w.c.Issue(t.Context(), packager, ask("series", "twice", "SD"))
 	wantErr(t, "a token that draws a key twice", err, custodian.ErrFingerprint)
+	keys, err := w.take(officer, w.bring("series", "imported", w.foreign("SD", 1, 0xa1)))
+	if err != nil || keys[0].Created {
+		t.Errorf("the same import again: got %+v, %v, want the key that is there", keys, err)
+	}
+	_, err = w.take(officer, w.bring("series", "other", w.foreign("SD", 2, 0xa1)))
+	wantErr(t, "the same bytes for other content", err, custodian.ErrKeyConflict)
 	w.advanceRotations()
 	w.whole()
 }

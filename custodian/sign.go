@@ -51,14 +51,15 @@ func (c *Custodian) signLog(ctx context.Context, set *controlSet) error {
 	if err != nil {
 		return fmt.Errorf("signing key %s: %w", g.Label, err)
 	}
+	c.checkLogged = func(signed []byte) error {
+		_, err := checkpoint.Verify(signed, recorded)
+		return err
+	}
 	err = c.audit.SignWith(audit.Signer{
 		Sign: func(size uint64, root [32]byte) ([]byte, error) {
 			return checkpoint.Checkpoint{Origin: origin, Size: size, Root: root}.Sign(signer)
 		},
-		Check: func(signed []byte) error {
-			_, err := checkpoint.Verify(signed, recorded)
-			return err
-		},
+		Check: c.checkLogged,
 	})
 	if err != nil {
 		return fmt.Errorf("audit log: %w: %w", err, ErrLogRollback)

@@ -32,6 +32,7 @@ type Status struct {
 	Incidents       uint64           `json:"unknown_kid_incidents"`
 	UnknownObjects  []TokenObject    `json:"unknown_token_objects"`
 	Authority       string           `json:"authority"` // who may change policy
+	Rewraps         []RewrapStatus   `json:"rewraps"`   // jobs that have not ended
 }
 
 // A MEKStatus describes one MEK version.
@@ -50,6 +51,13 @@ type AuditStatus struct {
 	Entries uint64 `json:"entries"`
 	Root    string `json:"root"`
 	Blocked string `json:"blocked,omitempty"`
+	Full    bool   `json:"full"` // blocked for want of room
+
+	Segments  int    `json:"segments"`
+	Pruned    uint64 `json:"pruned_entries"`
+	Bytes     int64  `json:"bytes"`
+	Limit     int64  `json:"limit"`     // bytes that it may have
+	Watermark int    `json:"watermark"` // 80 or 95, in percent of the limit, or 0
 }
 
 // Status describes the daemon to who may know.
@@ -74,17 +82,40 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 	s := Status{Time: now, Started: c.started, StoreID: fmt.Sprintf("%x", set.head.StoreID), ControlRevision: set.head.Revision,
 		HSM: c.hsm.Status(), Store: stats, Categories: len(set.categories), KEKsLoaded: c.keys.count(), KEKLoads: c.keys.loads.Load(),
 		CEKsInClear: c.arena.InUse(), Incidents: c.incidents.Load(), UnknownObjects: c.unknownObjects,
-		Audit:     AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked},
-		Authority: set.authority.describe()}
+		Audit: AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked, Full: log.Full,
+			Segments: log.Segments, Pruned: log.Pruned, Bytes: log.Bytes, Limit: log.Limit, Watermark: log.Watermark},
+		Authority: set.authority.describe(), Rewraps: c.rewrapStatuses(set)}
 	for _, m := range set.meks {
 		s.MEKs = append(s.MEKs, MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24)})
 	}
 	slices.SortFunc(s.MEKs, func(a, b MEKStatus) int { return int(a.Version) - int(b.Version) })
 	for _, g := range c.keys.order {
-		s.Providers = append(s.Providers, g.describe())
+		p := g.describe()
+		p.KeyVersions, p.SoleKeyVersions = set.heldBy(p.Name)
+		s.Providers = append(s.Providers, p)
 	}
 	s.Warnings = c.warnings(set, s)
 	return s, nil
+}
+
+// heldBy counts the keys that a provider holds a wrap of, and those that nobody
+// else does.
+func (s *controlSet) heldBy(provider string) (all, alone int) {
+	count := func(w Wrapped) {
+		if slices.ContainsFunc(w.Outer, func(o OuterWrap) bool { return o.Provider == provider }) {
+			all++
+			if len(w.Outer) == 1 {
+				alone++
+			}
+		}
+	}
+	for _, k := range s.keks {
+		count(k.Wrapped)
+	}
+	for _, h := range s.helpers {
+		count(h.Wrapped)
+	}
+	return all, alone
 }
 
 func (c *Custodian) warnings(set *controlSet, s Status) []string {
@@ -109,9 +140,17 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 		switch {
 		case p.Refused != "":
 			w = append(w, fmt.Sprintf("provider %s refuses its key to us: loaded keys have no grace there: %s", p.Name, p.Refused))
+		case p.LoginRefused != "":
+			w = append(w, fmt.Sprintf("provider %s refuses our login: renew its credentials; loaded keys that need it have %s of grace left: %s",
+				p.Name, p.GraceLeft.Round(time.Second), p.LoginRefused))
 		case !p.AwaySince.IsZero():
 			w = append(w, fmt.Sprintf("provider %s does not answer since %s; loaded keys that need it have %s of grace left",
 				p.Name, p.AwaySince.Format(time.RFC3339), p.GraceLeft.Round(time.Second)))
+		}
+	}
+	for _, j := range s.Rewraps {
+		if j.LastError != "" {
+			w = append(w, fmt.Sprintf("outer wraps of %s: %d of %d keys are moved, and it does not go on: %s", scope(j.Category), j.Done, j.Total, j.LastError))
 		}
 	}
 	for id, k := range set.keks {
@@ -124,6 +163,9 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	}
 	if err := c.believesClock(); err != nil {
 		w = append(w, err.Error())
+	}
+	if s.Audit.Watermark > 0 {
+		w = append(w, fmt.Sprintf("the audit log is %d%% full: it has %d bytes, and room for %d; when it is full nothing is released", s.Audit.Watermark, s.Audit.Bytes, s.Audit.Limit))
 	}
 	if s.Audit.Blocked != "" {
 		w = append(w, "the audit log is blocked, so nothing is released: "+s.Audit.Blocked)

@@ -18,26 +18,13 @@ func (c *Custodian) ProbeKMS(ctx context.Context) {
 // serve no more. Call it about once a second; it waits for nothing.
 func (c *Custodian) TickKMS() {
 	now := c.keys.clock.now()
+	c.keys.outages.Tick()
 	for _, g := range c.keys.order {
-		if told := g.tick(now); told != nil {
-			c.tell(*told)
-		}
 		if err := g.newRefusal(); err != nil {
 			c.log.Error("a KMS refuses its key to us: loaded keys that need it have no grace", "provider", g.p.Name(), "err", err)
 		}
 	}
 	c.keys.sweep(c.set.Load(), now)
-}
-
-func (c *Custodian) tell(i Incident) {
-	if i.Closed.IsZero() {
-		c.log.Error("incident: a KMS is out of reach", "incident", i.ID, "provider", i.Provider, "since", i.Since, "err", i.LastError)
-	} else {
-		c.log.Warn("incident closed: the KMS is back", "incident", i.ID, "provider", i.Provider, "since", i.Since, "back", i.Back)
-	}
-	if c.onIncident != nil {
-		c.onIncident(i)
-	}
 }
 
 // probe opens one wrap of each provider that is due. A provider that wraps
@@ -116,7 +103,7 @@ func (r *keyring) ready(s *controlSet) error {
 func (g *guard) ready(now time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.refused == nil && (g.away.IsZero() || g.graceLeftLocked(now) > 0)
+	return g.refused == nil && (g.outage.awaySince().IsZero() || g.graceLeftLocked(now) > 0)
 }
 
 // sweep releases the KEKs whose lifetime is over and that can have no grace

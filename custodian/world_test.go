@@ -25,6 +25,7 @@ import (
 // folder, a token in memory, a KMS, and a clock that the test sets. Between
 // the domain and each of its parts stands the breaker.
 type world struct {
+	segment int64 // of the audit log; 0: the default
 	t       *testing.T
 	dir     string
 	clock   atomic.Int64 // Unix nanoseconds
@@ -51,6 +52,8 @@ var (
 	narrow = custodian.Caller{ID: "spiffe://test/narrow", Roles: []custodian.Role{custodian.RoleProvider}}
 	// patient may have keys after their re-issue window.
 	patient = custodian.Caller{ID: "spiffe://test/patient", Roles: []custodian.Role{custodian.RolePackager}}
+	// narrowOfficer decides about the category movies only.
+	narrowOfficer = custodian.Caller{ID: "spiffe://test/narrow-officer", Roles: []custodian.Role{custodian.RoleOfficer}, SPKI: [32]byte{2}}
 	// nobody has no grant.
 	nobody = custodian.Caller{ID: "spiffe://test/nobody", Roles: custodian.Roles}
 )
@@ -63,6 +66,7 @@ func testPolicy(t *testing.T) *custodian.Policy {
 		{Identity: provider.ID, Role: custodian.RoleProvider, AllCategories: true},
 		{Identity: narrow.ID, Role: custodian.RoleProvider, Categories: []custodian.CategoryName{"movies"}},
 		{Identity: officer.ID, Role: custodian.RoleOfficer, AllCategories: true, SPKI: &[32]byte{1}},
+		{Identity: narrowOfficer.ID, Role: custodian.RoleOfficer, Categories: []custodian.CategoryName{"movies"}, SPKI: &[32]byte{2}},
 		{Identity: auditor.ID, Role: custodian.RoleAuditor, AllCategories: true},
 		{Identity: operator.ID, Role: custodian.RoleOperator},
 	})
@@ -159,7 +163,7 @@ func (w *world) tryParts() (err error) {
 	}
 	w.logged = custodian.Logged{TrackKIDs: true}
 	wrap := func(f audit.File) audit.File { return brokenFile{f, w.breaker} }
-	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap}); err != nil {
+	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment}); err != nil {
 		return err
 	}
 	w.cfg.Store, w.cfg.Audit, w.cfg.Logged = brokenStore{w.st, w.breaker}, w.log, w.logged

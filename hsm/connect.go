@@ -244,6 +244,14 @@ func (t *Token) makeWorkers(ti pkcs11.TokenInfo) error {
 	t.arena = arena
 	t.anchor, t.control, t.signing = make(chan *worker, 1), make(chan *worker, 1), make(chan *worker, 1)
 	t.pool = make(chan *worker, pool)
+	lanes := pool
+	if t.profile.serial {
+		lanes = 1
+	}
+	t.lanes = make(chan struct{}, lanes)
+	for range lanes {
+		t.lanes <- struct{}{}
+	}
 	homes := []chan *worker{t.anchor, t.control, t.signing}
 	for range pool {
 		homes = append(homes, t.pool)

@@ -392,15 +392,14 @@ func TestHangHonoursTheContext(t *testing.T) {
 	if got := late.Load(); got != 0 {
 		t.Errorf("%d calls came back a second after their deadline", got)
 	}
-	if got, want := int(busy.Load()), 9*pool; got != want {
-		t.Errorf("%d calls got no session, want %d", got, want)
+	hang := tok.Info().Abandoned
+	if hang < 1 || hang > pool {
+		t.Errorf("%d calls abandoned, want some, and no more than the pool has sessions: %d", hang, pool)
 	}
-	if got := tok.Info().Abandoned; got != pool {
-		t.Errorf("%d calls abandoned, want as many as the pool has sessions: %d", got, pool)
+	if got, want := int(busy.Load()), 10*pool-hang; got != want {
+		t.Errorf("%d calls got no session, want the other %d", got, want)
 	}
-	if got := f.Hanging("C_Decrypt"); got != pool {
-		t.Errorf("%d calls hang in the module, want %d", got, pool)
-	}
+	eventually(t, "they hang in the module", func() bool { return f.Hanging("C_Decrypt") == hang })
 	f.Resume("C_Decrypt")
 	eventually(t, "abandoned calls end", func() bool { return tok.Info().Abandoned == 0 && tok.Info().InFlight == 0 })
 	if err := s.open(t.Context()); err != nil {

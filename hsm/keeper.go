@@ -184,9 +184,6 @@ func (t *Token) ask(ctx context.Context, home chan *worker) error {
 	if err != nil {
 		return err
 	}
-	if err := t.admit(w); err != nil {
-		return err
-	}
 	if err := w.run(ctx, (*worker).probe); err != nil {
 		return err
 	}

@@ -15,15 +15,18 @@ type profile struct {
 	kwp          uint   // mechanism that is AES key wrap with padding, RFC 5649
 	valueLen     bool   // CKA_VALUE_LEN must be given when a key is unwrapped
 	sessions     int    // default of Config.MaxSessions
+	serial       bool   // the module does one thing at a time anyway
 	trusted      bool   // a private wrapping key can be made CKA_TRUSTED
 	sync         bool   // token objects are plain files that the module does not fsync
 	refused      string // why the module cannot be used for now
 }
 
-// profiles is searched from the top. More sessions do not make SoftHSM faster,
-// it serialises; a network module needs as many as its round trip hides.
+// profiles is searched from the top. SoftHSM serialises, and threads that wait
+// for each other in its locks cost more than goroutines that wait in ours: it
+// gets one call of the pool at a time, and more sessions only for when a call
+// hangs. A network module needs as many as its round trip hides.
 var profiles = []profile{
-	{name: "softhsm", manufacturer: "SoftHSM", kwp: ckmAESKeyWrapPad, sessions: 8, sync: true},
+	{name: "softhsm", manufacturer: "SoftHSM", kwp: ckmAESKeyWrapPad, sessions: 8, serial: true, sync: true},
 	{name: "luna", manufacturer: "SafeNet", kwp: 0x80000171, valueLen: true, sessions: 32},
 	{name: "nshield", manufacturer: "nCipher", kwp: ckmAESKeyWrapKWP, sessions: 32},
 	{name: "nss", manufacturer: "Mozilla", kwp: ckmAESKeyWrapKWP, sessions: 8},

@@ -99,12 +99,25 @@ func (w *worker) loop() {
 			w.undo()
 		}
 		w.t.abandoned.Add(-1)
-		w.release()
+		w.goHome()
 	}
 }
 
-// release wipes what the job left and sends the worker home.
+// release ends a call: the worker goes home, and its lane is free.
 func (w *worker) release() {
+	w.goHome()
+	w.leave()
+}
+
+// leave gives the lane back that take waited for.
+func (w *worker) leave() {
+	if w.home == w.t.pool {
+		w.t.lanes <- struct{}{}
+	}
+}
+
+// goHome wipes what the job left and sends the worker home.
+func (w *worker) goHome() {
 	clear(w.in[:w.inLen])
 	clear(w.out)
 	if w.key != nil {
@@ -123,22 +136,27 @@ func (t *Token) take(ctx context.Context, home chan *worker) (*worker, error) {
 	if err := t.check(); err != nil {
 		return nil, err
 	}
-	var w *worker
-	select {
-	case w = <-home:
-	default:
-		if home == t.pool && t.poolAbandoned() {
-			return nil, fmt.Errorf("every session of the pool is in a call that its caller gave up: %w", ErrDevice)
-		}
-		var err error
-		if w, err = t.wait(ctx, home); err != nil {
+	if home == t.pool && len(home) == 0 && t.poolAbandoned() {
+		return nil, fmt.Errorf("every session of the pool is in a call that its caller gave up: %w", ErrDevice)
+	}
+	return t.wait(ctx, home)
+}
+
+// wait is take that waits for any pool. One of the pool needs a lane first.
+func (t *Token) wait(ctx context.Context, home chan *worker) (w *worker, err error) {
+	if home == t.pool {
+		if _, err := await(ctx, t, t.lanes); err != nil {
 			return nil, err
 		}
 	}
-	if err := t.admit(w); err != nil {
-		return nil, err
+	w, err = await(ctx, t, home)
+	if err == nil {
+		err = t.admit(w)
 	}
-	return w, nil
+	if err != nil && home == t.pool {
+		t.lanes <- struct{}{}
+	}
+	return w, err
 }
 
 // admit sends a worker home again if the token was lost while we waited.
@@ -162,21 +180,32 @@ func (t *Token) poolAbandoned() bool {
 	return true
 }
 
-func (t *Token) wait(ctx context.Context, home chan *worker) (*worker, error) {
-	timer := time.NewTimer(t.c.CallTimeout)
-	defer timer.Stop()
+// await takes from a channel as soon as something is there, within the time of
+// the context and CallTimeout.
+func await[T any](ctx context.Context, t *Token, from chan T) (got T, err error) {
 	select {
-	case w := <-home:
-		return w, nil
+	case got = <-from:
+		return got, nil
+	default:
+	}
+	var timeout <-chan time.Time
+	if deadline, ok := ctx.Deadline(); !ok || time.Until(deadline) > t.c.CallTimeout {
+		timer := time.NewTimer(t.c.CallTimeout)
+		defer timer.Stop()
+		timeout = timer.C
+	}
+	select {
+	case got = <-from:
+		return got, nil
 	case <-ctx.Done():
 		if err := t.check(); err != nil {
-			return nil, fmt.Errorf("%w: %w", err, ctx.Err())
+			return got, fmt.Errorf("%w: %w", err, ctx.Err())
 		}
 		t.poke() // to look at the calls that we waited for
-		return nil, fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
-	case <-timer.C:
+		return got, fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
+	case <-timeout:
 		t.suspect()
-		return nil, fmt.Errorf("within %s: %w", t.c.CallTimeout, ErrBusy)
+		return got, fmt.Errorf("within %s: %w", t.c.CallTimeout, ErrBusy)
 	}
 }
 
@@ -204,6 +233,7 @@ func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 		t := w.t
 		t.abandoned.Add(1)
 		if w.state.CompareAndSwap(stateRunning, stateAbandoned) {
+			w.leave()
 			if errors.Is(why, ErrDevice) {
 				t.suspect()
 			} else {

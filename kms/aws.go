@@ -221,7 +221,7 @@ func (a *amazon) Wrap(ctx context.Context, blob, context []byte) (w custodian.Ou
 	if err != nil {
 		return w, err
 	}
-	return a.made(ctx, "encrypt", made.CiphertextBlob, context, blob)
+	return a.made(ctx, "encrypt", made.CiphertextBlob, context)
 }
 
 func (a *amazon) Unwrap(ctx context.Context, w custodian.OuterWrap, context []byte) (blob []byte, err error) {
@@ -242,11 +242,6 @@ func (a *amazon) Rewrap(ctx context.Context, w custodian.OuterWrap, context []by
 		return moved, err
 	}
 	defer func() { a.contact.done(err) }()
-	blob, err := a.open(ctx, w, context)
-	if err != nil {
-		return moved, err
-	}
-	defer clear(blob)
 	made, err := call(ctx, a, "reencrypt", (*awskms.Client).ReEncrypt, &awskms.ReEncryptInput{
 		CiphertextBlob: w.Blob, SourceKeyId: &a.c.Key, DestinationKeyId: &a.c.Key,
 		SourceEncryptionContext: encryptionContext(context), DestinationEncryptionContext: encryptionContext(context),
@@ -256,16 +251,16 @@ func (a *amazon) Rewrap(ctx context.Context, w custodian.OuterWrap, context []by
 	if err != nil {
 		return moved, err
 	}
-	return a.made(ctx, "reencrypt", made.CiphertextBlob, context, blob)
+	return a.made(ctx, "reencrypt", made.CiphertextBlob, context)
 }
 
-// made is a new wrap that is proved to open to want.
-func (a *amazon) made(ctx context.Context, op string, made, context, want []byte) (custodian.OuterWrap, error) {
+// made is a new wrap that is proved to be bound to its context.
+func (a *amazon) made(ctx context.Context, op string, made, context []byte) (custodian.OuterWrap, error) {
 	if len(made) == 0 {
 		return custodian.OuterWrap{}, a.fault(op, "its answer has no blob", custodian.ErrProviderUnavailable)
 	}
 	w := custodian.OuterWrap{Provider: a.name, KeyRef: a.c.Key, Blob: made}
-	if err := prove(ctx, a, w, context, want); err != nil {
+	if err := proveBound(ctx, a, w, context); err != nil {
 		return custodian.OuterWrap{}, err
 	}
 	return w, nil
@@ -300,7 +295,7 @@ func call[I, O any](ctx context.Context, a *amazon, op string, do func(*awskms.C
 }
 
 func (a *amazon) Status() custodian.ProviderStatus {
-	return a.contact.describe(custodian.ProviderStatus{Name: a.name, Kind: KindAWS, KeyRef: a.c.Key, OuterLayer: true})
+	return a.logins.describe(a.contact.describe(custodian.ProviderStatus{Name: a.name, Kind: KindAWS, KeyRef: a.c.Key, OuterLayer: true}))
 }
 
 // Close forgets the login.

@@ -57,6 +57,8 @@ func awsSentinel(op string, answer smithy.APIError, err error) error {
 		return custodian.ErrProviderThrottled
 	case has(awsDenied):
 		return custodian.ErrProviderDenied
+	case has(awsLogin):
+		return custodian.ErrProviderLogin
 	case has(awsDisabled):
 		return custodian.ErrProviderDisabled
 	case code == "KMSInvalidStateException" && slices.ContainsFunc(awsStates, func(s string) bool { return strings.Contains(text, s) }):
@@ -106,8 +108,11 @@ func (a *amazon) refusal(err error) error {
 		return fmt.Errorf("kms %s: log in to aws: %w: %w", a.name, custodian.ErrProviderUnavailable, err)
 	}
 	sentinel := custodian.ErrProviderUnavailable
-	if slices.Contains(awsThrottled, answer.ErrorCode()) {
+	switch {
+	case slices.Contains(awsThrottled, answer.ErrorCode()):
 		sentinel = custodian.ErrProviderThrottled
+	case slices.Contains(awsLogin, answer.ErrorCode()), slices.Contains(awsDenied, answer.ErrorCode()):
+		sentinel = custodian.ErrProviderLogin // by whoever gives credentials
 	}
 	return fmt.Errorf("kms %s: log in to aws: %s: %w", a.name, awsSays(answer), sentinel)
 }

@@ -296,7 +296,7 @@ func (g *google) Wrap(ctx context.Context, blob, context []byte) (w custodian.Ou
 		return w, g.fault("encrypt", "the CRC32C of the answer is wrong", custodian.ErrProviderUnavailable)
 	}
 	w = custodian.OuterWrap{Provider: g.name, KeyRef: g.c.Key, Blob: made.Ciphertext}
-	if err := prove(ctx, g, w, context, blob); err != nil {
+	if err := proveBound(ctx, g, w, context); err != nil {
 		return custodian.OuterWrap{}, err
 	}
 	return w, nil
@@ -353,7 +353,7 @@ func request[I, O any](ctx context.Context, g *google, op string, do func(contex
 }
 
 func (g *google) Status() custodian.ProviderStatus {
-	return g.contact.describe(custodian.ProviderStatus{Name: g.name, Kind: KindGCP, KeyRef: g.c.Key, OuterLayer: true})
+	return g.logins.describe(g.contact.describe(custodian.ProviderStatus{Name: g.name, Kind: KindGCP, KeyRef: g.c.Key, OuterLayer: true}))
 }
 
 // Close forgets the login. The token ends with its lifetime.

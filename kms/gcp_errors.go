@@ -53,6 +53,8 @@ func gcpSentinel(op string, answer *status.Status) error {
 		return custodian.ErrProviderThrottled
 	case codes.PermissionDenied:
 		return custodian.ErrProviderDenied
+	case codes.Unauthenticated:
+		return custodian.ErrProviderLogin
 	case codes.FailedPrecondition, codes.NotFound:
 		// The key's version is disabled, scheduled for destruction or
 		// destroyed; or the key is not there.
@@ -99,10 +101,10 @@ func (g *google) refusal(err error) error {
 	if answer.Response.StatusCode == http.StatusTooManyRequests {
 		return fmt.Errorf("kms %s: log in to google: status 429: %w", g.name, custodian.ErrProviderThrottled)
 	}
-	what := "no token"
+	sentinel := custodian.ErrProviderUnavailable
 	if g.refused(err) {
-		what = "the login is refused"
+		sentinel = custodian.ErrProviderLogin
 	}
 	body := strings.Join(strings.Fields(string(answer.Body)), " ")
-	return fmt.Errorf("kms %s: log in to google: %s: status %d, %.300q: %w", g.name, what, answer.Response.StatusCode, body, custodian.ErrProviderUnavailable)
+	return fmt.Errorf("kms %s: log in to google: status %d, %.300q: %w", g.name, answer.Response.StatusCode, body, sentinel)
 }

@@ -77,15 +77,10 @@ func TestGCPRotation(t *testing.T) {
 	wantOpens(t, "under the new version", b.p, moved)
 }
 
-// Each direction has its checksums, and what Google answers to Encrypt is
-// opened before it is relied on.
+// Each direction has its checksums.
 func TestGCPChecksums(t *testing.T) {
 	b := newGCPBed(t)
 	w := wrapWith(t, b.p)
-	other, err := b.p.Wrap(t.Context(), []byte("another KEK"), context1)
-	if err != nil {
-		t.Fatal(err)
-	}
 	encrypts := func(change func(*kmspb.EncryptResponse)) gcpkms.Handler {
 		return func(ctx context.Context, in any, next grpc.UnaryHandler) (any, error) {
 			out, err := next(ctx, in)
@@ -130,12 +125,6 @@ func TestGCPChecksums(t *testing.T) {
 		{"the answer is empty", encrypts(func(made *kmspb.EncryptResponse) {
 			made.Ciphertext, made.CiphertextCrc32C = nil, gcpkms.CRC32C(nil)
 		}), custodian.ErrProviderUnavailable, "CRC32C of the answer"},
-		{"the answer is another KEK's blob", encrypts(func(made *kmspb.EncryptResponse) {
-			made.Ciphertext, made.CiphertextCrc32C = other.Blob, gcpkms.CRC32C(other.Blob)
-		}), custodian.ErrProviderUnavailable, "opens to other bytes"},
-		{"the answer is garbage", encrypts(func(made *kmspb.EncryptResponse) {
-			made.Ciphertext, made.CiphertextCrc32C = []byte("garbage"), gcpkms.CRC32C([]byte("garbage"))
-		}), custodian.ErrProviderBlob, "ciphertext is invalid"},
 	} {
 		b.server.Break(test.breaks)
 		_, err := b.p.Wrap(t.Context(), inner, context1)
@@ -254,7 +243,7 @@ func TestGCPTokens(t *testing.T) {
 	for range 20 {
 		_, err := b.p.Unwrap(t.Context(), w, context1)
 		wantOnly(t, "open when the login is refused", err, custodian.ErrProviderUnavailable)
-		if err != nil && !strings.Contains(err.Error(), "the login is refused") {
+		if err != nil && !strings.Contains(err.Error(), "refuses our login") {
 			t.Errorf("open when the login is refused: got %q, want it to say so", err)
 		}
 	}

@@ -200,6 +200,14 @@ func (l *logins[C]) wait(longest time.Duration) {
 	l.next = l.now().Add(d/2 + rand.N(d/2))
 }
 
+// describe fills in s when the login is renewed and when it ends.
+func (l *logins[C]) describe(s custodian.ProviderStatus) custodian.ProviderStatus {
+	if current := l.current.Load(); current != nil {
+		s.NextRenewal, s.LoginEnd = current.renew, current.end
+	}
+	return s
+}
+
 func (l *logins[C]) forget() { l.current.Store(nil) }
 
 // longest is the longest wait after a login that failed with err.

@@ -35,15 +35,18 @@ const (
 	hangsAfter         badDay = "hangs after having done it"
 	credentialsExpired badDay = "credentials expired"
 	loginRefused       badDay = "login refused"
+	// The KMS answers what it should answer to another record's blob.
+	anothersAnswer badDay = "answers another record's blob"
 )
 
 // A site is a provider with its KMS, and the ways to break and mend it. What
 // harm makes, a mend without a row of its own ends by unbreak.
 type site struct {
-	p    custodian.Provider
-	pass func() // lets any wait before the next login pass
-	harm map[badDay]func()
-	mend map[badDay]func()
+	p     custodian.Provider
+	clock *clock
+	pass  func() // lets any wait before the next login pass
+	harm  map[badDay]func()
+	mend  map[badDay]func()
 	// unbreak has the KMS answer by itself again.
 	unbreak func()
 }
@@ -128,6 +131,9 @@ func (s *site) wantBadDay(t *testing.T, day badDay, w custodian.OuterWrap, want 
 		if want != nil {
 			wantOnly(t, what, err, want)
 		}
+		if got := errors.Is(err, custodian.ErrProviderLogin); got != (day == loginRefused) {
+			t.Errorf("%s: got %v, told as a refused login: %v", what, err, got)
+		}
 		// The server ends the call at the same deadline, and may be a little early.
 		if took := time.Since(began); patience < time.Second && took < patience*8/10 {
 			t.Errorf("%s: got %v after %s, before the caller's %s were up", what, err, took, patience)
@@ -176,6 +182,27 @@ func (s *site) wantMended(t *testing.T, w custodian.OuterWrap) {
 	}
 }
 
+// The status shows when a login is renewed: after two thirds of its life.
+func TestRenewalIsShown(t *testing.T) {
+	for _, kind := range sites {
+		t.Run(kind.kind, func(t *testing.T) {
+			s := kind.make(t)
+			wrapWith(t, s.p)
+			got, now := s.p.Status(), s.clock.Now()
+			if kind.kind == kms.KindAWS { // these credentials have no end
+				if !got.NextRenewal.IsZero() || !got.LoginEnd.IsZero() {
+					t.Errorf("got a renewal at %s and an end at %s, want none", got.NextRenewal, got.LoginEnd)
+				}
+				return
+			}
+			life := got.LoginEnd.Sub(now)
+			if renewal := got.NextRenewal.Sub(now); life <= 0 || renewal < life*6/10 || renewal > life*7/10 {
+				t.Errorf("got a renewal in %s and an end in %s, want it at two thirds", renewal, life)
+			}
+		})
+	}
+}
+
 // A blob that answers for another record opens for none.
 func TestAnotherRecordsBlob(t *testing.T) {
 	for _, kind := range sites {
@@ -205,7 +232,7 @@ func vaultSite(t *testing.T) *site {
 	breaks := func(h behaviour) func() { return func() { b.proxy.set(h) } }
 	refuse := only(logins, answer(400, `{"errors":["invalid role or secret ID"]}`))
 	return &site{
-		p: b.p, pass: b.pass, unbreak: breaks(forward),
+		p: b.p, clock: b.clock, pass: b.pass, unbreak: breaks(forward),
 		harm: map[badDay]func(){
 			sealedOrDisabled:   b.vault.Seal,
 			permissionDenied:   func() { b.vault.WritePolicy(b.key, policy(b.key, "rewrap")) },
@@ -219,6 +246,7 @@ func vaultSite(t *testing.T) *site {
 			hangsAfter:         breaks(hangAfter),
 			credentialsExpired: func() { b.revoke(t) },
 			loginRefused:       func() { b.revoke(t); b.proxy.set(refuse) },
+			anothersAnswer:     func() { b.proxy.set(repeater()) },
 		},
 		mend: map[badDay]func(){sealedOrDisabled: b.vault.Unseal, permissionDenied: b.allow},
 	}
@@ -228,7 +256,7 @@ func awsSite(t *testing.T) *site {
 	b := newAWSBed(t)
 	breaks := func(h behaviour) func() { return func() { b.server.Break(awskms.Handler(h)) } }
 	return &site{
-		p: b.p, pass: func() { b.clock.Add(time.Minute) }, unbreak: func() { b.server.Break(nil) },
+		p: b.p, clock: b.clock, pass: func() { b.clock.Add(time.Minute) }, unbreak: func() { b.server.Break(nil) },
 		harm: map[badDay]func(){
 			sealedOrDisabled:   func() { b.server.SetState(b.key, awskms.Disabled) },
 			permissionDenied:   func() { b.server.Deny("Encrypt", "Decrypt", "ReEncrypt") },
@@ -242,6 +270,7 @@ func awsSite(t *testing.T) *site {
 			hangsAfter:         breaks(hangAfter),
 			credentialsExpired: func() { b.server.Expire(); b.server.NewCredentials() },
 			loginRefused:       b.server.Expire,
+			anothersAnswer:     func() { b.server.Break(awskms.Handler(repeater())) },
 		},
 		mend: map[badDay]func(){
 			sealedOrDisabled: func() { b.server.SetState(b.key, awskms.Enabled) },
@@ -255,7 +284,7 @@ func gcpSite(t *testing.T) *site {
 	b := newGCPBed(t)
 	breaks := func(h gcpkms.Handler) func() { return func() { b.server.Break(h) } }
 	return &site{
-		p: b.p, pass: func() { b.clock.Add(time.Minute) }, unbreak: breaks(nil),
+		p: b.p, clock: b.clock, pass: func() { b.clock.Add(time.Minute) }, unbreak: breaks(nil),
 		harm: map[badDay]func(){
 			sealedOrDisabled: func() { b.server.SetState(b.key, 1, kmspb.CryptoKeyVersion_DISABLED) },
 			permissionDenied: func() { b.server.Deny("Encrypt", "Decrypt") },
@@ -281,6 +310,7 @@ func gcpSite(t *testing.T) *site {
 			}),
 			credentialsExpired: b.server.Revoke,
 			loginRefused:       func() { b.server.Revoke(); b.server.RefuseLogins(true) },
+			anothersAnswer:     func() { b.server.Break(gcpRepeater()) },
 		},
 		mend: map[badDay]func(){
 			sealedOrDisabled: func() { b.server.SetState(b.key, 1, kmspb.CryptoKeyVersion_ENABLED) },

@@ -300,7 +300,7 @@ func (v *vault) Wrap(ctx context.Context, blob, context []byte) (w custodian.Out
 		return w, err
 	}
 	w = custodian.OuterWrap{Provider: v.name, KeyRef: v.keyRef(), Blob: []byte(made)}
-	if err := prove(ctx, v, w, context, blob); err != nil {
+	if err := proveBound(ctx, v, w, context); err != nil {
 		return custodian.OuterWrap{}, err
 	}
 	return w, nil
@@ -327,11 +327,6 @@ func (v *vault) Rewrap(ctx context.Context, w custodian.OuterWrap, context []byt
 		return moved, err
 	}
 	defer func() { v.contact.done(err) }()
-	blob, err := v.open(ctx, w, context)
-	if err != nil {
-		return moved, err
-	}
-	defer clear(blob)
 	made, err := v.call(ctx, "rewrap", map[string]any{
 		"ciphertext": string(w.Blob),
 		"context":    base64.StdEncoding.EncodeToString(context),
@@ -340,7 +335,7 @@ func (v *vault) Rewrap(ctx context.Context, w custodian.OuterWrap, context []byt
 		return moved, err
 	}
 	moved = custodian.OuterWrap{Provider: v.name, KeyRef: v.keyRef(), Blob: []byte(made)}
-	if err := prove(ctx, v, moved, context, blob); err != nil {
+	if err := proveBound(ctx, v, moved, context); err != nil {
 		return custodian.OuterWrap{}, err
 	}
 	return moved, nil
@@ -384,7 +379,7 @@ func (v *vault) call(ctx context.Context, op string, body map[string]any, field 
 }
 
 func (v *vault) Status() custodian.ProviderStatus {
-	return v.contact.describe(custodian.ProviderStatus{Name: v.name, Kind: KindVault, KeyRef: v.keyRef(), OuterLayer: true})
+	return v.logins.describe(v.contact.describe(custodian.ProviderStatus{Name: v.name, Kind: KindVault, KeyRef: v.keyRef(), OuterLayer: true}))
 }
 
 // Close forgets the login. The token ends with its lease.

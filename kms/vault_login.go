@@ -78,7 +78,7 @@ func (v *vault) byTokenFile(ctx context.Context) (*session[*api.Client], error) 
 	begin := v.now()
 	self, err := client.Logical().ReadWithContext(ctx, "auth/token/lookup-self")
 	if forbidden(err) {
-		doubt := fmt.Errorf("kms %s: log in to vault: the token of %s is refused: %w", v.name, v.c.TokenFile, custodian.ErrProviderUnavailable)
+		doubt := fmt.Errorf("kms %s: log in to vault: the token of %s is refused: %w", v.name, v.c.TokenFile, custodian.ErrProviderLogin)
 		return &session[*api.Client]{client: client, doubt: doubt}, nil
 	}
 	if err != nil {
@@ -114,7 +114,7 @@ func (v *vault) refusal(err error) error {
 	case answer.StatusCode == http.StatusTooManyRequests:
 		return fmt.Errorf("kms %s: log in to vault: %s: %w", v.name, says(answer), custodian.ErrProviderThrottled)
 	case refused(answer):
-		return fmt.Errorf("kms %s: log in to vault: the login is refused: %s: %w", v.name, says(answer), custodian.ErrProviderUnavailable)
+		return fmt.Errorf("kms %s: log in to vault: %s: %w", v.name, says(answer), custodian.ErrProviderLogin)
 	}
 	return fmt.Errorf("kms %s: log in to vault: %s: %w", v.name, says(answer), custodian.ErrProviderUnavailable)
 }

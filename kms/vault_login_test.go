@@ -100,7 +100,7 @@ func TestVaultSecretIDGone(t *testing.T) {
 	before := b.proxy.count(logins)
 	for range 20 {
 		err := b.wantRefused(t, "without a secret ID", w, custodian.ErrProviderUnavailable)
-		if err != nil && !strings.Contains(err.Error(), "the login is refused") {
+		if err != nil && !strings.Contains(err.Error(), "refuses our login") {
 			t.Errorf("open without a secret ID: got %q, want it to say that the login is refused", err)
 		}
 	}

@@ -63,7 +63,7 @@ func TestVaultLoginByCertificate(t *testing.T) {
 	trust("somebody-else") // whose role is not asked for
 	b.endTokens(t, "cert")
 	err = b.wantRefused(t, "when the certificate is not trusted any more", w, custodian.ErrProviderUnavailable)
-	if err != nil && !strings.Contains(err.Error(), "the login is refused") {
+	if err != nil && !strings.Contains(err.Error(), "refuses our login") {
 		t.Errorf("open when the certificate is not trusted any more: got %q, want it to name the login", err)
 	}
 	trust("custodian")
@@ -99,7 +99,7 @@ func TestVaultLoginByServiceAccountToken(t *testing.T) {
 	write(t, "", file, serviceAccountToken(t, key, subject, -time.Hour), 0o600)
 	b.revoke(t)
 	err = b.wantRefused(t, "with an expired JWT", w, custodian.ErrProviderUnavailable)
-	if err != nil && !strings.Contains(err.Error(), "the login is refused") {
+	if err != nil && !strings.Contains(err.Error(), "refuses our login") {
 		t.Errorf("open with an expired JWT: got %q, want it to name the login", err)
 	}
 	write(t, "", file, serviceAccountToken(t, key, "system:serviceaccount:drm:another", time.Hour), 0o600)

@@ -341,28 +341,6 @@ func TestVaultRotation(t *testing.T) {
 	}
 }
 
-// What Vault answers to encrypt or rewrap is opened before it is relied on.
-func TestVaultWrapIsVerified(t *testing.T) {
-	b := newBed(t)
-	other, err := b.p.Wrap(t.Context(), []byte("another KEK"), context1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w := b.wrap(t)
-	lie := answer(200, fmt.Sprintf(`{"data":{"ciphertext":%q}}`, other.Blob))
-	b.proxy.set(only("encrypt", lie))
-	_, err = b.p.Wrap(t.Context(), inner, context1)
-	wantOnly(t, "wrap when Vault answers another blob", err, custodian.ErrProviderUnavailable)
-	b.proxy.set(only("encrypt", answer(200, `{"data":{"ciphertext":"vault:v1:AAAA"}}`)))
-	_, err = b.p.Wrap(t.Context(), inner, context1)
-	wantOnly(t, "wrap when Vault answers a blob that does not open", err, custodian.ErrProviderBlob)
-	b.proxy.set(only("rewrap", lie))
-	_, err = b.p.(custodian.Rewrapper).Rewrap(t.Context(), w, context1)
-	wantOnly(t, "rewrap when Vault answers another blob", err, custodian.ErrProviderUnavailable)
-	b.proxy.set(forward)
-	b.wantOpens(t, "the old wrap afterwards", w)
-}
-
 // A transit engine that was restored under another path opens what it made.
 func TestVaultMountMoved(t *testing.T) {
 	b := newBed(t)

@@ -2,10 +2,11 @@
 # Installs what a fresh Debian-like machine lacks to build, test and show
 # Custodian. It prints nothing and changes nothing where nothing is missing.
 #
-#   setup.sh base [media]   base: C compiler, git, certificates, SoftHSM2, Go;
-#                           media: ffmpeg
+#   setup.sh GROUP...       base: C compiler, git, certificates, SoftHSM2, Go;
+#                           media: ffmpeg; shaka: Shaka Packager, from npm
 #   setup.sh --go-bin       prints the folder for PATH in which a Go that this
 #                           script has fetched lies, whether it is there or not
+#   setup.sh --shaka        prints the same for Shaka Packager, as a file
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -13,6 +14,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 # The newest version that one of the project's modules asks for.
 want=$(sed -n 's/^go //p' "$root"/go.mod "$root"/tools/go.mod "$root"/testservers/*/go.mod | sort -V | tail -n 1)
 go_root=${XDG_CACHE_HOME:-$HOME/.cache}/custodian-go/go$want
+
+# Shaka Packager, as an npm package that holds the programs of its own release.
+shaka_version=3.4.2
+shaka_sha512=4CN4guIvK8hIObBw2w/0kOh1JBnzpcHYMUW1LViGmfDOyFddEQ+mYtEjyYrDMkwfusHA2aR0nEBgp9MaDZEWDA==
+shaka=${XDG_CACHE_HOME:-$HOME/.cache}/custodian-shaka/$shaka_version/packager
 
 say() { echo "setup: $*"; }
 die() { echo "setup: $*" >&2; exit 1; }
@@ -27,6 +33,8 @@ lacks() {
 	ca-certificates) ! test -s /etc/ssl/certs/ca-certificates.crt ;;
 	softhsm2) ! command -v softhsm2-util ;;
 	ffmpeg) ! command -v ffmpeg ;;
+	npm) ! command -v npm ;;
+	openssl) ! command -v openssl ;;
 	*) die "unknown package $1" ;;
 	esac >/dev/null
 }
@@ -115,13 +123,44 @@ ensure_go() {
 	go_is_new_enough "$go_root/bin/go" || die "fetch go $want: what was fetched does not run"
 }
 
+# fetch_shaka takes one program out of the npm package, whose checksum is
+# pinned. It is not installed with npm: nothing of it is to run here but the
+# program.
+fetch_shaka() {
+	case $(uname -m) in
+	x86_64) program=packager-linux-x64 ;;
+	aarch64) program=packager-linux-arm64 ;;
+	*) die "fetch Shaka Packager: no name for the machine type $(uname -m)" ;;
+	esac
+	install_missing npm openssl
+	say "fetching Shaka Packager $shaka_version"
+	tmp=$(mktemp -d)
+	trap 'rm -rf "$tmp"' EXIT
+	(cd "$tmp" && npm pack --silent "shaka-packager@$shaka_version" >/dev/null) || die "fetch Shaka Packager: npm pack did not succeed"
+	file=$tmp/shaka-packager-$shaka_version.tgz
+	sum=$(openssl dgst -sha512 -binary "$file" | openssl base64 -A)
+	[ "$sum" = "$shaka_sha512" ] || die "fetch Shaka Packager: the package has the SHA-512 $sum, $shaka_sha512 is pinned"
+	mkdir -p "${shaka%/*}"
+	tar -xzf "$file" -C "$tmp" "package/bin/$program" package/LICENSE
+	cp "$tmp/package/LICENSE" "${shaka%/*}/LICENSE"
+	cp "$tmp/package/bin/$program" "$shaka.partial"
+	chmod 755 "$shaka.partial"
+	mv "$shaka.partial" "$shaka"
+	rm -rf "$tmp"
+	trap - EXIT
+}
+
 case ${1:-} in
 --go-bin)
 	echo "$go_root/bin"
 	exit
 	;;
+--shaka)
+	echo "$shaka"
+	exit
+	;;
 '')
-	die "which groups? setup.sh base [media]"
+	die "which groups? base, media, shaka"
 	;;
 esac
 for group in "$@"; do
@@ -131,6 +170,7 @@ for group in "$@"; do
 		ensure_go
 		;;
 	media) install_missing ffmpeg ;;
+	shaka) [ -x "$shaka" ] || fetch_shaka ;;
 	*) die "unknown group $group" ;;
 	esac
 done

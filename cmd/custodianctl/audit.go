@@ -28,7 +28,7 @@ func (a *app) auditCmd() *cobra.Command {
 		Short: "Check and read an audit log, without the daemon or from it",
 		Long: `Check and read an audit log from its files: on the daemon's machine while it runs,
 or a copy anywhere.`,
-	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd(), a.auditKeyCmd())
+	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd(), a.auditKeyCmd(), a.auditConsistencyCmd(), a.auditPruneCmd())
 }
 
 // A reportView is a verified log in JSON.
@@ -46,10 +46,15 @@ type reportView struct {
 	Unsigned    uint64 `json:"unsigned_entries"`
 	Signed      bool   `json:"signatures_checked"`
 	Checkpoint  string `json:"checkpoint,omitempty"`
+
+	From     uint64       `json:"from_index"`
+	Segments int          `json:"segments"`
+	Pruned   []prunedView `json:"pruned"`
 }
 
 func (a *app) auditVerifyCmd() *cobra.Command {
 	var dir, keyFile, since string
+	var from, to uint64
 	c := leaf(&cobra.Command{
 		Use:   "verify [FILE]",
 		Short: "Check every byte, hash and signature of a log or an export; exit code 7 if it does not verify",
@@ -58,7 +63,11 @@ func (a *app) auditVerifyCmd() *cobra.Command {
 what custodianctl audit export wrote, which needs nothing but the key.
 
 A log cannot show by itself that its end was cut off. Keep its newest checkpoint
-elsewhere, and check with --since that the log still contains it.`,
+elsewhere, and check with --since that the log, or the export, continues it.
+
+With --from and --to only the segments are read that have these entries; what is
+before them is taken from the checkpoint that a segment begins with. Of segments
+that are pruned the hashes are checked, and the output says what is gone.`,
 		Example: `  custodianctl audit verify --dir /var/lib/custodian/audit --key audit.pem
   custodianctl audit verify entries.jsonl --key audit.pem`,
 	}, cobra.MaximumNArgs(1), func(ctx context.Context, args []string) error {
@@ -72,15 +81,24 @@ elsewhere, and check with --since that the log still contains it.`,
 				return err
 			}
 		}
-		if len(args) == 1 {
-			return a.verifyExport(ctx, args[0], key)
+		old, err := readSince(since, key)
+		if err != nil {
+			return err
 		}
-		return a.verifyLog(ctx, dir, key, since)
+		if len(args) == 1 && (from > 0 || to > 0) {
+			return invalid(errors.New("--from, --to: an export is checked as a whole"))
+		}
+		if len(args) == 1 {
+			return a.verifyExport(ctx, args[0], key, old)
+		}
+		return a.verifyLog(ctx, dir, key, audit.VerifyOptions{From: from, To: to, Since: old})
 	})
 	f := c.Flags()
 	f.StringVar(&dir, "dir", "", "`DIR`ectory of the log: audit in the daemon's data_dir")
 	f.StringVar(&keyFile, "key", "", "`FILE` with the public key of the checkpoints, in PEM")
 	f.StringVar(&since, "since", "", "`FILE` with an older checkpoint of this log, which must be in it; needs --key")
+	f.Uint64Var(&from, "from", 0, "only from the entry with this `INDEX` on")
+	f.Uint64Var(&to, "to", 0, "only to before the entry with this `INDEX`; 0 for all")
 	c.ValidArgsFunction = nil
 	return c
 }
@@ -98,26 +116,39 @@ func readAuditKey(path string) (crypto.PublicKey, error) {
 	return key, nil
 }
 
-func (a *app) verifyLog(ctx context.Context, dir string, key crypto.PublicKey, since string) error {
-	o := audit.VerifyOptions{Progress: progressOn(a.err)}
-	var old checkpoint.Checkpoint
-	found := since == ""
-	if since != "" {
-		b, err := os.ReadFile(since)
-		if err != nil {
-			return invalid(err)
-		}
-		if key == nil {
-			return invalid(errors.New("--since: a checkpoint is worth nothing without --key"))
-		}
-		if old, err = checkpoint.Verify(b, key); err != nil {
-			return fmt.Errorf("--since %s: %w", since, err)
-		}
+// readSince reads an older checkpoint; nil where there is no path.
+func readSince(path string, key crypto.PublicKey) (*checkpoint.Checkpoint, error) {
+	if path == "" {
+		return nil, nil
 	}
+	if key == nil {
+		return nil, invalid(errors.New("--since: a checkpoint is worth nothing without --key"))
+	}
+	c, _, err := readCheckpoint(path, key)
+	if err != nil {
+		return nil, fmt.Errorf("--since %w", err)
+	}
+	return &c, nil
+}
+
+// readCheckpoint reads a file with a checkpoint that key has signed.
+func readCheckpoint(path string, key crypto.PublicKey) (checkpoint.Checkpoint, []byte, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return checkpoint.Checkpoint{}, nil, invalid(err)
+	}
+	c, err := checkpoint.Verify(b, key)
+	if err != nil {
+		return c, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, b, nil
+}
+
+func (a *app) verifyLog(ctx context.Context, dir string, key crypto.PublicKey, o audit.VerifyOptions) error {
+	o.Progress = progressOn(a.err)
 	if key != nil {
 		o.Check = func(signed []byte) error {
-			c, err := checkpoint.Verify(signed, key)
-			found = found || c == old
+			_, err := checkpoint.Verify(signed, key)
 			return err
 		}
 	}
@@ -125,15 +156,13 @@ func (a *app) verifyLog(ctx context.Context, dir string, key crypto.PublicKey, s
 	if err != nil {
 		return fmt.Errorf("verify: %w", err)
 	}
-	if !found {
-		return fmt.Errorf("verify: the checkpoint of %d entries in %s is not in this log: %w", old.Size, since, checkpoint.ErrProof)
-	}
 	if key != nil && r.Checkpoints == 0 {
 		return fmt.Errorf("verify: no entry of the log is signed: %w", checkpoint.ErrSignature)
 	}
 	if a.json {
 		v := reportView{LogID: r.ID[:], Entries: r.Entries, Batches: r.Batches, Root: r.Root[:], Bytes: r.Bytes, Torn: r.Torn,
-			Checkpoints: r.Checkpoints, Unsigned: r.Unsigned, Checkpoint: string(r.Checkpoint), Signed: key != nil}
+			Checkpoints: r.Checkpoints, Unsigned: r.Unsigned, Checkpoint: string(r.Checkpoint), Signed: key != nil,
+			From: r.From, Segments: r.Segments, Pruned: viewPruned(r.Pruned)}
 		if r.Entries > 0 {
 			v.First, v.Last = &r.First, &r.Last
 		}
@@ -142,11 +171,14 @@ func (a *app) verifyLog(ctx context.Context, dir string, key crypto.PublicKey, s
 	fields := [][2]string{
 		{"verified", dir},
 		{"log id", hexBytes(r.ID[:]).String()},
-		{"entries", fmt.Sprintf("%d, in %s, %s", r.Entries, number(r.Batches, "batch", "batches"), bytesText(r.Bytes))},
+		{"entries", entriesText(&r)},
 		{"root", hexBytes(r.Root[:]).String()},
 		{"signed", signedText(r, key != nil)},
 		{"from", stamp(r.First)},
 		{"to", stamp(r.Last)},
+	}
+	for _, p := range r.Pruned {
+		fields = append(fields, [2]string{"pruned", fmt.Sprintf("segment %d: entries %d to %d, of which %d are kept; on %s", p.Segment, p.First, p.First+p.Entries-1, p.Kept, stamp(p.At))})
 	}
 	if r.Torn > 0 {
 		fields = append(fields, [2]string{"note", fmt.Sprintf("%s follow the last whole batch: one that is being written, or that a crash cut off; nobody was answered on it", number(r.Torn, "byte", "bytes"))})
@@ -176,9 +208,10 @@ type exportView struct {
 	To     uint64   `json:"to"`
 	Size   uint64   `json:"log_entries"`
 	Root   hexBytes `json:"root"`
+	Since  uint64   `json:"continues_entries,omitempty"`
 }
 
-func (a *app) verifyExport(ctx context.Context, path string, key crypto.PublicKey) error {
+func (a *app) verifyExport(ctx context.Context, path string, key crypto.PublicKey, since *checkpoint.Checkpoint) error {
 	if key == nil {
 		return invalid(errors.New("an export is checked against a key: --key is needed"))
 	}
@@ -194,23 +227,30 @@ func (a *app) verifyExport(ctx context.Context, path string, key crypto.PublicKe
 	if err != nil {
 		return fmt.Errorf("verify %s: %w", path, err)
 	}
+	if since != nil && r.Since != *since {
+		return fmt.Errorf("verify %s: it does not show that the log continues the checkpoint of %d entries; export it with --since: %w", path, since.Size, checkpoint.ErrProof)
+	}
 	return a.printExport("verified", path, r)
 }
 
 func (a *app) printExport(did, path string, r audit.ExportReport) error {
 	if a.json {
-		return a.printJSON(exportView{Origin: r.Checkpoint.Origin, From: r.From, To: r.To, Size: r.Checkpoint.Size, Root: r.Checkpoint.Root[:]})
+		return a.printJSON(exportView{Origin: r.Checkpoint.Origin, From: r.From, To: r.To, Size: r.Checkpoint.Size, Root: r.Checkpoint.Root[:], Since: r.Since.Size})
 	}
-	return a.printFields([][2]string{
+	fields := [][2]string{
 		{did, path},
 		{"log", plain(r.Checkpoint.Origin)},
 		{"entries", fmt.Sprintf("%d to %d, of %d", r.From, r.To-1, r.Checkpoint.Size)},
 		{"root", hexBytes(r.Checkpoint.Root[:]).String()},
-	})
+	}
+	if r.Since.Size > 0 {
+		fields = append(fields, [2]string{"continues", fmt.Sprintf("the checkpoint of %s", number(r.Since.Size, "entry", "entries"))})
+	}
+	return a.printFields(fields)
 }
 
 func (a *app) auditExportCmd() *cobra.Command {
-	var dir, out string
+	var dir, out, sinceFile string
 	var from, to uint64
 	c := leaf(&cobra.Command{
 		Use:   "export",
@@ -219,11 +259,17 @@ func (a *app) auditExportCmd() *cobra.Command {
 it, to one file. On any machine custodianctl audit verify FILE --key PEM checks it.`,
 		Example: `  custodianctl audit export --dir /var/lib/custodian/audit --from 1200 --to 1300 --out entries.jsonl`,
 	}, cobra.NoArgs, func(ctx context.Context, _ []string) (err error) {
+		var since []byte
+		if sinceFile != "" {
+			if since, err = os.ReadFile(sinceFile); err != nil {
+				return invalid(err)
+			}
+		}
 		f, err := os.OpenFile(out, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 		if err != nil {
 			return invalid(err)
 		}
-		r, err := audit.Export(ctx, dir, from, to, f)
+		r, err := audit.Export(ctx, dir, from, to, since, f)
 		if err = errors.Join(err, f.Close()); err != nil {
 			return fmt.Errorf("export: %w", errors.Join(err, os.Remove(out)))
 		}
@@ -233,6 +279,7 @@ it, to one file. On any machine custodianctl audit verify FILE --key PEM checks 
 	f := c.Flags()
 	f.Uint64Var(&from, "from", 0, "first entry, by its `INDEX`")
 	f.Uint64Var(&to, "to", 0, "end before the entry with this `INDEX`; 0 for all that are signed")
+	f.StringVar(&sinceFile, "since", "", "`FILE` with an older checkpoint, to show that the log continues it")
 	f.StringVar(&out, "out", "", "`FILE` to write, which must not exist")
 	return need(c, "out")
 }

@@ -18,7 +18,7 @@ import (
 
 func (a *app) categoryCmd() *cobra.Command {
 	return group(&cobra.Command{Use: "category", Short: "Content categories, each with its line of key-encryption keys"},
-		a.categoryCreateCmd(), a.categoryListCmd(), a.categoryVersionsCmd(),
+		a.categoryCreateCmd(), a.categoryListCmd(), a.categoryVersionsCmd(), a.categoryProvidersCmd(),
 		a.categoryModeCmd("freeze", "Stop issuing and releasing keys of a category at once (officer)", v1.CategoryMode_CATEGORY_MODE_FROZEN),
 		a.categoryModeCmd("unfreeze", "Let a frozen category serve again (officer)", v1.CategoryMode_CATEGORY_MODE_OPEN))
 }

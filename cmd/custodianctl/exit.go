@@ -165,6 +165,7 @@ var nextSteps = map[string]string{
 	"ROTATION_STATE":     "custodianctl rotation list",
 	"KEK_EXHAUSTED":      "the category's key is due for rotation: call the officers",
 	"KID_CONFLICT":       "leave --kid out, and the daemon draws a KID",
+	"KEY_CONFLICT":       "nothing of the import was kept; custodianctl audit list --action keys.import names the KID (auditor)",
 	"CONTENT_CATEGORY":   "ask in the category that has this content item",
 	"CATEGORY_EXISTS":    "custodianctl category list shows it",
 	"KMS_UNAVAILABLE":    "custodianctl status says which KMS is out of reach",

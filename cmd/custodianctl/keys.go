@@ -23,7 +23,7 @@ import (
 const hiddenKey = "(hidden; --reveal shows it)"
 
 func (a *app) keysCmd() *cobra.Command {
-	return group(&cobra.Command{Use: "keys", Short: "Content keys: issue, get, list"}, a.keysIssueCmd(), a.keysGetCmd(), a.keysListCmd(), a.keysShowCmd())
+	return group(&cobra.Command{Use: "keys", Short: "Content keys: issue, get, list, import, export"}, a.keysIssueCmd(), a.keysGetCmd(), a.keysListCmd(), a.keysShowCmd(), a.keysImportCmd(), a.keysExportCmd())
 }
 
 // A keyView is a delivered content key in JSON. It has the key only where the

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"crypto/subtle"
 	"errors"
 	"fmt"
@@ -18,6 +19,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/keycustody/custodian/internal/audit"
 )
 
 // daemon is the real custodiand, built once for all scripts.
@@ -57,6 +60,8 @@ func TestMain(m *testing.M) {
 //	keep VAR FIELD           set VAR to the first FIELD in the JSON on stdout
 //	samekey FILE FILE        both JSON files hold the same one content key
 //	flip FILE OFFSET         change one byte
+//	checkpoint FILE DIR N    write the first checkpoint of the log in DIR that
+//	                         covers entry N
 //	fill FILE...             put the variables that files name in their place
 //	assemble                 officers anna, ben and cleo, of whom two decide, with
 //	                         their keys in anna.key and so on and their public keys
@@ -64,17 +69,25 @@ func TestMain(m *testing.M) {
 //	                         custody in ./dev that they have begun together
 //	card NAME                a smart card with the token NAME and the key pair sign;
 //	                         its module is CARD, its PIN is in NAME.pin
+//
+// VECTORS is the folder of DASH-IF's CPIX documents.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"dev": startDev, "stop": stopDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip, "await": await,
+			"dev": startDev, "stop": stopDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip,
+			"checkpoint": saveCheckpoint, "await": await,
 			"fill": fill, "assemble": assemble, "card": card,
 		},
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
 			e.Setenv("XDG_CONFIG_HOME", "")
 			e.Setenv(configEnv, "")
+			vectors, err := filepath.Abs("../../internal/packager/testdata/cpix")
+			if err != nil {
+				return err
+			}
+			e.Setenv("VECTORS", vectors)
 			e.Setenv("CUSTODIAND", daemon)
 			e.Setenv("TOMORROW", time.Now().Add(24*time.Hour).UTC().Format(time.RFC3339))
 			e.Setenv("NEXT_WEEK", time.Now().Add(7*24*time.Hour).UTC().Format(time.RFC3339))
@@ -211,6 +224,21 @@ func sameKey(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if same := subtle.ConstantTimeCompare(keys[0], keys[1]) == 1; same == neg {
 		ts.Fatalf("the keys in %s and %s: same is %v, want %v", args[0], args[1], same, !neg)
+	}
+}
+
+func saveCheckpoint(ts *testscript.TestScript, _ bool, args []string) {
+	index, err := strconv.ParseUint(args[2], 10, 64)
+	ts.Check(err)
+	for size := index + 1; ; size++ {
+		p, err := audit.ProveInclusion(context.Background(), ts.MkAbs(args[1]), index, size)
+		if err == nil {
+			ts.Check(os.WriteFile(ts.MkAbs(args[0]), p.Checkpoint, 0o600))
+			return
+		}
+		if size > index+100 {
+			ts.Check(err)
+		}
 	}
 }
 

@@ -177,6 +177,16 @@ func (b hexBytes) MarshalJSON() ([]byte, error) {
 	return out, nil
 }
 
+func (b *hexBytes) UnmarshalJSON(text []byte) error {
+	var s string
+	if err := json.Unmarshal(text, &s); err != nil {
+		return err
+	}
+	var err error
+	*b, err = hex.DecodeString(s)
+	return err
+}
+
 func (b hexBytes) String() string { return hex.EncodeToString(b) }
 
 // enum is the name of a protobuf enum value without its prefix: frozen.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -75,13 +76,26 @@ func (a *app) printStatus(s *v1.Status) error {
 	}
 	for _, p := range s.GetProviders() {
 		add("kms", "%s (%s), %s", orDash(p.GetName()), orDash(p.GetKind()), layerOf(p))
+		add("", "holds %s, %d of them alone", number(p.GetKeyVersions(), "key version", "key versions"), p.GetSoleKeyVersions())
 		add("", "%s; %s, %d failed", contactOf(p), number(p.GetCalls(), "call", "calls"), p.GetFailures())
 		add("", "%s", graceOf(p))
+		if p.GetLoginRefused() != "" {
+			add("", "LOGIN IS REFUSED: %s", plain(p.GetLoginRefused()))
+		}
+		if p.GetNextRenewalTime() != nil {
+			add("", "login: renewed %s, ends %s", stamp(at(p.GetNextRenewalTime())), stamp(at(p.GetLoginEndTime())))
+		}
 		if p.GetIncidentTime() != nil {
 			add("", "INCIDENT declared %s", stamp(at(p.GetIncidentTime())))
 		}
-		for _, c := range p.GetCallsByReason() {
-			add("", "%s to %s: %d", plain(c.GetResult()), plain(c.GetReason()), c.GetCount())
+		if calls := callsOf(p); calls != "" {
+			add("", "calls: %s", calls)
+		}
+	}
+	for _, j := range s.GetRewraps() {
+		add("job", "outer wraps of %s to %s: %s keys", scopeOf(j.GetCategory()), names(j.GetProviders()), progress(j))
+		if j.GetLastError() != "" {
+			add("", "does not go on: %s", plain(j.GetLastError()))
 		}
 	}
 	st, l := s.GetStore(), s.GetAudit()
@@ -116,6 +130,20 @@ func contactOf(p *v1.ProviderStatus) string {
 		return "not called yet"
 	}
 	return "OUT OF REACH since " + stamp(at(p.GetLastContactTime())) + ": " + plain(p.GetLastError())
+}
+
+// callsOf counts the calls by why they were made: to load 5 ok 1 held, to probe 2 ok.
+func callsOf(p *v1.ProviderStatus) string {
+	var out []string
+	last := ""
+	for _, c := range p.GetCallsByReason() {
+		if c.GetReason() != last {
+			last = c.GetReason()
+			out = append(out, "to "+plain(last))
+		}
+		out[len(out)-1] += fmt.Sprintf(" %d %s", c.GetCount(), plain(c.GetResult()))
+	}
+	return strings.Join(out, ", ")
 }
 
 // graceOf says what would become of loaded keys.

@@ -14,6 +14,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/client"
@@ -200,5 +202,33 @@ func TestStoreSize(t *testing.T) {
 	}
 	if _, err := storeSize(page()[:metaEnd-1]); err == nil {
 		t.Error("a page that is cut off is believed")
+	}
+}
+
+// All that there is to say of a KMS fits a terminal.
+func TestStatusOfKMS(t *testing.T) {
+	when := timestamppb.New(time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC))
+	long := "kms aws-frankfurt: log in to aws: ExpiredTokenException, \"The security token included in the request is expired\": kms refuses our login: kms unavailable"
+	s := &v1.Status{StoreId: "00", Rewraps: []*v1.Rewrap{{Category: "movies", Providers: []string{"vault", "aws-frankfurt"}, Done: 320, Total: 1000, LastError: long}},
+		Providers: []*v1.ProviderStatus{{Name: "aws-frankfurt", Kind: "aws", OuterLayer: true, KeyRef: "arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab",
+			LastContactTime: when, LastError: long, Calls: 12345, Failures: 17, AwaySinceTime: when, GraceLeft: durationpb.New(3 * time.Hour), LoginRefused: long,
+			NextRenewalTime: when, LoginEndTime: when, IncidentTime: when, Incidents: 2, KeyVersions: 1003, SoleKeyVersions: 3,
+			CallsByReason: []*v1.ProviderCalls{{Reason: "load", Result: "ok", Count: 5}, {Reason: "load", Result: "login", Count: 1}, {Reason: "probe", Result: "held", Count: 2}}}}}
+	var out bytes.Buffer
+	if err := (&app{out: &out}).printStatus(s); err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(out.String()) {
+		if n := len([]rune(line)); n > 81 { // with its newline
+			t.Errorf("a line of %d columns: %s", n-1, line)
+		}
+	}
+	words := strings.Join(strings.Fields(out.String()), " ")
+	for _, want := range []string{"holds 1003 key versions, 3 of them alone", "OUT OF REACH since 2026-11-22T12:00:00Z", "12345 calls, 17 failed", "LOGIN IS REFUSED: ",
+		"grace left for loaded keys: 3h0m0s, AWAY since", "login: renewed 2026-11-22T12:00:00Z, ends 2026-11-22T12:00:00Z", "INCIDENT declared 2026-11-22T12:00:00Z",
+		"calls: to load 5 ok 1 login, to probe 2 held", "outer wraps of category movies to vault, aws-frankfurt: 320 of 1000 keys", "does not go on: "} {
+		if !strings.Contains(words, want) {
+			t.Errorf("the status does not say %q:\n%s", want, out.String())
+		}
 	}
 }

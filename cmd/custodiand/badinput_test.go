@@ -49,9 +49,16 @@ func TestBadConfig(t *testing.T) {
 		"empty grants":          {[]string{"grants:", "grants: []\nlimits: {}\nlog: {}\n#"}, nil},
 		"officer without pin":   {[]string{"role: auditor", "role: officer"}, []string{"officer", "spki"}},
 		"no such PIN file":      {[]string{"pin_file: ", "pin_file: /nonexistent"}, []string{"hsm.pin_file", "no such file"}},
-		"grace without end":     {[]string{"grace: null", "grace: 48h"}, []string{"kms.grace", "kms.grace_ceiling"}},
-		"webhook in clear":      {[]string{"webhook:\n        url: \"\"", "webhook:\n        url: http://example.com/hook"}, []string{"kms.webhook.url", "loopback", "kms.webhook.secret_file"}},
-		"no such module":        {[]string{"module: ", "module: /nonexistent"}, []string{"hsm.module", "no such file"}},
+		"rewraps without end":   {[]string{"rewrap_rate: 0", "rewrap_rate: 1e9"}, []string{"kms.rewrap_rate"}},
+		"a hurried provider":    {[]string{"- name: local", "- name: local\n          deadline: 1ms"}, []string{"kms.providers[0].deadline"}},
+		"audit log without sense": {[]string{"segment_size: 0", "segment_size: 5", "limit: 0", "limit: 1MiB", "keep_segments: 0", "keep_segments: -1",
+			"keep_for: 0s", "keep_for: 1s", "archive_dir: \"\"", "archive_dir: nowhere"},
+			[]string{"audit.segment_size", "audit.limit", "audit.keep_segments", "audit.keep_for", "audit.archive_dir"}},
+		"archive of nothing": {[]string{"archive_dir: \"\"", "archive_dir: ."}, []string{"nothing is pruned"}},
+		"size without sense": {[]string{"segment_size: 0", "segment_size: 5 pounds"}, []string{"5 pounds"}},
+		"grace without end":  {[]string{"grace: null", "grace: 48h"}, []string{"kms.grace", "kms.grace_ceiling"}},
+		"webhook in clear":   {[]string{"webhook:\n        url: \"\"", "webhook:\n        url: http://example.com/hook"}, []string{"kms.webhook.url", "loopback", "kms.webhook.secret_file"}},
+		"no such module":     {[]string{"module: ", "module: /nonexistent"}, []string{"hsm.module", "no such file"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := provision(t)

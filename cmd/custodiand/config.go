@@ -32,13 +32,16 @@ type Config struct {
 	// DataDir holds store.db, audit/ and pin.latch; mode 0700.
 	DataDir string `yaml:"data_dir"`
 
-	HSM    HSMConfig     `yaml:"hsm"`
-	KMS    KMSConfig     `yaml:"kms"`
-	TLS    TLSConfig     `yaml:"tls"`
-	Grants []GrantConfig `yaml:"grants"`
-	Limits LimitsConfig  `yaml:"limits"`
-	Events EventsConfig  `yaml:"events"`
-	Log    LogConfig     `yaml:"log"`
+	HSM       HSMConfig       `yaml:"hsm"`
+	KMS       KMSConfig       `yaml:"kms"`
+	TLS       TLSConfig       `yaml:"tls"`
+	Packagers PackagersConfig `yaml:"packagers"`
+	CPIX      CPIXConfig      `yaml:"cpix"`
+	Grants    []GrantConfig   `yaml:"grants"`
+	Limits    LimitsConfig    `yaml:"limits"`
+	Events    EventsConfig    `yaml:"events"`
+	Audit     AuditConfig     `yaml:"audit"`
+	Log       LogConfig       `yaml:"log"`
 
 	digest [32]byte
 }
@@ -69,6 +72,10 @@ type KMSConfig struct {
 	// long after it was loaded it does so at most; 24h.
 	Grace        *time.Duration `yaml:"grace"`
 	GraceCeiling time.Duration  `yaml:"grace_ceiling"`
+
+	// RewrapRate is how many keys a second get new outer wraps while a job moves
+	// them to other providers; 50.
+	RewrapRate float64 `yaml:"rewrap_rate"`
 
 	Webhook WebhookConfig `yaml:"webhook"`
 }
@@ -112,7 +119,7 @@ type LimitsConfig struct {
 	CallbackDeadline time.Duration `yaml:"callback_deadline"` // 250ms
 	KEKLifetime      time.Duration `yaml:"kek_lifetime"`      // 15m
 	DrainTimeout     time.Duration `yaml:"drain_timeout"`     // of calls at shutdown; 10s
-	RewrapRate       int           `yaml:"rewrap_rate"`       // content keys a second that rotations move; 0: as many as the token can
+	RotationRate     int           `yaml:"rotation_rate"`     // content keys a second that rotations move; 0: as many as the token can
 }
 
 // EventsConfig is the standing approval for what events do by themselves.
@@ -188,6 +195,9 @@ func parseConfig(raw []byte) (*Config, error) {
 	if c.Events.MinInterval == 0 {
 		c.Events.MinInterval = time.Hour
 	}
+	if c.KMS.RewrapRate == 0 {
+		c.KMS.RewrapRate = 50
+	}
 	if c.Limits.DrainTimeout == 0 {
 		c.Limits.DrainTimeout = 10 * time.Second
 	}
@@ -197,7 +207,9 @@ func parseConfig(raw []byte) (*Config, error) {
 // resolve makes relative paths relative to dir.
 func (c *Config) resolve(dir string) {
 	paths := []*string{&c.DataDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile,
-		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile}
+		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile, &c.Audit.ArchiveDir}
+	paths = append(paths, c.Packagers.paths()...)
+	paths = append(paths, c.CPIX.paths()...)
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
@@ -272,9 +284,14 @@ func (c *Config) check() error {
 			}
 		}
 	}
+	faults = append(faults, c.Packagers.check()...)
+	if _, _, err := c.CPIX.load(); err != nil {
+		faults = append(faults, err)
+	}
 	if _, err := c.policy(); err != nil {
 		faults = append(faults, err)
 	}
+	faults = append(faults, c.Audit.check()...)
 	if c.Limits.CallbackDeadline < time.Millisecond || c.Limits.CallbackDeadline > time.Minute {
 		fault("limits.callback_deadline", "%s: must be 1ms to 1m", c.Limits.CallbackDeadline)
 	}
@@ -287,8 +304,8 @@ func (c *Config) check() error {
 	if c.Events.MinInterval < 0 || c.Events.MinInterval > 24*time.Hour {
 		fault("events.min_interval", "%s: must be positive, 24h at most", c.Events.MinInterval)
 	}
-	if c.Limits.RewrapRate < 0 {
-		fault("limits.rewrap_rate", "%d: must not be negative; 0 is as many as the token can", c.Limits.RewrapRate)
+	if c.Limits.RotationRate < 0 {
+		fault("limits.rotation_rate", "%d: must not be negative; 0 is as many as the token can", c.Limits.RotationRate)
 	}
 	if err := new(slog.Level).UnmarshalText([]byte(c.Log.Level)); err != nil {
 		fault("log.level", "%q: must be debug, info, warn or error", c.Log.Level)
@@ -327,6 +344,9 @@ func (c KMSConfig) check() []error {
 	}
 	if c.GraceCeiling < time.Second || c.GraceCeiling > maxGraceCeiling {
 		faults = append(faults, fmt.Errorf("kms.grace_ceiling: %s: must be 1s to %s", c.GraceCeiling, maxGraceCeiling))
+	}
+	if !(c.RewrapRate >= 0.1 && c.RewrapRate <= 10000) { // nor NaN
+		faults = append(faults, fmt.Errorf("kms.rewrap_rate: %g: must be 0.1 to 10000", c.RewrapRate))
 	}
 	if *c.Grace < 0 || *c.Grace > c.GraceCeiling {
 		faults = append(faults, fmt.Errorf("kms.grace: %s: must be 0s to kms.grace_ceiling, %s", *c.Grace, c.GraceCeiling))
@@ -388,8 +408,9 @@ func (c *Config) storePath() string { return filepath.Join(c.DataDir, "store.db"
 func (c *Config) auditDir() string  { return filepath.Join(c.DataDir, "audit") }
 
 // auditFile is there once the audit log is whole: it is put in place last.
-func (c *Config) auditFile() string { return filepath.Join(c.auditDir(), "audit.log") }
-func (c *Config) latchPath() string { return filepath.Join(c.DataDir, "pin.latch") }
+func (c *Config) auditFile() string     { return filepath.Join(c.auditDir(), "audit.log") }
+func (c *Config) incidentsPath() string { return filepath.Join(c.DataDir, "incidents.json") }
+func (c *Config) latchPath() string     { return filepath.Join(c.DataDir, "pin.latch") }
 
 func (c *Config) logger(w io.Writer) *slog.Logger {
 	var level slog.Level

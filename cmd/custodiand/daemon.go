@@ -19,6 +19,7 @@ import (
 	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/internal/packager"
 	"github.com/keycustody/custodian/internal/rpc"
 	"github.com/keycustody/custodian/store"
 )
@@ -34,9 +35,14 @@ type daemon struct {
 	certs   *certs.Server
 	server  *rpc.Server
 	metrics *prometheus.Registry
-	webhook *webhook // nil: nobody is told of incidents
-	custody *custodian.Custodian
-	parts   parts
+	outages *custodian.Outages
+	// packagers and its address are nil where no listener for them is configured.
+	packagers    *packager.Server
+	packagerAddr net.Addr
+	exports      *packager.Exports
+	webhook      *webhook // nil: nobody is told of incidents
+	custody      *custodian.Custodian
+	parts        parts
 
 	// mu guards the fields below.
 	mu      sync.Mutex
@@ -62,12 +68,19 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	d.metrics = prometheus.NewRegistry()
-	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Metrics: d.metrics, Log: d.log, Version: version,
+	_, recipients, err := d.config.CPIX.load()
+	if err != nil {
+		return err
+	}
+	d.exports = packager.NewExports(recipients)
+	d.server, err = rpc.NewServer(rpc.Config{Certs: d.certs, Exports: d.exports, Metrics: d.metrics, Log: d.log, Version: version,
 		EarlyStatus: d.earlyStatus(), RetrieveDeadline: d.config.Limits.CallbackDeadline})
 	if err != nil {
 		return err
 	}
-	if d.webhook, err = newWebhook(d.config.KMS.Webhook, d.log); err != nil {
+	book := openIncidentBook(d.config.incidentsPath(), d.config.KMS.Webhook.URL != "", d.log)
+	d.outages = custodian.NewOutages(time.Now, d.log, book.tell, book.open())
+	if d.webhook, err = newWebhook(d.config.KMS.Webhook, book, d.log); err != nil {
 		return err
 	}
 	listener, err := net.Listen("tcp", d.config.Listen)
@@ -79,6 +92,12 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		listener.Close()
 		return fmt.Errorf("admin_listen: %w", err)
 	}
+	packagers, err := d.listenPackagers()
+	if err != nil {
+		listener.Close()
+		admin.Close()
+		return err
+	}
 	d.log.Info("listening", "listen", listener.Addr().String(), "admin", admin.Addr().String())
 	// The parts outlive the calls that use them.
 	defer func() { err = errors.Join(err, d.closeParts(context.WithoutCancel(ctx))) }()
@@ -86,6 +105,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.server.Serve(gctx, listener, d.config.Limits.DrainTimeout) })
 	g.Go(func() error { return d.serveAdmin(gctx, admin) })
+	if packagers != nil {
+		g.Go(func() error { return d.servePackagers(gctx, packagers) })
+	}
 	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
 	g.Go(func() error { d.heedHangups(gctx, hup); return nil })
 	if d.webhook != nil {
@@ -97,6 +119,11 @@ func (d *daemon) run(ctx context.Context) (err error) {
 
 // begin opens the parts and begins service, then keeps house until ctx ends.
 func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, admin net.Addr) error {
+	starting, started := context.WithCancel(ctx)
+	var ticking sync.WaitGroup
+	ticking.Go(func() { everySecond(starting, d.outages.Tick) }) // an outage that keeps us from starting is one, too
+	defer ticking.Wait()
+	defer started()
 	for wait := time.Second; ; wait = min(2*wait, 30*time.Second) {
 		err := d.open(ctx, policy)
 		if err == nil {
@@ -119,6 +146,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 			return nil
 		}
 	}
+	started()
 	d.registerMetrics()
 	d.server.SetCustody(d.custody)
 	d.log.Info("serving", "listen", listen.String(), "admin", admin.String(), "version", version)
@@ -128,9 +156,11 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.keepHouse(gctx) })
 	g.Go(func() error { d.custody.RunRotations(gctx); return nil })
+	g.Go(func() error { d.pruneLog(gctx); return nil })
 	// Two of them: a KMS that hangs holds its probe up, but not the incident.
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
+	g.Go(func() error { d.custody.RunRewraps(gctx); return nil })
 	return g.Wait()
 }
 
@@ -184,9 +214,7 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 	}
 	cfg := d.parts.config(d.config, policy, d.log)
 	cfg.ConfirmTime = d.confirmTime
-	if d.webhook != nil {
-		cfg.OnIncident = d.webhook.tell
-	}
+	cfg.Outages = d.outages
 	if d.custody, err = custodian.Open(ctx, cfg); err != nil {
 		return err
 	}
@@ -241,7 +269,7 @@ func (d *daemon) earlyStatus() func(context.Context, custodian.Caller) (custodia
 		if dec := d.lastPolicy().Decide(custodian.Request{Caller: who, Action: custodian.ActionReadStatus, Now: now}); !dec.Allow {
 			return custodian.Status{}, dec.Err
 		}
-		return custodian.Status{Time: now, Started: started, Warnings: []string{"no keys are served yet; the daemon's log says why"}}, nil
+		return custodian.Status{Time: now, Started: started, Warnings: append([]string{"no keys are served yet; the daemon's log says why"}, d.outages.Warnings()...)}, nil
 	}
 }
 

@@ -37,6 +37,7 @@ func devCommand(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	dir := fs.String("dir", "custodian-dev", "folder of the token, the certificates and the store; made where it is not")
 	listen := fs.String("listen", "127.0.0.1:7443", "address of the gRPC listener")
 	admin := fs.String("admin", "127.0.0.1:7480", "address of the health and metrics listener")
+	packagers := fs.String("packagers", "127.0.0.1:7444", "address of the HTTPS listener of packagers; empty for none")
 	provision := fs.Bool("provision", false, "make the folder with token, certificates and configuration, and end: for custodiand init -plan")
 	var categories names
 	fs.Var(&categories, "category", "category to create; may be given several times")
@@ -52,7 +53,7 @@ func devCommand(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	if err != nil {
 		return err
 	}
-	dev := devDir{dir: abs, listen: *listen, admin: *admin}
+	dev := devDir{dir: abs, listen: *listen, admin: *admin, packagers: *packagers}
 	c, err := dev.provision(ctx)
 	if err != nil {
 		return fmt.Errorf("dev: %w", err)
@@ -79,7 +80,7 @@ func devCommand(ctx context.Context, args []string, stdout, stderr io.Writer) er
 }
 
 // A devDir is the folder of a development custody.
-type devDir struct{ dir, listen, admin string }
+type devDir struct{ dir, listen, admin, packagers string }
 
 func (v devDir) configFile() string { return filepath.Join(v.dir, "custodiand.yaml") }
 
@@ -109,6 +110,7 @@ func (v devDir) provision(ctx context.Context) (*Config, error) {
 		KMS: KMSConfig{Default: []string{"local"}, Providers: []kms.Config{{Name: "local", Kind: "local"}}},
 		TLS: TLSConfig{CertFile: server.CertFile, KeyFile: server.KeyFile,
 			ClientCAs: []CAConfig{{Name: "dev", File: ca.CertFile(), CRLFile: ca.CRLFile(), TrustDomain: devTrustDomain}}}}
+	c.Packagers.Listen = v.packagers
 	for _, role := range custodian.Roles {
 		pair, err := ca.IssueClient("/"+string(role), 90*24*time.Hour)
 		if err != nil {
@@ -192,10 +194,19 @@ Paste these in another terminal:
   custodianctl --config %s status
   custodianctl audit verify --dir %s
 
-custodiand: ready on %s
+%scustodiand: ready on %s
 `, v.dir, admin, v.ctlFile(custodian.RoleOfficer), v.ctlFile(custodian.RolePackager), v.ctlFile(custodian.RoleProvider),
-		v.ctlFile(custodian.RoleAuditor), v.ctlFile(custodian.RoleOperator), d.config.auditDir(), listen)
+		v.ctlFile(custodian.RoleAuditor), v.ctlFile(custodian.RoleOperator), d.config.auditDir(), doors(d.packagerAddr), listen)
 	return nil
+}
+
+// doors says where packagers knock.
+func doors(addr net.Addr) string {
+	if addr == nil {
+		return ""
+	}
+	_, port, _ := net.SplitHostPort(addr.String()) // a listener's own address
+	return fmt.Sprintf("Packagers: https://localhost:%s/v1/categories/CATEGORY/widevine\n\n", port)
 }
 
 func (v devDir) ctlFile(r custodian.Role) string { return filepath.Join(v.dir, string(r)+".yaml") }

@@ -82,6 +82,15 @@ func (s *served) wantRecovery(allowed ...string) {
 // withFaults makes a custody whose module stands behind the fault module.
 func withFaults(t *testing.T) (*custody, *fault.Control) {
 	t.Helper()
+	c, f := provisionWithFaults(t)
+	c.mustRun("init", "-config", c.dev.configFile())
+	c.mustStart()
+	return c, f
+}
+
+// provisionWithFaults is the same without init and start.
+func provisionWithFaults(t *testing.T) (*custody, *fault.Control) {
+	t.Helper()
 	c := provision(t)
 	f := fault.Build(t, c.config.HSM.Module)
 	raw, err := os.ReadFile(c.dev.configFile())
@@ -98,8 +107,6 @@ func withFaults(t *testing.T) (*custody, *fault.Control) {
 		t.Fatal(err)
 	}
 	c.env = f.Env()
-	c.mustRun("init", "-config", c.dev.configFile())
-	c.mustStart()
 	return c, f
 }
 

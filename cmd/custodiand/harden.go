@@ -2,7 +2,9 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -23,4 +25,30 @@ func harden() error {
 		return fmt.Errorf("make the process undumpable: %w", err)
 	}
 	return nil
+}
+
+// preemptionOff is the setting that keeps Go's scheduler from interrupting a
+// goroutine by a signal. The kernel saves the registers of the thread in memory
+// for the handler, and where the thread is just copying an answer, they hold
+// part of it: a CEK would stay on the handler's stack until the next signal. So
+// goroutines yield at their function calls only. Nothing here computes for long
+// without one.
+const preemptionOff = "asyncpreemptoff=1"
+
+// withoutPreemption starts this program again with preemptionOff, because the
+// runtime reads it before main. It returns if it is on already, or with the
+// reason why it cannot be.
+func withoutPreemption() error {
+	settings := os.Getenv("GODEBUG")
+	if strings.Contains(","+settings+",", ","+preemptionOff+",") {
+		return nil
+	}
+	if settings != "" {
+		settings += ","
+	}
+	err := os.Setenv("GODEBUG", settings+preemptionOff)
+	if err == nil {
+		err = syscall.Exec("/proc/self/exe", os.Args, os.Environ())
+	}
+	return fmt.Errorf("start again with %s (or put it into GODEBUG in the environment): %w", preemptionOff, err)
 }

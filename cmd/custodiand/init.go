@@ -113,9 +113,9 @@ func (p *parts) createStore(ctx context.Context, c *Config, log *slog.Logger) er
 		return err
 	}
 	if haveLog {
-		p.log, err = audit.Open(c.auditDir(), audit.Options{Visit: p.logged.Visit, Log: log})
+		p.log, err = audit.Open(c.auditDir(), c.auditOptions(p.logged.Visit, log))
 	} else {
-		p.log, err = audit.Create(c.auditDir(), audit.Options{Log: log})
+		p.log, err = audit.Create(c.auditDir(), c.auditOptions(nil, log))
 	}
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)

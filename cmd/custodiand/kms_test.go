@@ -1,11 +1,14 @@
 package main
 
 import (
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"cloud.google.com/go/kms/apiv1/kmspb"
 
+	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/testservers/awskms"
 	"github.com/keycustody/custodian/testservers/gcpkms"
 )
@@ -18,6 +21,8 @@ type cloudKMS struct {
 	renew   func() // the credentials end, and there are others
 	away    func() // until back
 	back    func()
+	lockOut func() // logins are refused, until letIn
+	letIn   func()
 }
 
 func startAWS(t *testing.T) cloudKMS {
@@ -31,6 +36,8 @@ func startAWS(t *testing.T) cloudKMS {
 		renew:   func() { s.Expire(); s.NewCredentials() },
 		away:    func() { s.Break(awskms.Fail(503, "ServiceUnavailable", "")) },
 		back:    func() { s.Break(nil) },
+		lockOut: s.Expire,
+		letIn:   func() { s.NewCredentials() },
 	}
 }
 
@@ -45,6 +52,8 @@ func startGCP(t *testing.T) cloudKMS {
 		renew:   s.Revoke,
 		away:    func() { s.Refuse(true) },
 		back:    func() { s.Refuse(false) },
+		lockOut: func() { s.Revoke(); s.RefuseLogins(true) },
+		letIn:   func() { s.RefuseLogins(false) },
 	}
 }
 
@@ -83,6 +92,23 @@ func TestCloudKMS(t *testing.T) {
 				day.mend()
 				s.wantRecovery("KMS_UNAVAILABLE", "DEADLINE")
 			}
+
+			// A start that a refused login keeps waiting says so, and goes on by itself.
+			kms.lockOut()
+			c.kill()
+			lines := c.launch()
+			c.awaitLog(lines, `msg="a KMS refuses our login"`)
+			c.listenFromLog()
+			early, err := c.dial(custodian.RoleOperator).Status(t.Context())
+			if err != nil || !slices.ContainsFunc(early.GetWarnings(), func(w string) bool { return strings.Contains(w, "outer refuses our login since") }) {
+				t.Errorf("status while it starts: got %v, %q, want the refused login", err, early.GetWarnings())
+			}
+			kms.letIn()
+			if err := c.awaitServing(lines); err != nil {
+				t.Fatal(err)
+			}
+			s.provider = c.dial(custodian.RoleProvider)
+			s.wantRecovery("KMS_UNAVAILABLE", "DEADLINE")
 		})
 	}
 }

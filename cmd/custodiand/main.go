@@ -49,6 +49,10 @@ const usage = `usage:
 const gcPercent = 400
 
 func main() {
+	if err := withoutPreemption(); err != nil {
+		fmt.Fprintln(os.Stderr, "custodiand:", err)
+		os.Exit(exitError)
+	}
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}

@@ -205,14 +205,18 @@ func (c *custody) logText() string {
 // dial connects as a role of the development PKI. A call is made once.
 func (c *custody) dial(role custodian.Role) *client.Client {
 	c.t.Helper()
-	pki := filepath.Join(c.dev.dir, "pki")
-	cl, err := client.Dial(c.t.Context(), client.Config{Address: c.listen, ServerName: "localhost", CAFile: filepath.Join(pki, "ca.pem"), Attempts: 1,
-		CertFile: filepath.Join(pki, string(role)+".pem"), KeyFile: filepath.Join(pki, string(role)+".key")})
+	cl, err := c.tryDial(role)
 	if err != nil {
 		c.t.Fatalf("dial as %s: %v\n%s", role, err, c.logText())
 	}
 	c.t.Cleanup(func() { cl.Close() })
 	return cl
+}
+
+func (c *custody) tryDial(role custodian.Role) (*client.Client, error) {
+	pki := filepath.Join(c.dev.dir, "pki")
+	return client.Dial(c.t.Context(), client.Config{Address: c.listen, ServerName: "localhost", CAFile: filepath.Join(pki, "ca.pem"), Attempts: 1,
+		CertFile: filepath.Join(pki, string(role)+".pem"), KeyFile: filepath.Join(pki, string(role)+".key")})
 }
 
 // wantLog fails the test where the daemon's log has no line with s.

@@ -11,6 +11,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -72,6 +73,30 @@ func TestMemory(t *testing.T) {
 	}
 }
 
+// TestPreemptionIsOff: the daemon runs without signals that would save
+// registers, and keeps the settings that it was given.
+func TestPreemptionIsOff(t *testing.T) {
+	for _, tt := range []struct{ name, given, want string }{
+		{"nothing given", "", "GODEBUG=asyncpreemptoff=1"},
+		{"another setting", "madvdontneed=1", "GODEBUG=madvdontneed=1,asyncpreemptoff=1"},
+		{"given", "asyncpreemptoff=1,madvdontneed=1", "GODEBUG=asyncpreemptoff=1,madvdontneed=1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := provision(t)
+			c.env = append(c.env, "GODEBUG="+tt.given)
+			c.mustRun("init", "-config", c.dev.configFile())
+			c.mustStart()
+			env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", c.cmd.Process.Pid))
+			if err != nil {
+				t.Skipf("the environment of an undumpable process can only be read by root: %v", err)
+			}
+			if got := strings.Split(string(env), "\x00"); !slices.Contains(got, tt.want) {
+				t.Errorf("environment: got %q, want %q in it", got, tt.want)
+			}
+		})
+	}
+}
+
 // plantCategory makes a category whose KEK is known to the test: it imports a
 // key into the token, has the MEK wrap it, and lets the domain store the blob
 // as if the token had drawn the key. It returns the key.
@@ -109,13 +134,7 @@ func (c *custody) plantCategory(name custodian.CategoryName) []byte {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	officer := custodian.Caller{ID: "spiffe://" + devTrustDomain + "/officer", Roles: []custodian.Role{custodian.RoleOfficer}}
-	for _, g := range c.config.Grants {
-		if g.Role == string(custodian.RoleOfficer) {
-			hex.Decode(officer.SPKI[:], []byte(g.SPKI))
-		}
-	}
-	if _, err := d.CreateCategory(ctx, officer, custodian.CreateCategoryRequest{Name: name}); err != nil {
+	if _, err := d.CreateCategory(ctx, c.officer(), custodian.CreateCategoryRequest{Name: name}); err != nil {
 		t.Fatal(err)
 	}
 	return kek

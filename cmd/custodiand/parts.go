@@ -59,7 +59,7 @@ func (p *parts) openStore(ctx context.Context, c *Config, log *slog.Logger) erro
 	if p.store, err = store.Open(ctx, c.storePath(), store.Options{Log: log}); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	if p.log, err = audit.Open(c.auditDir(), audit.Options{Visit: p.logged.Visit, Log: log}); err != nil {
+	if p.log, err = audit.Open(c.auditDir(), c.auditOptions(p.logged.Visit, log)); err != nil {
 		if errors.Is(err, os.ErrNotExist) {
 			err = fmt.Errorf("%s has a store without its audit log; put the log back, or restore from a backup into an empty place: %w: %w", c.DataDir, err, custodian.ErrLogRollback)
 		}
@@ -70,10 +70,14 @@ func (p *parts) openStore(ctx context.Context, c *Config, log *slog.Logger) erro
 
 // config of the domain on these parts.
 func (p *parts) config(c *Config, policy *custodian.Policy, log *slog.Logger) custodian.Config {
+	deadlines := map[string]time.Duration{}
+	for _, p := range c.KMS.Providers {
+		deadlines[p.Name] = p.Deadline
+	}
 	return custodian.Config{Store: p.store, HSM: kms.Token(p.token), Providers: p.providers, Audit: p.log, Logged: p.logged, Policy: policy,
 		Now: time.Now, Log: log, LabelPrefix: c.HSM.LabelPrefix, DefaultProviders: c.KMS.Default, KEKLifetime: c.Limits.KEKLifetime,
-		KMS:          custodian.KMSLimits{Deadline: c.KMS.Deadline, Grace: *c.KMS.Grace, GraceCeiling: c.KMS.GraceCeiling},
-		ConfigDigest: c.digest, RewrapRate: c.Limits.RewrapRate,
+		KMS:          custodian.KMSLimits{Deadline: c.KMS.Deadline, Deadlines: deadlines, Grace: *c.KMS.Grace, GraceCeiling: c.KMS.GraceCeiling, RewrapRate: c.KMS.RewrapRate},
+		ConfigDigest: c.digest, RotationRate: c.Limits.RotationRate,
 		Events: custodian.EventLimits{DailyCap: c.Events.DailyCap, MinInterval: c.Events.MinInterval}}
 }
 

@@ -27,14 +27,14 @@ func (d *daemon) heedHangups(ctx context.Context, hup <-chan os.Signal) {
 			if err := d.reload(ctx); err != nil {
 				d.log.Error("reload: the last good configuration stays", "err", err)
 			} else {
-				d.log.Info("reloaded grants and certificates")
+				d.log.Info("reloaded grants, signers, recipients and certificates")
 			}
 		}
 	}
 }
 
-// reload takes grants and certificates anew. Everything else of the file needs
-// a restart, and the log says what of it has changed.
+// reload takes grants, signers, recipients and certificates anew. Everything else
+// of the file needs a restart, and the log says what of it has changed.
 func (d *daemon) reload(ctx context.Context) error {
 	if err := d.certs.Reload(); err != nil {
 		return err
@@ -50,12 +50,20 @@ func (d *daemon) reload(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	signers, err := c.Packagers.signers()
+	if err != nil {
+		return fmt.Errorf("config %s: %w", d.path, err)
+	}
+	speke, recipients, err := c.CPIX.load()
+	if err != nil {
+		return fmt.Errorf("config %s: %w", d.path, err)
+	}
 	keys, err := restartKeys(d.config, c)
 	if err != nil {
 		return fmt.Errorf("config %s: compare with the one in force: %w", d.path, err)
 	}
 	if len(keys) > 0 {
-		d.log.Warn("what has changed in the configuration beside grants is not in force before a restart", "keys", strings.Join(keys, " "))
+		d.log.Warn("what has changed in the configuration beside grants, signers and cpix is not in force before a restart", "keys", strings.Join(keys, " "))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -65,6 +73,11 @@ func (d *daemon) reload(ctx context.Context) error {
 		}
 	}
 	d.policy = policy
+	d.exports.Set(recipients)
+	if d.packagers != nil {
+		d.packagers.SetSPEKE(speke)
+		return d.packagers.SetSigners(signers)
+	}
 	return nil
 }
 
@@ -90,7 +103,7 @@ func (d *daemon) lastPolicy() *custodian.Policy {
 }
 
 // restartKeys names the keys that differ between two configurations, but for
-// grants, which are taken without a restart.
+// grants, signers and recipients, which are taken without a restart.
 func restartKeys(inForce, loaded *Config) ([]string, error) {
 	was, err := tree(inForce)
 	if err != nil {
@@ -100,8 +113,13 @@ func restartKeys(inForce, loaded *Config) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	delete(was, "grants")
-	delete(is, "grants")
+	for _, t := range []map[string]any{was, is} {
+		delete(t, "grants")
+		delete(t, "cpix")
+		if packagers, ok := t["packagers"].(map[string]any); ok {
+			delete(packagers, "signers")
+		}
+	}
 	return changedKeys("", was, is), nil
 }
 

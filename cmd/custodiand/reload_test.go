@@ -12,7 +12,7 @@ import (
 	"github.com/keycustody/custodian/custodian"
 )
 
-const reloadedLine = "reloaded grants and certificates"
+const reloadedLine = "reloaded grants, signers, recipients and certificates"
 
 // hangUp sends SIGHUP and waits for what the log has to say about it.
 func (c *custody) hangUp(want string) {
@@ -92,6 +92,8 @@ func TestChangedKeys(t *testing.T) {
 	}{
 		{"nothing", func(*Config) {}, ""},
 		{"grants", func(c *Config) { c.Grants = nil }, ""},
+		{"signers", func(c *Config) { c.Packagers.Signers = []SignerConfig{{Name: "a"}} }, ""},
+		{"the packagers' listener", func(c *Config) { c.Packagers.Listen = "127.0.0.1:3" }, "packagers.listen"},
 		{"a value", func(c *Config) { c.Listen = "127.0.0.1:2" }, "listen"},
 		{"within a part", func(c *Config) { c.Limits.KEKLifetime = time.Minute }, "limits.kek_lifetime"},
 		{"within a list", func(c *Config) { c.TLS.ClientCAs[1].TrustDomain = "b.test" }, "tls.client_cas[1].trust_domain"},

@@ -104,10 +104,10 @@ func (p *parts) openLogForRestore(c *Config, log *slog.Logger) error {
 	}
 	p.logged.TrackKIDs = true
 	if have {
-		p.log, err = audit.Open(c.auditDir(), audit.Options{Visit: p.logged.Visit, Log: log})
+		p.log, err = audit.Open(c.auditDir(), c.auditOptions(p.logged.Visit, log))
 	} else {
 		log.Warn("no audit log is here; a new one begins, and what was issued after the backup cannot be listed", "dir", c.auditDir())
-		p.log, err = audit.Create(c.auditDir(), audit.Options{Log: log})
+		p.log, err = audit.Create(c.auditDir(), c.auditOptions(nil, log))
 	}
 	return err
 }

@@ -111,13 +111,13 @@ func (c WebhookConfig) roots() (*x509.CertPool, error) {
 type webhook struct {
 	config WebhookConfig
 	client *http.Client
-	queue  chan custodian.Incident
+	book   *incidentBook // has the messages
 	log    *slog.Logger
 	pause  time.Duration // after the first try
 }
 
 // newWebhook is nil without a URL.
-func newWebhook(c WebhookConfig, log *slog.Logger) (*webhook, error) {
+func newWebhook(c WebhookConfig, book *incidentBook, log *slog.Logger) (*webhook, error) {
 	if c.URL == "" {
 		return nil, nil
 	}
@@ -125,7 +125,7 @@ func newWebhook(c WebhookConfig, log *slog.Logger) (*webhook, error) {
 	if err != nil {
 		return nil, fmt.Errorf("kms.webhook.ca_file: %w", err)
 	}
-	return &webhook{config: c, log: log, pause: webhookPause, queue: make(chan custodian.Incident, 256), client: &http.Client{
+	return &webhook{config: c, book: book, log: log, pause: webhookPause, client: &http.Client{
 		Timeout: webhookTimeout,
 		// No proxy of the environment, and what answers with another place is
 		// not the one that was configured.
@@ -134,62 +134,71 @@ func newWebhook(c WebhookConfig, log *slog.Logger) (*webhook, error) {
 	}}, nil
 }
 
-// tell queues a message and does not wait.
-func (h *webhook) tell(i custodian.Incident) {
-	select {
-	case h.queue <- i:
-	default:
-		h.log.Error("the webhook takes nothing; an incident is not told", "incident", i.ID)
-	}
-}
-
-// run delivers until ctx ends.
+// run delivers until ctx ends, what an earlier run has left first.
 func (h *webhook) run(ctx context.Context) {
 	for {
+		for {
+			m, ok := h.book.next()
+			if !ok {
+				break
+			}
+			if !h.deliver(ctx, m) {
+				return
+			}
+			h.book.done()
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case i := <-h.queue:
-			h.deliver(ctx, i)
+		case <-h.book.poke:
 		}
 	}
 }
 
 // A message is the body of a webhook.
 type message struct {
-	Event string `json:"event"` // kms.incident.declared or kms.incident.closed
+	Event string `json:"event"`
 	custodian.Incident
 }
 
-// deliver sends one message until it is taken, with full jitter between the
-// tries.
-func (h *webhook) deliver(ctx context.Context, i custodian.Incident) {
-	m := message{"kms.incident.declared", i}
-	if !i.Closed.IsZero() {
-		m.Event = "kms.incident.closed"
+// messageOf names the event: kms.incident.declared and .closed, or for a login
+// kms.login.refused and .accepted.
+func messageOf(i custodian.Incident) message {
+	event := map[custodian.IncidentKind][2]string{
+		custodian.IncidentOutage: {"kms.incident.declared", "kms.incident.closed"},
+		custodian.IncidentLogin:  {"kms.login.refused", "kms.login.accepted"},
+	}[i.Kind]
+	if i.Closed.IsZero() {
+		return message{event[0], i}
 	}
+	return message{event[1], i}
+}
+
+// deliver sends one message until it is taken or given up, with full jitter
+// between the tries. It reports false where ctx ended first.
+func (h *webhook) deliver(ctx context.Context, m message) bool {
 	body, err := json.Marshal(m)
 	if err != nil {
-		h.log.Error("webhook", "incident", i.ID, "err", err)
-		return
+		h.log.Error("webhook", "incident", m.ID, "err", err)
+		return true
 	}
 	began := time.Now()
 	for pause := h.pause; ; pause = min(2*pause, maxWebhookPause) {
 		err := h.send(ctx, body)
 		if err == nil {
-			h.log.Info("the webhook was told", "incident", i.ID, "event", m.Event)
-			return
+			h.log.Info("the webhook was told", "incident", m.ID, "event", m.Event)
+			return true
 		}
 		if ctx.Err() != nil {
-			return
+			return false
 		}
 		if time.Since(began) > webhookGiveUp {
-			h.log.Error("the webhook is given up", "incident", i.ID, "event", m.Event, "err", err)
-			return
+			h.log.Error("the webhook is given up", "incident", m.ID, "event", m.Event, "err", err)
+			return true
 		}
-		h.log.Warn("the webhook did not take a message; it is sent again", "incident", i.ID, "event", m.Event, "err", err)
+		h.log.Warn("the webhook did not take a message; it is sent again", "incident", m.ID, "event", m.Event, "err", err)
 		if !sleep(ctx, rand.N(pause)) {
-			return
+			return false
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,7 +91,10 @@ func TestWebhook(t *testing.T) {
 	if faults := config.check(); len(faults) > 0 {
 		t.Fatal(faults)
 	}
-	h, err := newWebhook(config, slog.New(slog.DiscardHandler))
+	discard := slog.New(slog.DiscardHandler)
+	path := filepath.Join(t.TempDir(), "incidents.json")
+	book := openIncidentBook(path, true, discard)
+	h, err := newWebhook(config, book, discard)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,11 +105,11 @@ func TestWebhook(t *testing.T) {
 	defer running.Wait()
 	defer cancel()
 
-	declared := custodian.Incident{ID: "vault-1", Provider: "vault", Since: time.Unix(1, 0).UTC(), Declared: time.Unix(301, 0).UTC(), LastError: "sealed"}
+	declared := custodian.Incident{ID: "vault-1", Kind: custodian.IncidentOutage, Provider: "vault", Since: time.Unix(1, 0).UTC(), Declared: time.Unix(301, 0).UTC(), LastError: "sealed"}
 	closed := declared
 	closed.Back, closed.Closed = time.Unix(400, 0).UTC(), time.Unix(460, 0).UTC()
-	h.tell(declared)
-	h.tell(closed)
+	book.tell(declared)
+	book.tell(closed)
 	for _, want := range []message{{"kms.incident.declared", declared}, {"kms.incident.closed", closed}} {
 		select {
 		case got := <-r.got:
@@ -120,6 +124,67 @@ func TestWebhook(t *testing.T) {
 	defer r.mu.Unlock()
 	if r.tries != 6 {
 		t.Errorf("got %d tries for 2 messages with 4 refusals, want 6", r.tries)
+	}
+}
+
+// What the webhook has not taken when the daemon ends is sent by the next run,
+// and an incident that was open then can be closed by it.
+func TestWebhookAfterRestart(t *testing.T) {
+	discard := slog.New(slog.DiscardHandler)
+	path := filepath.Join(t.TempDir(), "incidents.json")
+	first := custodian.Incident{ID: "vault-outage-1", Kind: custodian.IncidentOutage, Provider: "vault", Since: time.Unix(1, 0).UTC(), Declared: time.Unix(301, 0).UTC(), LastError: "sealed"}
+	second := custodian.Incident{ID: "aws-login-2", Kind: custodian.IncidentLogin, Provider: "aws", Since: time.Unix(2, 0).UTC(), Declared: time.Unix(2, 0).UTC(), LastError: "expired"}
+	over := first
+	over.Back, over.Closed = time.Unix(400, 0).UTC(), time.Unix(460, 0).UTC()
+	book := openIncidentBook(path, true, discard)
+	book.tell(first)
+	book.tell(second)
+	book.tell(over)
+
+	book = openIncidentBook(path, true, discard)
+	if got := book.open(); !slices.Equal(got, []custodian.Incident{second}) {
+		t.Errorf("open after a restart: got %+v, want the second", got)
+	}
+	r := &receiver{t: t, secret: "a secret of the webhook", got: make(chan message, 10)}
+	server := httptest.NewServer(r)
+	defer server.Close()
+	file := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(file, []byte(r.secret), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h, err := newWebhook(WebhookConfig{URL: server.URL, SecretFile: file}, book, discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { h.run(ctx) })
+	for _, want := range []message{{"kms.incident.declared", first}, {"kms.login.refused", second}, {"kms.incident.closed", over}} {
+		select {
+		case got := <-r.got:
+			if got != want {
+				t.Errorf("got %+v, want %+v", got, want)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatalf("%s did not come", want.Event)
+		}
+	}
+	cancel()
+	running.Wait()
+	if m, ok := openIncidentBook(path, true, discard).next(); ok && m.Event != "kms.incident.closed" { // which may be sent twice
+		t.Errorf("after the delivery: %+v waits", m)
+	}
+
+	if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := openIncidentBook(path, true, discard).open(); len(got) != 0 {
+		t.Errorf("a book that cannot be read: got %+v, want none", got)
+	}
+	lost := openIncidentBook(filepath.Join(t.TempDir(), "gone", "incidents.json"), true, discard)
+	lost.tell(first)
+	if _, ok := lost.next(); !ok {
+		t.Error("a message is lost because it cannot be kept")
 	}
 }
 

@@ -2,7 +2,6 @@ package audit
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -10,7 +9,6 @@ import (
 	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
-	"golang.org/x/sys/unix"
 )
 
 // run is the committer: the only goroutine that writes. While it syncs one
@@ -19,12 +17,16 @@ func (l *Log) run() {
 	defer close(l.done)
 	second := time.NewTicker(time.Second)
 	defer second.Stop()
+	var p pace
 	for {
 		select {
 		case <-l.wake:
 			// Let those whom the last batch woke up come along.
 			runtime.Gosched()
-			l.commit(l.take())
+			p.rest(l.closing)
+			batch := l.take()
+			p.began(len(batch))
+			l.commit(batch)
 		case <-second.C:
 			l.flush()
 			l.lookForRoom()
@@ -36,6 +38,36 @@ func (l *Log) run() {
 			l.flush()
 			return
 		}
+	}
+}
+
+// A pace keeps a busy log from making many small batches. What a batch costs
+// besides its entries, a signature of the token and a sync, is the same for two
+// as for a hundred; so where many come at once, the next batch begins no sooner
+// than busyInterval after the last one. A call that comes alone never waits.
+type pace struct {
+	last time.Time // when the last batch began
+	busy bool      // it was one of many requests
+}
+
+const (
+	busyRequests = 8
+	busyInterval = 2 * time.Millisecond
+)
+
+func (p *pace) began(requests int) { p.last, p.busy = time.Now(), requests >= busyRequests }
+
+// rest waits until the next batch may begin, or closing is closed.
+func (p *pace) rest(closing <-chan struct{}) {
+	wait := busyInterval - time.Since(p.last)
+	if !p.busy || wait <= 0 {
+		return
+	}
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-closing:
 	}
 }
 
@@ -135,6 +167,7 @@ func (l *Log) admit(batch []*request) []*request {
 	for _, r := range batch {
 		total += len(r.entries)
 	}
+	l.rotate(frameSize(total) + l.checkpointRoom())
 	l.grow(frameSize(total) + l.checkpointRoom())
 	admitted, size := batch[:0], 0
 	for _, r := range batch {
@@ -164,59 +197,7 @@ func (l *Log) refusal(size int, priority bool) error {
 	if room >= 0 {
 		return nil
 	}
-	return fmt.Errorf("%w: no room on the disk: %w", ErrBlocked, l.full)
-}
-
-// grow allocates room for a batch of need bytes with the reserve behind it, and
-// more ahead if the disk has it. l.full says how that went.
-func (l *Log) grow(need int64) {
-	l.full = nil
-	want := l.end + need + l.reserve
-	if want <= l.alloc || l.latched != nil {
-		return
-	}
-	for _, end := range [...]int64{want + growth, want} {
-		if l.full = l.file.Allocate(l.alloc, end-l.alloc); l.full == nil {
-			l.alloc = end
-			return
-		}
-	}
-}
-
-// lookForRoom tries again to get room, where there was none.
-func (l *Log) lookForRoom() {
-	if l.full == nil {
-		return
-	}
-	l.grow(0)
-	l.tellRoom()
-}
-
-// tellRoom makes the state of the disk known: whether there is room, and where
-// there is none, whether the reserve is exhausted too.
-func (l *Log) tellRoom() {
-	l.mu.Lock()
-	was := l.stats
-	l.stats.Free = l.alloc - l.end
-	l.stats.OnReserve = l.full != nil
-	l.stats.Blocked = ""
-	if l.unsigned != nil {
-		l.stats.Blocked = l.unsigned.Error()
-	}
-	if l.full != nil && l.alloc-l.end < leastRoom {
-		l.stats.Blocked = l.full.Error()
-	}
-	is := l.stats
-	l.mu.Unlock()
-
-	switch {
-	case l.full != nil && is.Blocked != "" && was.Blocked == "":
-		l.log.Error("audit log: no room, nothing can be written", "error", is.Blocked)
-	case is.OnReserve && !was.OnReserve:
-		l.log.Error("audit log: no room but the reserve", "error", l.full, "bytes", is.Free)
-	case was.OnReserve && !is.OnReserve:
-		l.log.Info("audit log: there is room again")
-	}
+	return fmt.Errorf("%w: %w: %w", ErrBlocked, ErrFull, l.full)
 }
 
 // publish makes a batch known that is on disk.
@@ -228,8 +209,8 @@ func (l *Log) publish(root tlog.Hash, signed []byte) {
 		l.signed = signed
 	}
 	l.stats.Entries = l.tree.size
-	l.stats.Bytes = l.end
-	l.stats.Free = l.alloc - l.end
+	l.place = DamageError{Path: l.path, Segment: l.segment.number, Offset: l.end, Index: l.tree.size}
+	l.tellSize()
 	l.stats.Batches++
 }
 
@@ -283,6 +264,9 @@ func (l *Log) finish(h batchHeader, signed []byte) {
 
 // write returns nil when the frame is on disk, in the file that is the log.
 func (l *Log) write() error {
+	if err := l.checkUntouched(); err != nil {
+		return err
+	}
 	n, err := l.file.WriteAt(l.frame, l.end)
 	if err == nil && n < len(l.frame) {
 		err = io.ErrShortWrite
@@ -293,23 +277,5 @@ func (l *Log) write() error {
 	if err := l.file.Sync(); err != nil {
 		return fmt.Errorf("sync: %w", err)
 	}
-	return l.checkFile()
-}
-
-// checkFile reports a file that was taken away behind our back.
-func (l *Log) checkFile() error {
-	var open, named unix.Stat_t
-	if err := unix.Fstat(int(l.os.Fd()), &open); err != nil {
-		return fmt.Errorf("stat: %w", err)
-	}
-	if open.Size < l.alloc {
-		return fmt.Errorf("the file was cut to %d bytes", open.Size)
-	}
-	if err := unix.Lstat(l.path, &named); err != nil {
-		return fmt.Errorf("the file is gone: %w", err)
-	}
-	if open.Dev != named.Dev || open.Ino != named.Ino {
-		return errors.New("another file is in its place")
-	}
-	return nil
+	return l.checkFiles()
 }

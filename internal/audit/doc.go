@@ -13,9 +13,11 @@
 // instead of written. It does not decide what is worth an entry or who may
 // read it, and it knows nothing of keys: a Signer signs.
 //
-// # The file
+// # The files
 //
-// A log is a directory with one file, audit.log. All integers are big-endian.
+// A log is a directory with segments: audit.log is segment 0, audit-00000001.log
+// segment 1 and so on. The tree crosses them. The last one is written, the
+// others are sealed. All integers are big-endian.
 //
 //	file header  magic "custaud\n" (8) · version 1 (4) · log ID (16) · zero (32) · CRC (4)
 //	batch        header · payload · zeros to a multiple of 8 · trailer (8)
@@ -26,7 +28,32 @@
 //	  trailer    "\nbatch.\n"
 //	signed batch as a batch, with the magic "batch/2\n" and another payload
 //	  payload    entries, as above · checkpoint · its length (2)
-//	tail         zeros, room that is allocated ahead
+//	seal         magic "batch/s\n" (8) · segment (4) · zero (4) · entries so far (8) ·
+//	             root (32) · zero (4) · CRC of log ID and seal (4)
+//	tail         zeros, room that is allocated ahead; nothing behind a seal
+//
+// A segment from number 1 on begins with what is before it, so that it can be
+// checked without: the roots of the largest complete subtrees from left to
+// right, and the last checkpoint, if there is one, which signs them.
+//
+//	file header  magic (8) · version 2 (4) · log ID (16) · segment (4) ·
+//	             index of its first entry (8) · length of the start (4) ·
+//	             CRC of the start (4) · zero (12) · CRC (4)
+//	start        roots (32 each) · checkpoint · zeros to a multiple of 8
+//
+// A new segment is on disk, complete and empty, before the old one is sealed
+// and cut to its length; only then has it batches. A sealed segment that no
+// segment follows, or one that follows and is missing, was taken away.
+//
+// A segment that is pruned is replaced, under its name, by what is left of it:
+// the leaf hashes of its entries, or whole entries where they are kept. So the
+// tree, and every proof, can still be computed.
+//
+//	file header  as above with version 3 · entries (8) in place of zero (12), and zero (4)
+//	start        roots · size, batches, unsigned entries (8 each) · times of the first
+//	             entry, the last one, the pruning (12 each) · root after it (32) ·
+//	             checkpoint before it, last one in it, each behind its length (2)
+//	entry        0 (1) · leaf hash (32), or its length as uvarint · the entry
 //
 // The CRCs are CRC-32C (RFC 3720); they find accidents, the root finds edits.
 //
@@ -45,6 +72,6 @@
 // signed one all are. Signing comes before writing, so a root can have been
 // signed whose batch never was on disk; such a checkpoint was in memory only.
 //
-// Later formats add kinds of frames, with magics of their own; version 1 of
-// the file header and the batches in it stay as they are.
+// Later formats add kinds of frames, with magics of their own; the versions of
+// the file header and the batches behind them stay as they are.
 package audit

@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -31,18 +32,26 @@ type exportHeader struct {
 	Checkpoint string   `json:"checkpoint"`
 	Left       [][]byte `json:"left"`
 	Right      [][]byte `json:"right"`
+
+	// Since is an older checkpoint, and Consistency the proof that the
+	// checkpoint continues it; both absent where nobody asked.
+	Since       string   `json:"since,omitempty"`
+	Consistency [][]byte `json:"consistency,omitempty"`
 }
 
 // An ExportReport says what an export holds.
 type ExportReport struct {
 	From, To   uint64 // entries From to To-1
 	Checkpoint checkpoint.Checkpoint
+	Since      checkpoint.Checkpoint // which the other one continues; zero where that is not shown
 }
 
 // Export writes the entries from index from up to, and without, index to, with
 // what proves them, to w. Where to is 0, it ends with what the newest
-// checkpoint covers. It reads the log twice. ErrNoCheckpoint, ErrNoEntry.
-func Export(ctx context.Context, dir string, from, to uint64, w io.Writer) (ExportReport, error) {
+// checkpoint covers. Where since, an older checkpoint, is not nil, the export shows
+// that the log continues it. It reads the log twice. ErrNoCheckpoint, ErrNoEntry,
+// ErrPruned, checkpoint.ErrProof.
+func Export(ctx context.Context, dir string, from, to uint64, since []byte, w io.Writer) (ExportReport, error) {
 	walk, err := openWalk(dir, 0)
 	if err != nil {
 		return ExportReport{}, err
@@ -57,13 +66,24 @@ func Export(ctx context.Context, dir string, from, to uint64, w io.Writer) (Expo
 	left, right := cover(0, from), cover(to, walk.size)
 	walk.want(left...)
 	walk.want(right...)
-	if err := walk.run(ctx, nil); err != nil {
+	h := exportHeader{Format: exportFormat, From: from, To: to, Since: string(since)}
+	if since == nil {
+		err = walk.run(ctx, nil)
+	} else {
+		h.Consistency, err = walk.proveSince(ctx, since)
+	}
+	if err != nil {
 		return ExportReport{}, err
+	}
+	for _, p := range walk.v.pruned {
+		if p.First < to && p.First+p.Entries > from && p.Kept < p.Entries {
+			return ExportReport{}, fmt.Errorf("entries %d to %d, segment %d: %w", max(from, p.First), min(to, p.First+p.Entries)-1, p.Segment, ErrPruned)
+		}
 	}
 	out := bufio.NewWriter(w)
 	enc := json.NewEncoder(out)
-	if err := enc.Encode(exportHeader{Format: exportFormat, From: from, To: to, Checkpoint: string(walk.signed),
-		Left: walk.hashesOf(left), Right: walk.hashesOf(right)}); err != nil {
+	h.Checkpoint, h.Left, h.Right = string(walk.signed), walk.hashesOf(left), walk.hashesOf(right)
+	if err := enc.Encode(h); err != nil {
 		return ExportReport{}, err
 	}
 	err = Read(dir, from, func(e *Entry) error {
@@ -79,11 +99,37 @@ func Export(ctx context.Context, dir string, from, to uint64, w io.Writer) (Expo
 	if err != nil && err != io.EOF {
 		return ExportReport{}, err
 	}
-	c, err := checkpoint.Parse(walk.signed)
-	if err != nil {
-		return ExportReport{}, err
+	r := ExportReport{From: from, To: to}
+	if r.Checkpoint, err = checkpoint.Parse(walk.signed); err == nil && since != nil {
+		r.Since, err = checkpoint.Parse(since)
 	}
-	return ExportReport{From: from, To: to, Checkpoint: c}, out.Flush()
+	return r, errors.Join(err, out.Flush())
+}
+
+// proveSince proves that the checkpoint of the walk continues an older one.
+func (w *walk) proveSince(ctx context.Context, since []byte) ([][]byte, error) {
+	old, err := checkpoint.Parse(since)
+	if err != nil {
+		return nil, err
+	}
+	if old.Size == 0 || old.Size > w.size {
+		return nil, fmt.Errorf("the checkpoint of %d entries is not older than the newest, of %d: %w", old.Size, w.size, checkpoint.ErrProof)
+	}
+	hashes, err := w.prove(ctx, func(r tlog.HashReader) ([]tlog.Hash, error) {
+		return tlog.ProveTree(int64(w.size), int64(old.Size), r)
+	}, nil)
+	if err != nil {
+		return nil, err
+	}
+	c, err := checkpoint.Parse(w.signed)
+	if err == nil {
+		err = c.CheckConsistency(old, hashes)
+	}
+	out := make([][]byte, len(hashes))
+	for i := range hashes {
+		out[i] = hashes[i][:]
+	}
+	return out, err
 }
 
 func (w *walk) hashesOf(nodes []node) [][]byte {
@@ -100,8 +146,8 @@ func (w *walk) hashesOf(nodes []node) [][]byte {
 // decides on the checkpoint's signature. Entries that do not lead to the
 // checkpoint are checkpoint.ErrProof; what is not an export,
 // checkpoint.ErrMalformed.
-func VerifyExport(ctx context.Context, r io.Reader, check func(signed []byte) error, visit func(*Entry) error) (ExportReport, error) {
-	lines := bufio.NewScanner(r)
+func VerifyExport(ctx context.Context, in io.Reader, check func(signed []byte) error, visit func(*Entry) error) (ExportReport, error) {
+	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, maxExportLine)
 	h, err := exportHead(lines)
 	if err != nil {
@@ -116,6 +162,12 @@ func VerifyExport(ctx context.Context, r io.Reader, check func(signed []byte) er
 	}
 	if h.From >= h.To || h.To > c.Size {
 		return ExportReport{}, fmt.Errorf("entries %d to %d of %d: %w", h.From, h.To, c.Size, checkpoint.ErrMalformed)
+	}
+	r := ExportReport{From: h.From, To: h.To, Checkpoint: c}
+	if h.Since != "" {
+		if r.Since, err = h.since(c, check); err != nil {
+			return ExportReport{}, err
+		}
 	}
 	left, err := toHashes(h.Left)
 	if err != nil {
@@ -144,7 +196,27 @@ func VerifyExport(ctx context.Context, r io.Reader, check func(signed []byte) er
 	if root != c.Root {
 		return ExportReport{}, fmt.Errorf("the entries %d to %d are not those of the checkpoint of %d: %w", h.From, h.To, c.Size, checkpoint.ErrProof)
 	}
-	return ExportReport{From: h.From, To: h.To, Checkpoint: c}, nil
+	return r, nil
+}
+
+// since checks that c continues the older checkpoint of the export.
+func (h *exportHeader) since(c checkpoint.Checkpoint, check func(signed []byte) error) (checkpoint.Checkpoint, error) {
+	old, err := checkpoint.Parse([]byte(h.Since))
+	if err != nil {
+		return old, err
+	}
+	if err := check([]byte(h.Since)); err != nil {
+		return old, err
+	}
+	hashes, err := toHashes(h.Consistency)
+	if err != nil {
+		return old, err
+	}
+	proof := make([][32]byte, len(hashes))
+	for i := range hashes {
+		proof[i] = hashes[i]
+	}
+	return old, c.CheckConsistency(old, proof)
 }
 
 func exportHead(lines *bufio.Scanner) (exportHeader, error) {
@@ -152,7 +224,9 @@ func exportHead(lines *bufio.Scanner) (exportHeader, error) {
 	if !lines.Scan() {
 		return h, fmt.Errorf("not an audit export: %w", checkpoint.ErrMalformed)
 	}
-	if err := json.Unmarshal(lines.Bytes(), &h); err != nil || h.Format != exportFormat {
+	dec := json.NewDecoder(bytes.NewReader(lines.Bytes()))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&h); err != nil || h.Format != exportFormat || dec.More() {
 		return h, fmt.Errorf("not an audit export of the form %s: %w", exportFormat, checkpoint.ErrMalformed)
 	}
 	return h, nil

@@ -109,29 +109,37 @@ func createFile(dir string, o *Options) error {
 		}
 		return fmt.Errorf("create audit log %s: %w", path, err)
 	}
-	if err := writeNew(path+".new", o); err != nil {
+	f, err := writeNew(path, encodeFileHeader(newLogID()), headerSize+o.Reserve+growth, o.wrap)
+	if err != nil {
 		return errors.Join(fmt.Errorf("create audit log %s: %w", path, err), removeIfThere(path+".new"))
 	}
+	defer f.Close()
 	if err := os.Rename(path+".new", path); err != nil {
 		return fmt.Errorf("create audit log: %w", err)
 	}
 	return syncDir(dir)
 }
 
-func writeNew(path string, o *Options) error {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
+// writeNew makes a file, under path with .new behind it, that begins with start
+// and has room for that many bytes.
+func writeNew(path string, start []byte, room int64, wrap func(*os.File) File) (_ *os.File, err error) {
+	f, err := os.OpenFile(path+".new", os.O_RDWR|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer f.Close()
-	file := o.wrap(f)
-	if err := file.Allocate(0, headerSize+o.Reserve+growth); err != nil {
-		return err
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	file := wrap(f)
+	if err := file.Allocate(0, room); err != nil {
+		return nil, err
 	}
-	if _, err := file.WriteAt(encodeFileHeader(newLogID()), 0); err != nil {
-		return err
+	if _, err := file.WriteAt(start, 0); err != nil {
+		return nil, err
 	}
-	return file.Sync()
+	return f, file.Sync()
 }
 
 func removeIfThere(path string) error {

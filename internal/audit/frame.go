@@ -17,10 +17,10 @@ import (
 
 const (
 	fileMagic    = "custaud\n"
-	fileVersion  = 1
 	batchMagic   = "batch/1\n"
 	signedMagic  = "batch/2\n"
-	magicPrefix  = "batch/" // of both
+	sealMagic    = "batch/s\n"
+	magicPrefix  = "batch/" // of all three
 	batchTrailer = "\nbatch.\n"
 
 	headerSize  = 64 // of the file and of a batch
@@ -39,26 +39,10 @@ type logID [16]byte
 func encodeFileHeader(id logID) []byte {
 	b := make([]byte, headerSize)
 	copy(b, fileMagic)
-	binary.BigEndian.PutUint32(b[8:], fileVersion)
+	binary.BigEndian.PutUint32(b[8:], firstVersion)
 	copy(b[12:], id[:])
 	binary.BigEndian.PutUint32(b[60:], crc32.Checksum(b[:60], crcTable))
 	return b
-}
-
-func decodeFileHeader(b []byte) (logID, error) {
-	if string(b[:8]) != fileMagic {
-		return logID{}, errors.New("not an audit log")
-	}
-	if crc32.Checksum(b[:60], crcTable) != binary.BigEndian.Uint32(b[60:]) {
-		return logID{}, errors.New("checksum of the file header is wrong")
-	}
-	if v := binary.BigEndian.Uint32(b[8:]); v != fileVersion {
-		return logID{}, fmt.Errorf("version of the file is %d, this program reads %d", v, fileVersion)
-	}
-	if !allZero(b[28:60]) {
-		return logID{}, errors.New("reserved bytes of the file header are set")
-	}
-	return logID(b[12:28]), nil
 }
 
 // A batchHeader says what a batch holds.
@@ -96,9 +80,14 @@ func headerSum(b []byte, id logID) uint32 {
 	return crc32.Update(crc32.Checksum(id[:], crcTable), crcTable, b[:60])
 }
 
+// isFrame reports whether b begins with a batch header or the seal of a segment.
+func isFrame(b []byte, id logID) bool {
+	return len(b) >= headerSize && headerSum(b, id) == binary.BigEndian.Uint32(b[60:])
+}
+
 // decodeBatchHeader reports whether b begins with a batch header of the log.
 func decodeBatchHeader(b []byte, id logID) (batchHeader, bool) {
-	if len(b) < headerSize || headerSum(b, id) != binary.BigEndian.Uint32(b[60:]) {
+	if !isFrame(b, id) {
 		return batchHeader{}, false
 	}
 	magic := string(b[:8])

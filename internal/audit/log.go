@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
+	"golang.org/x/sys/unix"
 )
 
 var (
@@ -23,6 +24,9 @@ var (
 	// is room again. After a write or sync that failed, or when the file was
 	// taken away, it stays blocked until it is opened again.
 	ErrBlocked = errors.New("audit log is blocked")
+
+	// ErrFull comes with ErrBlocked where the reason is that there is no room.
+	ErrFull = errors.New("no room on the disk, or within the limit, for the audit log")
 
 	// ErrInUse means that another process, or another Log, has the log open.
 	ErrInUse = errors.New("another writer has it open")
@@ -38,6 +42,8 @@ const (
 	maxWaitingCalls = 1 << 14
 	leastRoom       = 4 << 10 // below it, the reserve counts as exhausted
 	flushEntries    = 256     // counted denials in one batch
+
+	defaultSegment = 64 << 20
 )
 
 // Options says how a log is kept. The zero value is good.
@@ -55,6 +61,15 @@ type Options struct {
 	// Visit is called by Open with every entry, in order.
 	Visit func(*Entry) error
 
+	// SegmentSize is how many bytes a file of the log has before the next one
+	// begins; 64 MiB where 0. It may have one batch more, and goes on where a
+	// new one cannot be made.
+	SegmentSize int64
+
+	// Limit is how many bytes all files of the log may have, what is allocated
+	// ahead included; as many as the file system has where 0.
+	Limit int64
+
 	Log *slog.Logger // nothing is logged where nil
 
 	// WrapFile, where it is set, is put between the log and its file. Tests
@@ -71,6 +86,9 @@ func (o *Options) defaults() {
 	}
 	if o.DenialsPerSecond <= 0 {
 		o.DenialsPerSecond = defaultDenials
+	}
+	if o.SegmentSize <= 0 {
+		o.SegmentSize = defaultSegment
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -106,24 +124,37 @@ type Receipt struct {
 // Stats is how a log is doing.
 type Stats struct {
 	Entries uint64 // in the log
-	Bytes   int64  // written to the file, with headers
+	Bytes   int64  // written to the files, with headers
 	Free    int64  // bytes that are allocated and not written
+
+	Segments int    // files of the log
+	Pruned   uint64 // entries in those that are pruned
+
+	// Limit is how many bytes the log may have: what Options say, or what the
+	// file system has for it. Watermark is 80 or 95 where Bytes are that many
+	// percent of it, else 0.
+	Limit     int64
+	Watermark int
 
 	Batches   uint64 // since it was opened, each of which cost one sync
 	Coalesced uint64 // denials that were counted and not written, since it was opened
 	Cut       int64  // bytes of a torn batch that were cut when it was opened
 
 	Blocked   string // why nothing can be written; empty while something can
+	Full      bool   // the reason is that there is no room
 	OnReserve bool   // no room is left but the reserve, for what has priority
 }
 
 // A Log is the one writer of a log. Its methods may be called from any
 // goroutine.
 type Log struct {
-	path    string
+	dir     string
 	id      logID
 	now     func() time.Time
+	wrap    func(*os.File) File
 	reserve int64
+	size    int64 // of a segment
+	limit   int64 // of all, 0 for none
 	log     *slog.Logger
 	denials *denials
 	pool    sync.Pool // of *request
@@ -134,6 +165,7 @@ type Log struct {
 	done    chan struct{} // run has returned
 
 	// Owned by the goroutine of run, once it runs.
+	path  string // of the segment that is written
 	os    *os.File
 	lock  *os.File
 	file  File
@@ -143,6 +175,16 @@ type Log struct {
 	full  error // why the last allocation failed, or nil
 	frame []byte
 	undo  tree // before the batch that is being made
+
+	segment  segmentHead     // the one that is written
+	before   []sealedSegment // it
+	sealedAt int             // which of them is to be looked at next
+	bytes    int64           // of them, on disk
+	pruned   uint64          // entries in those that are pruned
+	seen     fileState       // of the file when we had last written to it
+	avail    int64           // bytes that the file system has for us
+	told     int             // the watermark that was logged
+	cannot   error           // why the last rotation failed, or nil
 
 	// sealed tells that all batches from here on are signed.
 	sealed   bool
@@ -155,8 +197,9 @@ type Log struct {
 	closed  bool
 	latched error // stays, and wraps ErrBlocked
 	stats   Stats
-	root    tlog.Hash // of what is acknowledged
-	signed  []byte    // the checkpoint of what is acknowledged, if it has one
+	place   DamageError // where the next batch goes
+	root    tlog.Hash   // of what is acknowledged
+	signed  []byte      // the checkpoint of what is acknowledged, if it has one
 	signer  *Signer
 }
 
@@ -220,50 +263,31 @@ func Open(dir string, o Options) (*Log, error) {
 }
 
 func open(dir string, o Options, lock *os.File) (_ *Log, err error) {
-	s, err := openLog(dir, os.O_RDWR)
-	if err != nil {
-		lock.Close()
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			s.file.Close()
-			lock.Close()
-		}
-	}()
-	if err := checkMode(s.file); err != nil {
-		return nil, fmt.Errorf("open audit log: %w", err)
-	}
-	v := &verifier{scanner: s}
-	for err == nil {
-		err = v.next(o.Visit)
-	}
-	if err != io.EOF {
-		return nil, err
-	}
 	l := &Log{
-		path:    s.file.Name(),
-		id:      s.id,
+		dir:     dir,
 		now:     o.Now,
+		wrap:    o.wrap,
 		reserve: o.Reserve,
+		size:    o.SegmentSize,
+		limit:   o.Limit,
 		log:     o.Log,
 		denials: newDenials(o.DenialsPerSecond),
 		pool:    sync.Pool{New: func() any { return &request{done: make(chan struct{}, 1)} }},
-		cut:     s.torn,
 		wake:    make(chan struct{}, 1),
 		closing: make(chan struct{}),
 		done:    make(chan struct{}),
-		os:      s.file,
 		lock:    lock,
-		file:    o.wrap(s.file),
-		tree:    v.tree,
-		end:     s.off,
-		alloc:   s.off,
-		sealed:  s.sealed,
-		signed:  v.checkpoint,
 	}
-	if err := l.repair(v); err != nil {
-		return nil, fmt.Errorf("open audit log %s: %w", l.path, err)
+	v, err := l.load(o.Visit)
+	if err == nil {
+		err = l.repair(v)
+	}
+	if err != nil {
+		if l.os != nil {
+			l.os.Close()
+		}
+		lock.Close()
+		return nil, err
 	}
 	l.publish(l.tree.root(), v.checkpoint)
 	l.stats.Batches = 0
@@ -271,9 +295,56 @@ func open(dir string, o Options, lock *os.File) (_ *Log, err error) {
 	return l, nil
 }
 
-// repair makes the file what the next batch expects: whole batches that are
-// surely on disk, and then zeros in allocated room.
+// load checks the whole log, and opens the last segment for writing.
+func (l *Log) load(visit func(*Entry) error) (*verifier, error) {
+	s, err := openLog(l.dir, false)
+	if err != nil {
+		return nil, err
+	}
+	defer s.close()
+	v, err := newVerifier(s, nil)
+	for err == nil {
+		err = v.next(visit)
+	}
+	if err != io.EOF {
+		return nil, err
+	}
+	f, err := os.OpenFile(s.file.Name(), os.O_RDWR|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open audit log: %w", err)
+	}
+	l.id, l.path, l.os, l.file = s.id, f.Name(), f, l.wrap(f)
+	l.segment, l.before, l.cut = s.head, v.segments, s.torn
+	l.tree, l.end, l.alloc, l.sealed, l.signed = v.tree, s.off, s.off, s.sealed, v.checkpoint
+	for _, b := range l.before {
+		l.bytes += b.size
+		if b.pruned {
+			l.pruned += b.end - b.first
+		}
+	}
+	return v, nil
+}
+
+// repair makes the files what the next batch expects: whole batches that are
+// surely on disk, and then zeros in allocated room; and before them segments
+// that are sealed.
 func (l *Log) repair(v *verifier) error {
+	if v.loose > 0 {
+		l.log.Warn("audit log: ending the rotation that was interrupted", "segment", v.head.number)
+		if err := l.sealBefore(v.loose); err != nil {
+			return fmt.Errorf("open audit log %s: %w", l.dir, err)
+		}
+	}
+	if err := l.repairLast(v); err != nil {
+		return fmt.Errorf("open audit log %s: %w", l.path, err)
+	}
+	l.lookAtDisk()
+	l.grow(0)
+	l.tellRoom()
+	return l.seen.read(l.os)
+}
+
+func (l *Log) repairLast(v *verifier) error {
 	if v.torn > 0 {
 		l.log.Warn("audit log: cutting off a batch that was not acknowledged", "offset", l.end, "bytes", v.torn)
 		// The file is not shortened, because the room must not get lost.
@@ -306,8 +377,6 @@ func (l *Log) repair(v *verifier) error {
 			l.alloc = size
 		}
 	}
-	l.grow(0)
-	l.tellRoom()
 	return nil
 }
 
@@ -315,7 +384,7 @@ func (l *Log) repair(v *verifier) error {
 func (l *Log) ID() [16]byte { return l.id }
 
 // Dir returns the directory of the log, for Read and the proofs.
-func (l *Log) Dir() string { return filepath.Dir(l.path) }
+func (l *Log) Dir() string { return l.dir }
 
 // Append writes the entries, one after the other and all or none, and returns
 // when they are on disk. It gives them their index and salt, and its time to

@@ -501,7 +501,8 @@ func TestVerifyProgress(t *testing.T) {
 	}
 }
 
-// A process that is killed at any moment has lost nothing that was acknowledged.
+// A process that is killed at any moment, most of which it spends with beginning
+// another segment, has lost nothing that was acknowledged.
 func TestKilled(t *testing.T) {
 	if dir := os.Getenv("AUDIT_TEST_KILLED"); dir != "" {
 		writeUntilKilled(t, dir)
@@ -511,6 +512,11 @@ func TestKilled(t *testing.T) {
 	l := create(t, dir, audit.Options{})
 	shut(t, l)
 	size := uint64(0)
+	defer func() {
+		if files := segmentFiles(t, dir); len(files) < 5 {
+			t.Errorf("segments %v, want one at least of each round", files)
+		}
+	}()
 	for round := range 5 {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestKilled$")
 		cmd.Env = append(os.Environ(), "AUDIT_TEST_KILLED="+dir)
@@ -549,7 +555,7 @@ func TestKilled(t *testing.T) {
 }
 
 func writeUntilKilled(t *testing.T, dir string) {
-	l := open(t, dir, audit.Options{})
+	l := open(t, dir, audit.Options{SegmentSize: 16 << 10, Reserve: 64 << 10})
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for range 8 {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -19,11 +18,15 @@ var (
 
 	// ErrNoEntry means that the checkpoint does not cover an entry.
 	ErrNoEntry = errors.New("the checkpoint covers no such entry")
+
+	// ErrPruned means that of an entry, or a checkpoint, only the hash is left.
+	ErrPruned = errors.New("it is in a segment that was pruned")
 )
 
 // A Proof leads from an entry to a checkpoint.
 type Proof struct {
-	Entry      Entry
+	Entry      Entry // only its Index where Pruned
+	Pruned     bool  // nothing is left of the entry but the leaf hash
 	LeafHash   [32]byte
 	Hashes     [][32]byte // inclusion proof of RFC 6962, section 2.1.1
 	Checkpoint []byte
@@ -41,12 +44,12 @@ func ProveInclusion(ctx context.Context, dir string, index, size uint64) (Proof,
 	if index >= w.size {
 		return Proof{}, fmt.Errorf("entry %d of %d: %w", index, w.size, ErrNoEntry)
 	}
-	var p Proof
+	p := Proof{Entry: Entry{Index: index}, Pruned: true}
 	prove := func(r tlog.HashReader) ([]tlog.Hash, error) { return tlog.ProveRecord(int64(w.size), int64(index), r) }
 	w.want(node{0, index})
 	hashes, err := w.prove(ctx, prove, func(e *Entry) error {
 		if e.Index == index {
-			p.Entry = *e
+			p.Entry, p.Pruned = *e, false
 		}
 		return nil
 	})
@@ -59,7 +62,8 @@ func ProveInclusion(ctx context.Context, dir string, index, size uint64) (Proof,
 
 // ProveConsistency proves that the log of old entries is the beginning of the
 // log of size entries (RFC 6962, section 2.1.2), and returns the checkpoint of
-// size, or the newest one where size is 0. ErrNoCheckpoint, ErrNoEntry.
+// size, or the newest one where size is 0; nil where that one was pruned.
+// ErrNoCheckpoint, ErrNoEntry.
 func ProveConsistency(ctx context.Context, dir string, old, size uint64) (hashes [][32]byte, signed []byte, err error) {
 	w, err := openWalk(dir, size)
 	if err != nil {
@@ -69,6 +73,7 @@ func ProveConsistency(ctx context.Context, dir string, old, size uint64) (hashes
 	if old > w.size || old == 0 {
 		return nil, nil, fmt.Errorf("%d entries of %d: %w", old, w.size, ErrNoEntry)
 	}
+	w.bare = true
 	hashes, err = w.prove(ctx, func(r tlog.HashReader) ([]tlog.Hash, error) {
 		return tlog.ProveTree(int64(w.size), int64(old), r)
 	}, nil)
@@ -81,24 +86,28 @@ type walk struct {
 	v      *verifier
 	size   uint64 // of the checkpoint
 	signed []byte // the checkpoint
+	bare   bool   // it is no fault where the checkpoint was pruned
 	nodes  map[node]tlog.Hash
 }
 
 // openWalk finds the checkpoint of that size, or the newest one for 0.
 func openWalk(dir string, size uint64) (*walk, error) {
-	s, err := openLog(dir, os.O_RDONLY)
+	if size == 0 {
+		var err error
+		if size, err = newestSigned(dir); err != nil {
+			return nil, err
+		}
+	}
+	s, err := openLog(dir, true)
 	if err != nil {
 		return nil, err
 	}
-	w := &walk{v: &verifier{scanner: s}, size: size, nodes: map[node]tlog.Hash{}}
-	if w.size == 0 {
-		w.size, err = newestSigned(s)
-	}
+	v, err := newVerifier(s, nil)
 	if err != nil {
-		w.close()
+		s.close()
 		return nil, err
 	}
-	s.off, s.index, s.sealed = headerSize, 0, false // to the start again
+	w := &walk{v: v, size: size, nodes: map[node]tlog.Hash{}}
 	w.v.tree.keep = func(n node, h tlog.Hash) {
 		if _, wanted := w.nodes[n]; wanted {
 			w.nodes[n] = h
@@ -109,7 +118,12 @@ func openWalk(dir string, size uint64) (*walk, error) {
 
 // newestSigned returns how many entries the newest checkpoint covers, from the
 // headers of the batches alone.
-func newestSigned(s *scanner) (uint64, error) {
+func newestSigned(dir string) (uint64, error) {
+	s, err := openLogAt(dir, 1<<63-1)
+	if err != nil {
+		return 0, err
+	}
+	defer s.close()
 	for s.skip(1<<63 - 1) {
 	}
 	if !s.sealed {
@@ -118,7 +132,7 @@ func newestSigned(s *scanner) (uint64, error) {
 	return s.index, nil
 }
 
-func (w *walk) close() { w.v.file.Close() }
+func (w *walk) close() { w.v.scanner.close() }
 
 func (w *walk) want(nodes ...node) {
 	for _, n := range nodes {
@@ -137,6 +151,12 @@ func (w *walk) run(ctx context.Context, visit func(*Entry) error) error {
 		} else if err != nil {
 			return err
 		}
+	}
+	if n := len(w.v.pruned); n > 0 && w.v.tree.size > w.size && w.v.pruned[n-1].First+w.v.pruned[n-1].Entries > w.size {
+		if w.bare {
+			return nil
+		}
+		return fmt.Errorf("of %d entries, segment %d: %w: %w", w.size, w.v.pruned[n-1].Segment, ErrPruned, ErrNoCheckpoint)
 	}
 	if w.v.tree.size != w.size || w.v.checkpoint == nil {
 		return fmt.Errorf("of %d entries: %w", w.size, ErrNoCheckpoint)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -12,7 +11,7 @@ import (
 
 // ProveEntries proves several entries to one checkpoint: the first that covers
 // them all, so that the same entries have the same proofs for ever. It reads
-// and checks the log up to there, once. ErrNoCheckpoint, ErrNoEntry.
+// and checks the log up to there, once. ErrNoCheckpoint, ErrNoEntry, ErrPruned.
 func ProveEntries(ctx context.Context, dir string, indexes []uint64) ([]Proof, error) {
 	if len(indexes) == 0 {
 		return nil, fmt.Errorf("none is asked for: %w", ErrNoEntry)
@@ -49,6 +48,9 @@ func ProveEntries(ctx context.Context, dir string, indexes []uint64) ([]Proof, e
 	}
 	proofs := make([]Proof, len(indexes))
 	for n, i := range indexes {
+		if _, there := entries[i]; !there {
+			return nil, fmt.Errorf("entry %d: %w", i, ErrPruned)
+		}
 		hashes, err := tlog.ProveRecord(int64(size), int64(i), tlog.HashReaderFunc(w.stored))
 		if err != nil {
 			return nil, err
@@ -73,19 +75,18 @@ func (w *walk) stored(indexes []int64) ([]tlog.Hash, error) {
 
 // firstSigned is the size of the first checkpoint that covers an entry.
 func firstSigned(dir string, index uint64) (uint64, error) {
-	s, err := openLog(dir, os.O_RDONLY)
+	s, err := openLogAt(dir, index)
 	if err != nil {
 		return 0, err
 	}
-	defer s.file.Close()
+	defer s.close()
 	for s.skip(index) {
 	}
 	for {
-		h, _, err := s.header()
+		h, _, err := s.next()
 		if err != nil {
 			return 0, errors.Join(fmt.Errorf("entry %d: %w", index, ErrNoCheckpoint), err)
 		}
-		s.step(&h)
 		if h.signed && s.index > index {
 			return s.index, nil
 		}

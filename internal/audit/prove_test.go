@@ -3,6 +3,7 @@ package audit_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -86,7 +87,7 @@ func TestExport(t *testing.T) {
 	for from := uint64(0); from < 20; from++ {
 		for to := from + 1; to <= 20; to++ {
 			var b bytes.Buffer
-			want, err := audit.Export(ctx, dir, from, to, &b)
+			want, err := audit.Export(ctx, dir, from, to, nil, &b)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -104,19 +105,83 @@ func TestExport(t *testing.T) {
 		}
 	}
 	for _, r := range [][2]uint64{{20, 0}, {3, 3}, {5, 4}, {0, 21}} {
-		if _, err := audit.Export(ctx, dir, r[0], r[1], new(bytes.Buffer)); !errors.Is(err, audit.ErrNoEntry) {
+		if _, err := audit.Export(ctx, dir, r[0], r[1], nil, new(bytes.Buffer)); !errors.Is(err, audit.ErrNoEntry) {
 			t.Errorf("%d to %d: error = %v, want ErrNoEntry", r[0], r[1], err)
 		}
 	}
 }
 
+// An export shows that the log continues an older checkpoint of it, and no other.
+func TestExportSince(t *testing.T) {
+	dir, receipts, k := signedLog(t)
+	ctx := context.Background()
+	for _, r := range receipts {
+		var b bytes.Buffer
+		want, err := checkpoint.Parse(r.Checkpoint)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := audit.Export(ctx, dir, 3, 4, r.Checkpoint, &b); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := audit.VerifyExport(ctx, &b, k.check, nil); err != nil || got.Since != want {
+			t.Errorf("since %d: %+v, %v", want.Size, got.Since, err)
+		}
+	}
+	otherDir, others, otherKey := signedLog(t)
+	for name, since := range map[string][]byte{"another log's": others[3].Checkpoint, "no": []byte("hello")} {
+		if _, err := audit.Export(ctx, dir, 3, 4, since, new(bytes.Buffer)); err == nil {
+			t.Errorf("%s checkpoint is continued", name)
+		}
+	}
+	// One that the log's own key has not signed is not believed.
+	var b bytes.Buffer
+	if _, err := audit.Export(ctx, otherDir, 3, 4, others[3].Checkpoint, &b); err != nil {
+		t.Fatal(err)
+	}
+	resigned := bytes.ReplaceAll(b.Bytes(), quoted(t, others[3].Checkpoint), quoted(t, resign(t, others[3].Checkpoint, k)))
+	if bytes.Equal(resigned, b.Bytes()) {
+		t.Fatal("the older checkpoint is not in the export")
+	}
+	if _, err := audit.VerifyExport(ctx, bytes.NewReader(resigned), otherKey.check, nil); !errors.Is(err, checkpoint.ErrSignature) {
+		t.Errorf("error = %v, want ErrSignature", err)
+	}
+}
+
+func quoted(t testing.TB, s []byte) []byte {
+	t.Helper()
+	b, err := json.Marshal(string(s))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// resign has another key sign the same.
+func resign(t testing.TB, signed []byte, k *testKey) []byte {
+	t.Helper()
+	c, err := checkpoint.Parse(signed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := checkpoint.NewSigner(c.Origin, k.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := c.Sign(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
 // Whatever byte of an export is changed, whatever line is dropped or repeated,
 // it does not verify, or says the very same.
 func TestDamagedExport(t *testing.T) {
-	dir, _, k := signedLog(t)
+	dir, receipts, k := signedLog(t)
 	ctx := context.Background()
 	var out bytes.Buffer
-	if _, err := audit.Export(ctx, dir, 5, 9, &out); err != nil {
+	if _, err := audit.Export(ctx, dir, 5, 9, receipts[2].Checkpoint, &out); err != nil {
 		t.Fatal(err)
 	}
 	texts := func(b []byte) (string, error) {

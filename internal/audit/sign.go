@@ -30,8 +30,9 @@ func (l *Log) SignWith(s Signer) error {
 	defer l.mu.Unlock()
 	if l.signed != nil {
 		if err := s.Check(l.signed); err != nil {
-			return &DamageError{Path: l.path, Offset: l.stats.Bytes, Index: l.stats.Entries,
-				Problem: fmt.Errorf("the last checkpoint: %w", err)}
+			at := l.place
+			at.Problem = fmt.Errorf("the last checkpoint: %w", err)
+			return &at
 		}
 	}
 	l.signer = &s

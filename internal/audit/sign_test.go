@@ -235,8 +235,8 @@ func fastDir(t testing.TB) string {
 	return dir
 }
 
-// Every byte of a signed log counts; what is changed with all checksums made to
-// fit does not fit the signature.
+// What is changed of a signed log with all checksums made to fit does not fit the
+// signature. TestEveryByte changes bytes without.
 func TestSignedFlips(t *testing.T) {
 	k := newTestKey(t)
 	s := makeSigned(t, k)
@@ -264,22 +264,6 @@ func checkSignedFlip(t *testing.T, dir string, k *testKey, s sample, at int) {
 		if err := os.WriteFile(filepath.Join(dir, "audit.log"), b, 0o600); err != nil {
 			t.Error(err)
 		}
-	}
-	put(b)
-	var damage *audit.DamageError
-	if _, err := verifySigned(dir, k); !errors.As(err, &damage) {
-		t.Errorf("byte %d: Verify says %v", at, err)
-		return
-	}
-	if at < 64 {
-		return
-	}
-	i := 1
-	for int64(at) >= s.ends[i] {
-		i++
-	}
-	if damage.Offset != s.ends[i-1] || damage.Index != uint64(s.sizes[i-1]) {
-		t.Errorf("byte %d: %v, want it at offset %d", at, damage, s.ends[i-1])
 	}
 	sealed := reseal(b)
 	if bytes.Equal(sealed, s.file) {

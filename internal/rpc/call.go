@@ -144,10 +144,16 @@ func (s *Server) end(ctx context.Context, c *call, err error) error {
 		s.metrics.observe(c.method, st.Code().String(), took)
 		return st.Err()
 	}
+	return s.refuse(ctx, c, err, took).statusOf(err, c.requestID).Err()
+}
+
+// refuse finds the row for the error that ended a call, counts the call and
+// reports what is ours.
+func (s *Server) refuse(ctx context.Context, c *call, err error, took time.Duration) row {
 	r := explain(ctx, err)
 	s.metrics.observe(c.method, string(r.reason), took)
 	s.report(ctx, c, r, err)
-	return r.statusOf(err, c.requestID).Err()
+	return r
 }
 
 // transportStatus is the status of an error that gRPC itself made on the way to

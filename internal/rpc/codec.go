@@ -63,6 +63,13 @@ type envelope struct {
 func (c *codec) Unmarshal(data mem.BufferSlice, v any) error {
 	if e, ok := v.(*envelope); ok {
 		e.err = c.CodecV2.Unmarshal(data, e.message)
+		if _, keys := e.message.(*v1.ImportContentKeysRequest); keys {
+			// The message has its own copy. These are gRPC's buffers, which go back
+			// to a pool when they are freed, unwiped.
+			for _, b := range data {
+				clear(b.ReadOnlyData())
+			}
+		}
 		return nil
 	}
 	return c.CodecV2.Unmarshal(data, v)

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 
 	"github.com/keycustody/custodian/internal/secret"
@@ -19,4 +20,13 @@ func NewCodec(a *secret.Arena) encoding.CodecV2 {
 	c := newCodec()
 	c.arena.Store(a)
 	return c
+}
+
+// ReceiveForTest decodes m as the server does, from the buffer wire.
+func ReceiveForTest(wire []byte, m any) error {
+	e := envelope{message: m}
+	if err := newCodec().Unmarshal(mem.BufferSlice{mem.SliceBuffer(wire)}, &e); err != nil {
+		return err
+	}
+	return e.err
 }

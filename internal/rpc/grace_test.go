@@ -14,6 +14,7 @@ import (
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/certs"
+	"github.com/keycustody/custodian/client"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/internal/rpc"
 )
@@ -83,6 +84,13 @@ func TestGraceTrailer(t *testing.T) {
 	if want := 58 * 60; err != nil || seconds > want || seconds < want-60 {
 		t.Errorf("got %q seconds of grace left, want some %d", grace[0], want)
 	}
+	left := time.Duration(-1)
+	if _, err := k.dial(t, provider).GetContentKeys(client.WithGrace(t.Context(), &left), &v1.GetContentKeysRequest{Kids: [][]byte{kid}}); err != nil {
+		t.Fatal(err)
+	}
+	if want := 58 * time.Minute; left > want || left < want-time.Minute {
+		t.Errorf("the client says %s of grace left, want some %s", left, want)
+	}
 	resp, err := k.dial(t, operator).Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -98,6 +106,9 @@ func TestGraceTrailer(t *testing.T) {
 		t.Errorf("got no RetryInfo in %v", err)
 	}
 	away.away.Store(false)
+	if _, err := k.dial(t, provider).GetContentKeys(client.WithGrace(t.Context(), &left), &v1.GetContentKeysRequest{Kids: [][]byte{kid}}); err != nil || left != 0 {
+		t.Errorf("the KMS is back: the client says %v and %s of grace left, want none", err, left)
+	}
 	if grace, err := callback(); err != nil || grace != nil {
 		t.Errorf("the KMS is back: got %v and trailer %v, want none", errors.Unwrap(err), grace)
 	}

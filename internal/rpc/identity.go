@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 
 	"google.golang.org/grpc/credentials"
@@ -24,7 +25,12 @@ func (s *Server) identify(ctx context.Context) (custodian.Caller, error) {
 	if !ok {
 		return custodian.Caller{}, &identityError{errNoTLS}
 	}
-	who, err := s.config.Certs.Peer(info.State)
+	return s.callerOf(info.State)
+}
+
+// callerOf is the same for a connection that is not gRPC's.
+func (s *Server) callerOf(state tls.ConnectionState) (custodian.Caller, error) {
+	who, err := s.config.Certs.Peer(state)
 	if err != nil {
 		return custodian.Caller{}, &identityError{err}
 	}

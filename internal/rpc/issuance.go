@@ -48,19 +48,14 @@ func (s *issuance) encode(c *call, keys []custodian.IssuedKey) *v1.IssueContentK
 		issued v1.IssuedContentKey
 		key    keyParts
 	}, len(keys))
-	created := 0
 	for i := range keys {
 		from, to := &keys[i], &parts[i]
 		to.issued.Key = to.key.encode(&from.ContentKey, from.Key.Lend())
 		to.key.attest(from.Receipt.Index, from.Receipt.LeafHash[:], from.Receipt.Checkpoint)
 		to.issued.Created = from.Created
 		resp.Keys[i] = &to.issued
-		if from.Created {
-			created++
-		}
 	}
-	s.server.metrics.issued.WithLabelValues("new").Add(float64(created))
-	s.server.metrics.issued.WithLabelValues("again").Add(float64(len(keys) - created))
+	s.server.metrics.countIssued(keys)
 	return resp
 }
 

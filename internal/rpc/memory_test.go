@@ -54,7 +54,8 @@ func startDaemon(t *testing.T) (k *kit, pid int) {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), exe)
-	cmd.Env = append(os.Environ(), daemonDir+"="+dir)
+	// As custodiand does for itself: no signals that save registers.
+	cmd.Env = append(os.Environ(), daemonDir+"="+dir, "GODEBUG=asyncpreemptoff=1")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

@@ -36,7 +36,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		released: prometheus.NewCounter(prometheus.CounterOpts{Name: "custodian_keys_released_total",
 			Help: "Content keys handed out by GetContentKeys."}),
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "custodian_keys_issued_total",
-			Help: "Content keys handed out by IssueContentKeys, new or again."}, []string{"kind"}),
+			Help: "Content keys handed out to packagers, by IssueContentKeys or another front door, new or again."}, []string{"kind"}),
 		results: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "custodian_keys_refused_total",
 			Help: "KIDs that GetContentKeys did not release, by reason."}, []string{"reason"}),
 		missing: prometheus.NewCounter(prometheus.CounterOpts{Name: "custodian_data_integrity_alerts_total",
@@ -55,6 +55,18 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 func (m *metrics) observe(method, reason string, took time.Duration) {
 	m.calls.WithLabelValues(method, reason).Inc()
 	m.latency.WithLabelValues(method).Observe(took.Seconds())
+}
+
+// countIssued counts the keys of one answer.
+func (m *metrics) countIssued(keys []custodian.IssuedKey) {
+	created := 0
+	for i := range keys {
+		if keys[i].Created {
+			created++
+		}
+	}
+	m.issued.WithLabelValues("new").Add(float64(created))
+	m.issued.WithLabelValues("again").Add(float64(len(keys) - created))
 }
 
 // refused counts one KID. KEY_NOT_FOUND is said only to those who may know, so

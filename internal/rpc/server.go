@@ -28,10 +28,15 @@ import (
 type Custody interface {
 	Issue(context.Context, custodian.Caller, custodian.IssueRequest) ([]custodian.IssuedKey, error)
 	Retrieve(context.Context, custodian.Caller, custodian.RetrieveRequest) ([]custodian.RetrieveResult, error)
+	Import(context.Context, custodian.Caller, custodian.ImportRequest) ([]custodian.ImportedKey, error)
+	Export(context.Context, custodian.Caller, custodian.ExportRequest) ([]custodian.ExportedKey, error)
 	Arena() *secret.Arena
 	Ready(context.Context) error
 	CreateCategory(context.Context, custodian.Caller, custodian.CreateCategoryRequest) (custodian.Category, error)
 	SetCategoryMode(context.Context, custodian.Caller, custodian.SetModeRequest) (custodian.Category, error)
+	SetProviders(context.Context, custodian.Caller, custodian.SetProvidersRequest) (custodian.RewrapStatus, error)
+	Reencrypt(context.Context, custodian.Caller, custodian.ReencryptRequest) (custodian.RewrapStatus, error)
+	Rewraps(context.Context, custodian.Caller) ([]custodian.RewrapStatus, error)
 	Categories(context.Context, custodian.Caller) ([]custodian.Category, error)
 	KeyVersions(context.Context, custodian.Caller, custodian.CategoryName) ([]custodian.KEK, error)
 	ListContentKeys(context.Context, custodian.Caller, custodian.ListRequest) ([]custodian.ContentKeyInfo, string, error)
@@ -80,6 +85,9 @@ type Config struct {
 	Log *slog.Logger
 	// Now is the clock, time.Now if nil.
 	Now func() time.Time
+
+	// Exports has the recipients of ExportContentKeys. Nil: there is none.
+	Exports Exporter
 
 	// Version is that of the daemon, for the status.
 	Version string
@@ -137,6 +145,7 @@ type Server struct {
 	grpc    *grpc.Server
 	codec   *codec
 	metrics *metrics
+	primers *primers
 
 	// serving is replaced as a whole.
 	serving atomic.Pointer[serving]
@@ -165,13 +174,12 @@ func NewServer(c Config) (*Server, error) {
 	if s.metrics, err = newMetrics(c.Metrics); err != nil {
 		return nil, fmt.Errorf("rpc server: %w", err)
 	}
-	primers, err := newPrimers(runtime.GOMAXPROCS(0))
-	if err != nil {
+	if s.primers, err = newPrimers(runtime.GOMAXPROCS(0)); err != nil {
 		return nil, fmt.Errorf("rpc server: %w", err)
 	}
 	s.SetUnavailable(custodian.ErrStarting)
 	s.grpc = grpc.NewServer(
-		grpc.Creds(wipingCreds{credentials.NewTLS(c.Certs.TLSConfig()), primers}),
+		grpc.Creds(wipingCreds{credentials.NewTLS(c.Certs.TLSConfig()), s.primers}),
 		grpc.ForceServerCodecV2(s.codec),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
@@ -194,6 +202,7 @@ func NewServer(c Config) (*Server, error) {
 	)
 	s.register(&v1.KeyRetrievalService_ServiceDesc, &retrieval{server: s})
 	s.register(&v1.KeyIssuanceService_ServiceDesc, &issuance{server: s})
+	s.register(&v1.KeyTransferService_ServiceDesc, &transfer{server: s})
 	s.register(&v1.CustodyService_ServiceDesc, &custodyService{server: s})
 	s.register(&v1.AuditService_ServiceDesc, &auditService{server: s})
 	s.register(&v1.RotationService_ServiceDesc, &rotationService{server: s})

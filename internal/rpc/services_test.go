@@ -2,9 +2,11 @@ package rpc_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -328,4 +330,54 @@ func TestConcurrentCallsGetTheirOwnKeys(t *testing.T) {
 	if got := k.core.Arena().InUse(); got != 0 {
 		t.Errorf("keys in clear once all is answered: got %d, want 0", got)
 	}
+}
+
+// TestRewrap: a job begins, is listed, and runs to its end; who may not is
+// refused.
+func TestRewrap(t *testing.T) {
+	k := newKit(t, options{})
+	k.createCategory(t, "movies")
+	boss, ops := k.dial(t, officer), k.dial(t, operator)
+	job, err := boss.SetProviders(t.Context(), &v1.SetProvidersRequest{Category: "movies", Providers: []string{"local"}, Cause: "drill"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if job.GetCategory() != "movies" || job.GetTotal() != 1 || job.GetRequestedBy() == "" || job.GetBeginTime() == nil || !slices.Equal(job.GetProviders(), []string{"local"}) {
+		t.Errorf("the job: got %v", job)
+	}
+	if job, err = ops.Reencrypt(t.Context(), &v1.ReencryptRequest{HelperKeys: true, Cause: "drill"}); err != nil {
+		t.Fatal(err)
+	}
+	if job.GetCategory() != "" || job.GetTotal() != 3 || !slices.Equal(job.GetReencrypt(), []string{"local"}) {
+		t.Errorf("the job of the helper keys: got %v", job)
+	}
+	jobs, err := ops.ListRewraps(t.Context())
+	if err != nil || len(jobs) != 2 || jobs[0].GetCategory() != "" || jobs[1].GetCategory() != "movies" {
+		t.Errorf("jobs: got %v, %v, want that of the helper keys and that of movies", jobs, err)
+	}
+	status, err := ops.Status(t.Context())
+	if err != nil || len(status.GetRewraps()) != 2 {
+		t.Errorf("jobs in the status: got %v, %v, want two", status.GetRewraps(), err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { k.core.RunRewraps(ctx) })
+	defer running.Wait()
+	defer cancel()
+	for limit := time.Now().Add(10 * time.Second); len(jobs) > 0 && time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
+		if jobs, err = ops.ListRewraps(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(jobs) > 0 {
+		t.Errorf("the jobs do not end: %v", jobs)
+	}
+	_, err = ops.SetProviders(t.Context(), &v1.SetProvidersRequest{Category: "movies", Providers: []string{"local"}})
+	wantRefused(t, err, "DENIED")
+	_, err = boss.SetProviders(t.Context(), &v1.SetProvidersRequest{Category: "movies"})
+	wantRefused(t, err, "INVALID")
+	_, err = k.dial(t, packager).ListRewraps(t.Context())
+	wantRefused(t, err, "DENIED")
+	_, err = k.dial(t, packager).Reencrypt(t.Context(), &v1.ReencryptRequest{Category: "movies"})
+	wantRefused(t, err, "DENIED")
 }

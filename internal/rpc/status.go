@@ -62,6 +62,7 @@ var table = index(
 	row{reason: reasonOf(custodian.ErrKEKExhausted), code: codes.FailedPrecondition, http: 409, message: "the category's key has reached its limit of use", ours: true},
 	row{reason: reasonOf(custodian.ErrKeyDestroyed), code: codes.NotFound, http: 410, message: "the key is destroyed"},
 	row{reason: reasonOf(custodian.ErrKIDConflict), code: codes.AlreadyExists, http: 409, message: "the KID is in use for other content"},
+	row{reason: reasonOf(custodian.ErrKeyConflict), code: codes.AlreadyExists, http: 409, message: "a key of the import, or what it is for, is in use otherwise; the audit log names its KID"},
 	row{reason: reasonOf(custodian.ErrContentCategory), code: codes.AlreadyExists, http: 409, message: "the content item belongs to another category"},
 	row{reason: reasonOf(custodian.ErrCategoryExists), code: codes.AlreadyExists, http: 409, message: "the category exists"},
 	row{reason: reasonOf(custodian.ErrInvalid), code: codes.InvalidArgument, http: 400, message: "malformed request"},
@@ -173,7 +174,10 @@ type Refusal struct {
 
 // Explain is the table for front doors that do not speak gRPC.
 func Explain(ctx context.Context, err error) Refusal {
-	r := explain(ctx, err)
+	return explain(ctx, err).refusal(err)
+}
+
+func (r row) refusal(err error) Refusal {
 	return Refusal{Reason: r.reason, HTTPStatus: r.http, Message: r.words(err), RetryAfter: r.retry}
 }
 

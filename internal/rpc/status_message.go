@@ -62,6 +62,9 @@ func encodeStatus(s custodian.Status) *v1.Status {
 	for _, p := range s.Providers {
 		out.Providers = append(out.Providers, encodeProvider(p))
 	}
+	for _, j := range s.Rewraps {
+		out.Rewraps = append(out.Rewraps, encodeRewrap(j))
+	}
 	return out
 }
 
@@ -75,7 +78,8 @@ func encodeProvider(p custodian.ProviderStatus) *v1.ProviderStatus {
 	out := &v1.ProviderStatus{Name: p.Name, Kind: p.Kind, KeyRef: p.KeyRef, OuterLayer: p.OuterLayer,
 		Reachable: p.Reachable, LastContactTime: timestamp(p.LastContact), LastError: p.LastError, Calls: p.Calls, Failures: p.Failures,
 		AwaySinceTime: timestamp(p.AwaySince), GraceLeft: durationpb.New(p.GraceLeft), Refused: p.Refused,
-		IncidentTime: timestamp(p.Incident), Incidents: p.Incidents}
+		IncidentTime: timestamp(p.Incident), Incidents: p.Incidents, LoginRefused: p.LoginRefused,
+		NextRenewalTime: timestamp(p.NextRenewal), LoginEndTime: timestamp(p.LoginEnd), KeyVersions: int32(p.KeyVersions), SoleKeyVersions: int32(p.SoleKeyVersions)}
 	for _, c := range p.CallsByReason {
 		out.CallsByReason = append(out.CallsByReason, &v1.ProviderCalls{Reason: string(c.Reason), Result: string(c.Result), Count: c.Count})
 	}

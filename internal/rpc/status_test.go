@@ -41,6 +41,7 @@ var contract = []contractRow{
 	{custodian.ErrKEKExhausted, codes.FailedPrecondition, 409, false},
 	{custodian.ErrKeyDestroyed, codes.NotFound, 410, false},
 	{custodian.ErrKIDConflict, codes.AlreadyExists, 409, false},
+	{custodian.ErrKeyConflict, codes.AlreadyExists, 409, false},
 	{custodian.ErrContentCategory, codes.AlreadyExists, 409, false},
 	{custodian.ErrCategoryExists, codes.AlreadyExists, 409, false},
 	{custodian.ErrInvalid, codes.InvalidArgument, 400, false},

@@ -1241,6 +1241,348 @@ func (x *DescribeContentKeyResponse) GetContentKey() *ContentKeyInfo {
 	return nil
 }
 
+// SetProvidersRequest says who is to hold the outer wraps.
+type SetProvidersRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Identifies the call in the audit log, 1 to 128 printable ASCII characters.
+	// Empty: the daemon draws one.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The category.
+	Category string `protobuf:"bytes,2,opt,name=category,proto3" json:"category,omitempty"`
+	// The helper keys, in place of a category.
+	HelperKeys bool `protobuf:"varint,3,opt,name=helper_keys,json=helperKeys,proto3" json:"helper_keys,omitempty"`
+	// The KMS instances, as the daemon's configuration names them. Each of them
+	// will hold a wrap of each key, and any one of them opens it with the HSM.
+	Providers []string `protobuf:"bytes,4,rep,name=providers,proto3" json:"providers,omitempty"`
+	// Why, for the audit log.
+	Cause         string `protobuf:"bytes,5,opt,name=cause,proto3" json:"cause,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetProvidersRequest) Reset() {
+	*x = SetProvidersRequest{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetProvidersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetProvidersRequest) ProtoMessage() {}
+
+func (x *SetProvidersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetProvidersRequest.ProtoReflect.Descriptor instead.
+func (*SetProvidersRequest) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *SetProvidersRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *SetProvidersRequest) GetCategory() string {
+	if x != nil {
+		return x.Category
+	}
+	return ""
+}
+
+func (x *SetProvidersRequest) GetHelperKeys() bool {
+	if x != nil {
+		return x.HelperKeys
+	}
+	return false
+}
+
+func (x *SetProvidersRequest) GetProviders() []string {
+	if x != nil {
+		return x.Providers
+	}
+	return nil
+}
+
+func (x *SetProvidersRequest) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+// SetProvidersResponse has the job.
+type SetProvidersResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job, as it began.
+	Rewrap        *Rewrap `protobuf:"bytes,1,opt,name=rewrap,proto3" json:"rewrap,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetProvidersResponse) Reset() {
+	*x = SetProvidersResponse{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetProvidersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetProvidersResponse) ProtoMessage() {}
+
+func (x *SetProvidersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetProvidersResponse.ProtoReflect.Descriptor instead.
+func (*SetProvidersResponse) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *SetProvidersResponse) GetRewrap() *Rewrap {
+	if x != nil {
+		return x.Rewrap
+	}
+	return nil
+}
+
+// ReencryptRequest says which outer wraps are made anew.
+type ReencryptRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Identifies the call in the audit log, 1 to 128 printable ASCII characters.
+	// Empty: the daemon draws one.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The category.
+	Category string `protobuf:"bytes,2,opt,name=category,proto3" json:"category,omitempty"`
+	// The helper keys, in place of a category.
+	HelperKeys bool `protobuf:"varint,3,opt,name=helper_keys,json=helperKeys,proto3" json:"helper_keys,omitempty"`
+	// The KMS instances that rotated their keys. Empty: all that hold a wrap.
+	Providers []string `protobuf:"bytes,4,rep,name=providers,proto3" json:"providers,omitempty"`
+	// Why, for the audit log.
+	Cause         string `protobuf:"bytes,5,opt,name=cause,proto3" json:"cause,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReencryptRequest) Reset() {
+	*x = ReencryptRequest{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReencryptRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReencryptRequest) ProtoMessage() {}
+
+func (x *ReencryptRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReencryptRequest.ProtoReflect.Descriptor instead.
+func (*ReencryptRequest) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ReencryptRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *ReencryptRequest) GetCategory() string {
+	if x != nil {
+		return x.Category
+	}
+	return ""
+}
+
+func (x *ReencryptRequest) GetHelperKeys() bool {
+	if x != nil {
+		return x.HelperKeys
+	}
+	return false
+}
+
+func (x *ReencryptRequest) GetProviders() []string {
+	if x != nil {
+		return x.Providers
+	}
+	return nil
+}
+
+func (x *ReencryptRequest) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+// ReencryptResponse has the job.
+type ReencryptResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job, as it began.
+	Rewrap        *Rewrap `protobuf:"bytes,1,opt,name=rewrap,proto3" json:"rewrap,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReencryptResponse) Reset() {
+	*x = ReencryptResponse{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReencryptResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReencryptResponse) ProtoMessage() {}
+
+func (x *ReencryptResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReencryptResponse.ProtoReflect.Descriptor instead.
+func (*ReencryptResponse) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ReencryptResponse) GetRewrap() *Rewrap {
+	if x != nil {
+		return x.Rewrap
+	}
+	return nil
+}
+
+// ListRewrapsRequest asks for all jobs.
+type ListRewrapsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRewrapsRequest) Reset() {
+	*x = ListRewrapsRequest{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRewrapsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRewrapsRequest) ProtoMessage() {}
+
+func (x *ListRewrapsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRewrapsRequest.ProtoReflect.Descriptor instead.
+func (*ListRewrapsRequest) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{20}
+}
+
+// ListRewrapsResponse has the jobs.
+type ListRewrapsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The jobs that have not ended, by category, the helper keys first.
+	Rewraps       []*Rewrap `protobuf:"bytes,1,rep,name=rewraps,proto3" json:"rewraps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRewrapsResponse) Reset() {
+	*x = ListRewrapsResponse{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRewrapsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRewrapsResponse) ProtoMessage() {}
+
+func (x *ListRewrapsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRewrapsResponse.ProtoReflect.Descriptor instead.
+func (*ListRewrapsResponse) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ListRewrapsResponse) GetRewraps() []*Rewrap {
+	if x != nil {
+		return x.Rewraps
+	}
+	return nil
+}
+
 // GetStatusRequest asks for the status.
 type GetStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1250,7 +1592,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[16]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1262,7 +1604,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[16]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1275,7 +1617,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{16}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{22}
 }
 
 // GetStatusResponse has the status.
@@ -1289,7 +1631,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[17]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1643,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[17]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1656,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{17}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetStatusResponse) GetStatus() *Status {
@@ -1338,7 +1680,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[18]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1350,7 +1692,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[18]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1363,7 +1705,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{18}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *BackupRequest) GetRequestId() string {
@@ -1391,7 +1733,7 @@ type BackupResponse struct {
 
 func (x *BackupResponse) Reset() {
 	*x = BackupResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[19]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1403,7 +1745,7 @@ func (x *BackupResponse) String() string {
 func (*BackupResponse) ProtoMessage() {}
 
 func (x *BackupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[19]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1416,7 +1758,7 @@ func (x *BackupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
 func (*BackupResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{19}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *BackupResponse) GetChunk() []byte {
@@ -1523,7 +1865,30 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"\x03kid\x18\x01 \x01(\fR\x03kid\"[\n" +
 	"\x1aDescribeContentKeyResponse\x12=\n" +
 	"\vcontent_key\x18\x01 \x01(\v2\x1c.custodian.v1.ContentKeyInfoR\n" +
-	"contentKey\"\x12\n" +
+	"contentKey\"\xa5\x01\n" +
+	"\x13SetProvidersRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x1a\n" +
+	"\bcategory\x18\x02 \x01(\tR\bcategory\x12\x1f\n" +
+	"\vhelper_keys\x18\x03 \x01(\bR\n" +
+	"helperKeys\x12\x1c\n" +
+	"\tproviders\x18\x04 \x03(\tR\tproviders\x12\x14\n" +
+	"\x05cause\x18\x05 \x01(\tR\x05cause\"D\n" +
+	"\x14SetProvidersResponse\x12,\n" +
+	"\x06rewrap\x18\x01 \x01(\v2\x14.custodian.v1.RewrapR\x06rewrap\"\xa2\x01\n" +
+	"\x10ReencryptRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x1a\n" +
+	"\bcategory\x18\x02 \x01(\tR\bcategory\x12\x1f\n" +
+	"\vhelper_keys\x18\x03 \x01(\bR\n" +
+	"helperKeys\x12\x1c\n" +
+	"\tproviders\x18\x04 \x03(\tR\tproviders\x12\x14\n" +
+	"\x05cause\x18\x05 \x01(\tR\x05cause\"A\n" +
+	"\x11ReencryptResponse\x12,\n" +
+	"\x06rewrap\x18\x01 \x01(\v2\x14.custodian.v1.RewrapR\x06rewrap\"\x14\n" +
+	"\x12ListRewrapsRequest\"E\n" +
+	"\x13ListRewrapsResponse\x12.\n" +
+	"\arewraps\x18\x01 \x03(\v2\x14.custodian.v1.RewrapR\arewraps\"\x12\n" +
 	"\x10GetStatusRequest\"A\n" +
 	"\x11GetStatusResponse\x12,\n" +
 	"\x06status\x18\x01 \x01(\v2\x14.custodian.v1.StatusR\x06status\"L\n" +
@@ -1540,14 +1905,17 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"\tKeyOrigin\x12\x1a\n" +
 	"\x16KEY_ORIGIN_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14KEY_ORIGIN_GENERATED\x10\x01\x12\x17\n" +
-	"\x13KEY_ORIGIN_IMPORTED\x10\x022\xe8\x05\n" +
+	"\x13KEY_ORIGIN_IMPORTED\x10\x022\xe1\a\n" +
 	"\x0eCustodyService\x12[\n" +
 	"\x0eCreateCategory\x12#.custodian.v1.CreateCategoryRequest\x1a$.custodian.v1.CreateCategoryResponse\x12^\n" +
 	"\x0fSetCategoryMode\x12$.custodian.v1.SetCategoryModeRequest\x1a%.custodian.v1.SetCategoryModeResponse\x12[\n" +
 	"\x0eListCategories\x12#.custodian.v1.ListCategoriesRequest\x1a$.custodian.v1.ListCategoriesResponse\x12^\n" +
 	"\x0fListKeyVersions\x12$.custodian.v1.ListKeyVersionsRequest\x1a%.custodian.v1.ListKeyVersionsResponse\x12^\n" +
 	"\x0fListContentKeys\x12$.custodian.v1.ListContentKeysRequest\x1a%.custodian.v1.ListContentKeysResponse\x12g\n" +
-	"\x12DescribeContentKey\x12'.custodian.v1.DescribeContentKeyRequest\x1a(.custodian.v1.DescribeContentKeyResponse\x12L\n" +
+	"\x12DescribeContentKey\x12'.custodian.v1.DescribeContentKeyRequest\x1a(.custodian.v1.DescribeContentKeyResponse\x12U\n" +
+	"\fSetProviders\x12!.custodian.v1.SetProvidersRequest\x1a\".custodian.v1.SetProvidersResponse\x12L\n" +
+	"\tReencrypt\x12\x1e.custodian.v1.ReencryptRequest\x1a\x1f.custodian.v1.ReencryptResponse\x12R\n" +
+	"\vListRewraps\x12 .custodian.v1.ListRewrapsRequest\x1a!.custodian.v1.ListRewrapsResponse\x12L\n" +
 	"\tGetStatus\x12\x1e.custodian.v1.GetStatusRequest\x1a\x1f.custodian.v1.GetStatusResponse\x12E\n" +
 	"\x06Backup\x12\x1b.custodian.v1.BackupRequest\x1a\x1c.custodian.v1.BackupResponse0\x01B>Z<github.com/keycustody/custodian/api/custodian/v1;custodianv1b\x06proto3"
 
@@ -1564,7 +1932,7 @@ func file_custodian_v1_custody_service_proto_rawDescGZIP() []byte {
 }
 
 var file_custodian_v1_custody_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_custodian_v1_custody_service_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_custodian_v1_custody_service_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_custodian_v1_custody_service_proto_goTypes = []any{
 	(CategoryMode)(0),                  // 0: custodian.v1.CategoryMode
 	(KeyOrigin)(0),                     // 1: custodian.v1.KeyOrigin
@@ -1584,29 +1952,36 @@ var file_custodian_v1_custody_service_proto_goTypes = []any{
 	(*ListContentKeysResponse)(nil),    // 15: custodian.v1.ListContentKeysResponse
 	(*DescribeContentKeyRequest)(nil),  // 16: custodian.v1.DescribeContentKeyRequest
 	(*DescribeContentKeyResponse)(nil), // 17: custodian.v1.DescribeContentKeyResponse
-	(*GetStatusRequest)(nil),           // 18: custodian.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),          // 19: custodian.v1.GetStatusResponse
-	(*BackupRequest)(nil),              // 20: custodian.v1.BackupRequest
-	(*BackupResponse)(nil),             // 21: custodian.v1.BackupResponse
-	(*timestamppb.Timestamp)(nil),      // 22: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 23: google.protobuf.Duration
-	(KeyState)(0),                      // 24: custodian.v1.KeyState
-	(*Status)(nil),                     // 25: custodian.v1.Status
+	(*SetProvidersRequest)(nil),        // 18: custodian.v1.SetProvidersRequest
+	(*SetProvidersResponse)(nil),       // 19: custodian.v1.SetProvidersResponse
+	(*ReencryptRequest)(nil),           // 20: custodian.v1.ReencryptRequest
+	(*ReencryptResponse)(nil),          // 21: custodian.v1.ReencryptResponse
+	(*ListRewrapsRequest)(nil),         // 22: custodian.v1.ListRewrapsRequest
+	(*ListRewrapsResponse)(nil),        // 23: custodian.v1.ListRewrapsResponse
+	(*GetStatusRequest)(nil),           // 24: custodian.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),          // 25: custodian.v1.GetStatusResponse
+	(*BackupRequest)(nil),              // 26: custodian.v1.BackupRequest
+	(*BackupResponse)(nil),             // 27: custodian.v1.BackupResponse
+	(*timestamppb.Timestamp)(nil),      // 28: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 29: google.protobuf.Duration
+	(KeyState)(0),                      // 30: custodian.v1.KeyState
+	(*Rewrap)(nil),                     // 31: custodian.v1.Rewrap
+	(*Status)(nil),                     // 32: custodian.v1.Status
 }
 var file_custodian_v1_custody_service_proto_depIdxs = []int32{
 	0,  // 0: custodian.v1.Category.mode:type_name -> custodian.v1.CategoryMode
-	22, // 1: custodian.v1.Category.create_time:type_name -> google.protobuf.Timestamp
-	23, // 2: custodian.v1.Category.reissue_window:type_name -> google.protobuf.Duration
-	24, // 3: custodian.v1.KeyVersion.state:type_name -> custodian.v1.KeyState
-	22, // 4: custodian.v1.KeyVersion.create_time:type_name -> google.protobuf.Timestamp
-	22, // 5: custodian.v1.KeyVersion.deactivate_time:type_name -> google.protobuf.Timestamp
+	28, // 1: custodian.v1.Category.create_time:type_name -> google.protobuf.Timestamp
+	29, // 2: custodian.v1.Category.reissue_window:type_name -> google.protobuf.Duration
+	30, // 3: custodian.v1.KeyVersion.state:type_name -> custodian.v1.KeyState
+	28, // 4: custodian.v1.KeyVersion.create_time:type_name -> google.protobuf.Timestamp
+	28, // 5: custodian.v1.KeyVersion.deactivate_time:type_name -> google.protobuf.Timestamp
 	4,  // 6: custodian.v1.KeyVersion.outer_wraps:type_name -> custodian.v1.OuterWrap
-	22, // 7: custodian.v1.ContentKeyInfo.period_start_time:type_name -> google.protobuf.Timestamp
-	22, // 8: custodian.v1.ContentKeyInfo.period_end_time:type_name -> google.protobuf.Timestamp
-	24, // 9: custodian.v1.ContentKeyInfo.state:type_name -> custodian.v1.KeyState
+	28, // 7: custodian.v1.ContentKeyInfo.period_start_time:type_name -> google.protobuf.Timestamp
+	28, // 8: custodian.v1.ContentKeyInfo.period_end_time:type_name -> google.protobuf.Timestamp
+	30, // 9: custodian.v1.ContentKeyInfo.state:type_name -> custodian.v1.KeyState
 	1,  // 10: custodian.v1.ContentKeyInfo.origin:type_name -> custodian.v1.KeyOrigin
-	22, // 11: custodian.v1.ContentKeyInfo.create_time:type_name -> google.protobuf.Timestamp
-	23, // 12: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
+	28, // 11: custodian.v1.ContentKeyInfo.create_time:type_name -> google.protobuf.Timestamp
+	29, // 12: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
 	2,  // 13: custodian.v1.CreateCategoryResponse.category:type_name -> custodian.v1.Category
 	0,  // 14: custodian.v1.SetCategoryModeRequest.mode:type_name -> custodian.v1.CategoryMode
 	2,  // 15: custodian.v1.SetCategoryModeResponse.category:type_name -> custodian.v1.Category
@@ -1614,28 +1989,37 @@ var file_custodian_v1_custody_service_proto_depIdxs = []int32{
 	3,  // 17: custodian.v1.ListKeyVersionsResponse.key_versions:type_name -> custodian.v1.KeyVersion
 	5,  // 18: custodian.v1.ListContentKeysResponse.content_keys:type_name -> custodian.v1.ContentKeyInfo
 	5,  // 19: custodian.v1.DescribeContentKeyResponse.content_key:type_name -> custodian.v1.ContentKeyInfo
-	25, // 20: custodian.v1.GetStatusResponse.status:type_name -> custodian.v1.Status
-	6,  // 21: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
-	8,  // 22: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
-	10, // 23: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
-	12, // 24: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
-	14, // 25: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
-	16, // 26: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
-	18, // 27: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
-	20, // 28: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
-	7,  // 29: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
-	9,  // 30: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
-	11, // 31: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
-	13, // 32: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
-	15, // 33: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
-	17, // 34: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
-	19, // 35: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
-	21, // 36: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
-	29, // [29:37] is the sub-list for method output_type
-	21, // [21:29] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	31, // 20: custodian.v1.SetProvidersResponse.rewrap:type_name -> custodian.v1.Rewrap
+	31, // 21: custodian.v1.ReencryptResponse.rewrap:type_name -> custodian.v1.Rewrap
+	31, // 22: custodian.v1.ListRewrapsResponse.rewraps:type_name -> custodian.v1.Rewrap
+	32, // 23: custodian.v1.GetStatusResponse.status:type_name -> custodian.v1.Status
+	6,  // 24: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
+	8,  // 25: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
+	10, // 26: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
+	12, // 27: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
+	14, // 28: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
+	16, // 29: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
+	18, // 30: custodian.v1.CustodyService.SetProviders:input_type -> custodian.v1.SetProvidersRequest
+	20, // 31: custodian.v1.CustodyService.Reencrypt:input_type -> custodian.v1.ReencryptRequest
+	22, // 32: custodian.v1.CustodyService.ListRewraps:input_type -> custodian.v1.ListRewrapsRequest
+	24, // 33: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
+	26, // 34: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
+	7,  // 35: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
+	9,  // 36: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
+	11, // 37: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
+	13, // 38: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
+	15, // 39: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
+	17, // 40: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
+	19, // 41: custodian.v1.CustodyService.SetProviders:output_type -> custodian.v1.SetProvidersResponse
+	21, // 42: custodian.v1.CustodyService.Reencrypt:output_type -> custodian.v1.ReencryptResponse
+	23, // 43: custodian.v1.CustodyService.ListRewraps:output_type -> custodian.v1.ListRewrapsResponse
+	25, // 44: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
+	27, // 45: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
+	35, // [35:46] is the sub-list for method output_type
+	24, // [24:35] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_custody_service_proto_init() }
@@ -1652,7 +2036,7 @@ func file_custodian_v1_custody_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_custody_service_proto_rawDesc), len(file_custodian_v1_custody_service_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   20,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -25,6 +25,9 @@ const (
 	CustodyService_ListKeyVersions_FullMethodName    = "/custodian.v1.CustodyService/ListKeyVersions"
 	CustodyService_ListContentKeys_FullMethodName    = "/custodian.v1.CustodyService/ListContentKeys"
 	CustodyService_DescribeContentKey_FullMethodName = "/custodian.v1.CustodyService/DescribeContentKey"
+	CustodyService_SetProviders_FullMethodName       = "/custodian.v1.CustodyService/SetProviders"
+	CustodyService_Reencrypt_FullMethodName          = "/custodian.v1.CustodyService/Reencrypt"
+	CustodyService_ListRewraps_FullMethodName        = "/custodian.v1.CustodyService/ListRewraps"
 	CustodyService_GetStatus_FullMethodName          = "/custodian.v1.CustodyService/GetStatus"
 	CustodyService_Backup_FullMethodName             = "/custodian.v1.CustodyService/Backup"
 )
@@ -52,6 +55,16 @@ type CustodyServiceClient interface {
 	ListContentKeys(ctx context.Context, in *ListContentKeysRequest, opts ...grpc.CallOption) (*ListContentKeysResponse, error)
 	// DescribeContentKey returns the metadata of one content key, never the key.
 	DescribeContentKey(ctx context.Context, in *DescribeContentKeyRequest, opts ...grpc.CallOption) (*DescribeContentKeyResponse, error)
+	// SetProviders says which KMS instances hold the outer wraps of a category
+	// from now on, or of the helper keys, and begins the job that moves them. Each
+	// new wrap is opened before an old one is dropped. It does not wait for the
+	// job, which goes on by itself after a restart.
+	SetProviders(ctx context.Context, in *SetProvidersRequest, opts ...grpc.CallOption) (*SetProvidersResponse, error)
+	// Reencrypt begins the job that makes outer wraps anew, after a KMS instance
+	// rotated its own key.
+	Reencrypt(ctx context.Context, in *ReencryptRequest, opts ...grpc.CallOption) (*ReencryptResponse, error)
+	// ListRewraps returns the jobs of both kinds that have not ended.
+	ListRewraps(ctx context.Context, in *ListRewrapsRequest, opts ...grpc.CallOption) (*ListRewrapsResponse, error)
 	// GetStatus describes the daemon. It answers before the daemon is initialised
 	// too.
 	GetStatus(ctx context.Context, in *GetStatusRequest, opts ...grpc.CallOption) (*GetStatusResponse, error)
@@ -128,6 +141,36 @@ func (c *custodyServiceClient) DescribeContentKey(ctx context.Context, in *Descr
 	return out, nil
 }
 
+func (c *custodyServiceClient) SetProviders(ctx context.Context, in *SetProvidersRequest, opts ...grpc.CallOption) (*SetProvidersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SetProvidersResponse)
+	err := c.cc.Invoke(ctx, CustodyService_SetProviders_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *custodyServiceClient) Reencrypt(ctx context.Context, in *ReencryptRequest, opts ...grpc.CallOption) (*ReencryptResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReencryptResponse)
+	err := c.cc.Invoke(ctx, CustodyService_Reencrypt_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *custodyServiceClient) ListRewraps(ctx context.Context, in *ListRewrapsRequest, opts ...grpc.CallOption) (*ListRewrapsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListRewrapsResponse)
+	err := c.cc.Invoke(ctx, CustodyService_ListRewraps_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *custodyServiceClient) GetStatus(ctx context.Context, in *GetStatusRequest, opts ...grpc.CallOption) (*GetStatusResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetStatusResponse)
@@ -180,6 +223,16 @@ type CustodyServiceServer interface {
 	ListContentKeys(context.Context, *ListContentKeysRequest) (*ListContentKeysResponse, error)
 	// DescribeContentKey returns the metadata of one content key, never the key.
 	DescribeContentKey(context.Context, *DescribeContentKeyRequest) (*DescribeContentKeyResponse, error)
+	// SetProviders says which KMS instances hold the outer wraps of a category
+	// from now on, or of the helper keys, and begins the job that moves them. Each
+	// new wrap is opened before an old one is dropped. It does not wait for the
+	// job, which goes on by itself after a restart.
+	SetProviders(context.Context, *SetProvidersRequest) (*SetProvidersResponse, error)
+	// Reencrypt begins the job that makes outer wraps anew, after a KMS instance
+	// rotated its own key.
+	Reencrypt(context.Context, *ReencryptRequest) (*ReencryptResponse, error)
+	// ListRewraps returns the jobs of both kinds that have not ended.
+	ListRewraps(context.Context, *ListRewrapsRequest) (*ListRewrapsResponse, error)
 	// GetStatus describes the daemon. It answers before the daemon is initialised
 	// too.
 	GetStatus(context.Context, *GetStatusRequest) (*GetStatusResponse, error)
@@ -213,6 +266,15 @@ func (UnimplementedCustodyServiceServer) ListContentKeys(context.Context, *ListC
 }
 func (UnimplementedCustodyServiceServer) DescribeContentKey(context.Context, *DescribeContentKeyRequest) (*DescribeContentKeyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DescribeContentKey not implemented")
+}
+func (UnimplementedCustodyServiceServer) SetProviders(context.Context, *SetProvidersRequest) (*SetProvidersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetProviders not implemented")
+}
+func (UnimplementedCustodyServiceServer) Reencrypt(context.Context, *ReencryptRequest) (*ReencryptResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Reencrypt not implemented")
+}
+func (UnimplementedCustodyServiceServer) ListRewraps(context.Context, *ListRewrapsRequest) (*ListRewrapsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListRewraps not implemented")
 }
 func (UnimplementedCustodyServiceServer) GetStatus(context.Context, *GetStatusRequest) (*GetStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetStatus not implemented")
@@ -349,6 +411,60 @@ func _CustodyService_DescribeContentKey_Handler(srv interface{}, ctx context.Con
 	return interceptor(ctx, in, info, handler)
 }
 
+func _CustodyService_SetProviders_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetProvidersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CustodyServiceServer).SetProviders(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CustodyService_SetProviders_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CustodyServiceServer).SetProviders(ctx, req.(*SetProvidersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CustodyService_Reencrypt_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReencryptRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CustodyServiceServer).Reencrypt(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CustodyService_Reencrypt_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CustodyServiceServer).Reencrypt(ctx, req.(*ReencryptRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CustodyService_ListRewraps_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListRewrapsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CustodyServiceServer).ListRewraps(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CustodyService_ListRewraps_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CustodyServiceServer).ListRewraps(ctx, req.(*ListRewrapsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _CustodyService_GetStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetStatusRequest)
 	if err := dec(in); err != nil {
@@ -408,6 +524,18 @@ var CustodyService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DescribeContentKey",
 			Handler:    _CustodyService_DescribeContentKey_Handler,
+		},
+		{
+			MethodName: "SetProviders",
+			Handler:    _CustodyService_SetProviders_Handler,
+		},
+		{
+			MethodName: "Reencrypt",
+			Handler:    _CustodyService_Reencrypt_Handler,
+		},
+		{
+			MethodName: "ListRewraps",
+			Handler:    _CustodyService_ListRewraps_Handler,
 		},
 		{
 			MethodName: "GetStatus",

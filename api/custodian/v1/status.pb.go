@@ -128,8 +128,10 @@ type Status struct {
 	// KIDs that a caller who may know asked for and that do not exist, since the
 	// daemon started. Each one is an incident.
 	UnknownKidIncidents uint64 `protobuf:"varint,19,opt,name=unknown_kid_incidents,json=unknownKidIncidents,proto3" json:"unknown_kid_incidents,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Jobs that move outer wraps and have not ended.
+	Rewraps       []*Rewrap `protobuf:"bytes,30,rep,name=rewraps,proto3" json:"rewraps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Status) Reset() {
@@ -295,6 +297,123 @@ func (x *Status) GetUnknownKidIncidents() uint64 {
 	return 0
 }
 
+func (x *Status) GetRewraps() []*Rewrap {
+	if x != nil {
+		return x.Rewraps
+	}
+	return nil
+}
+
+// A Rewrap is a job that moves the outer wraps of a category's key-encryption
+// keys, or of the helper keys.
+type Rewrap struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The category. Empty: the helper keys.
+	Category string `protobuf:"bytes,1,opt,name=category,proto3" json:"category,omitempty"`
+	// The KMS instances that will hold each key.
+	Providers []string `protobuf:"bytes,2,rep,name=providers,proto3" json:"providers,omitempty"`
+	// Those whose wraps are made anew, because they rotated their own keys.
+	Reencrypt []string `protobuf:"bytes,3,rep,name=reencrypt,proto3" json:"reencrypt,omitempty"`
+	// When it began.
+	BeginTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=begin_time,json=beginTime,proto3" json:"begin_time,omitempty"`
+	// Who asked for it.
+	RequestedBy string `protobuf:"bytes,5,opt,name=requested_by,json=requestedBy,proto3" json:"requested_by,omitempty"`
+	// Keys that are done.
+	Done int32 `protobuf:"varint,6,opt,name=done,proto3" json:"done,omitempty"`
+	// Keys in all.
+	Total int32 `protobuf:"varint,7,opt,name=total,proto3" json:"total,omitempty"`
+	// Why it does not go on. It is tried again for ever. Empty: it goes on.
+	LastError     string `protobuf:"bytes,8,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rewrap) Reset() {
+	*x = Rewrap{}
+	mi := &file_custodian_v1_status_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rewrap) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rewrap) ProtoMessage() {}
+
+func (x *Rewrap) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_status_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rewrap.ProtoReflect.Descriptor instead.
+func (*Rewrap) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Rewrap) GetCategory() string {
+	if x != nil {
+		return x.Category
+	}
+	return ""
+}
+
+func (x *Rewrap) GetProviders() []string {
+	if x != nil {
+		return x.Providers
+	}
+	return nil
+}
+
+func (x *Rewrap) GetReencrypt() []string {
+	if x != nil {
+		return x.Reencrypt
+	}
+	return nil
+}
+
+func (x *Rewrap) GetBeginTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.BeginTime
+	}
+	return nil
+}
+
+func (x *Rewrap) GetRequestedBy() string {
+	if x != nil {
+		return x.RequestedBy
+	}
+	return ""
+}
+
+func (x *Rewrap) GetDone() int32 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *Rewrap) GetTotal() int32 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *Rewrap) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
 // A TokenObject is an object that the token shows.
 type TokenObject struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -310,7 +429,7 @@ type TokenObject struct {
 
 func (x *TokenObject) Reset() {
 	*x = TokenObject{}
-	mi := &file_custodian_v1_status_proto_msgTypes[1]
+	mi := &file_custodian_v1_status_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -322,7 +441,7 @@ func (x *TokenObject) String() string {
 func (*TokenObject) ProtoMessage() {}
 
 func (x *TokenObject) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[1]
+	mi := &file_custodian_v1_status_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -335,7 +454,7 @@ func (x *TokenObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenObject.ProtoReflect.Descriptor instead.
 func (*TokenObject) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{1}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *TokenObject) GetClass() string {
@@ -383,7 +502,7 @@ type MekStatus struct {
 
 func (x *MekStatus) Reset() {
 	*x = MekStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[2]
+	mi := &file_custodian_v1_status_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -395,7 +514,7 @@ func (x *MekStatus) String() string {
 func (*MekStatus) ProtoMessage() {}
 
 func (x *MekStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[2]
+	mi := &file_custodian_v1_status_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -408,7 +527,7 @@ func (x *MekStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MekStatus.ProtoReflect.Descriptor instead.
 func (*MekStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{2}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *MekStatus) GetVersion() uint32 {
@@ -491,7 +610,7 @@ type HsmStatus struct {
 
 func (x *HsmStatus) Reset() {
 	*x = HsmStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[3]
+	mi := &file_custodian_v1_status_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -503,7 +622,7 @@ func (x *HsmStatus) String() string {
 func (*HsmStatus) ProtoMessage() {}
 
 func (x *HsmStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[3]
+	mi := &file_custodian_v1_status_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -516,7 +635,7 @@ func (x *HsmStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HsmStatus.ProtoReflect.Descriptor instead.
 func (*HsmStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{3}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *HsmStatus) GetLabel() string {
@@ -632,13 +751,24 @@ type ProviderStatus struct {
 	Incidents uint64 `protobuf:"varint,24,opt,name=incidents,proto3" json:"incidents,omitempty"`
 	// The calls by why they were made and how they ended.
 	CallsByReason []*ProviderCalls `protobuf:"bytes,25,rep,name=calls_by_reason,json=callsByReason,proto3" json:"calls_by_reason,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Why the KMS refuses our login. It is an outage, for the daemon's operators
+	// to mend. Empty: it does not.
+	LoginRefused string `protobuf:"bytes,26,opt,name=login_refused,json=loginRefused,proto3" json:"login_refused,omitempty"`
+	// When the login is renewed. Absent: there is none yet, or it has no end.
+	NextRenewalTime *timestamppb.Timestamp `protobuf:"bytes,27,opt,name=next_renewal_time,json=nextRenewalTime,proto3" json:"next_renewal_time,omitempty"`
+	// When the login ends. Absent as above.
+	LoginEndTime *timestamppb.Timestamp `protobuf:"bytes,28,opt,name=login_end_time,json=loginEndTime,proto3" json:"login_end_time,omitempty"`
+	// Key versions, those of the helper keys included, of which it holds a wrap.
+	KeyVersions int32 `protobuf:"varint,29,opt,name=key_versions,json=keyVersions,proto3" json:"key_versions,omitempty"`
+	// Those of them that nobody else holds a wrap of.
+	SoleKeyVersions int32 `protobuf:"varint,30,opt,name=sole_key_versions,json=soleKeyVersions,proto3" json:"sole_key_versions,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ProviderStatus) Reset() {
 	*x = ProviderStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[4]
+	mi := &file_custodian_v1_status_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -650,7 +780,7 @@ func (x *ProviderStatus) String() string {
 func (*ProviderStatus) ProtoMessage() {}
 
 func (x *ProviderStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[4]
+	mi := &file_custodian_v1_status_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -663,7 +793,7 @@ func (x *ProviderStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderStatus.ProtoReflect.Descriptor instead.
 func (*ProviderStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{4}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ProviderStatus) GetName() string {
@@ -771,12 +901,47 @@ func (x *ProviderStatus) GetCallsByReason() []*ProviderCalls {
 	return nil
 }
 
+func (x *ProviderStatus) GetLoginRefused() string {
+	if x != nil {
+		return x.LoginRefused
+	}
+	return ""
+}
+
+func (x *ProviderStatus) GetNextRenewalTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextRenewalTime
+	}
+	return nil
+}
+
+func (x *ProviderStatus) GetLoginEndTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LoginEndTime
+	}
+	return nil
+}
+
+func (x *ProviderStatus) GetKeyVersions() int32 {
+	if x != nil {
+		return x.KeyVersions
+	}
+	return 0
+}
+
+func (x *ProviderStatus) GetSoleKeyVersions() int32 {
+	if x != nil {
+		return x.SoleKeyVersions
+	}
+	return 0
+}
+
 // ProviderCalls count calls of one KMS since the daemon started.
 type ProviderCalls struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Why: load, make or probe.
+	// Why: load, make, probe or rewrap.
 	Reason string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
-	// How they ended: ok, unavailable, throttled, denied, disabled, blob; held,
+	// How they ended: ok, unavailable, login, throttled, denied, disabled, blob; held,
 	// where the KMS was left alone; or abandoned.
 	Result string `protobuf:"bytes,2,opt,name=result,proto3" json:"result,omitempty"`
 	// How many.
@@ -787,7 +952,7 @@ type ProviderCalls struct {
 
 func (x *ProviderCalls) Reset() {
 	*x = ProviderCalls{}
-	mi := &file_custodian_v1_status_proto_msgTypes[5]
+	mi := &file_custodian_v1_status_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -799,7 +964,7 @@ func (x *ProviderCalls) String() string {
 func (*ProviderCalls) ProtoMessage() {}
 
 func (x *ProviderCalls) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[5]
+	mi := &file_custodian_v1_status_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -812,7 +977,7 @@ func (x *ProviderCalls) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderCalls.ProtoReflect.Descriptor instead.
 func (*ProviderCalls) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{5}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ProviderCalls) GetReason() string {
@@ -857,7 +1022,7 @@ type StoreStatus struct {
 
 func (x *StoreStatus) Reset() {
 	*x = StoreStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[6]
+	mi := &file_custodian_v1_status_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -869,7 +1034,7 @@ func (x *StoreStatus) String() string {
 func (*StoreStatus) ProtoMessage() {}
 
 func (x *StoreStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[6]
+	mi := &file_custodian_v1_status_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -882,7 +1047,7 @@ func (x *StoreStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreStatus.ProtoReflect.Descriptor instead.
 func (*StoreStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{6}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *StoreStatus) GetEngine() string {
@@ -942,7 +1107,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_custodian_v1_status_proto_msgTypes[7]
+	mi := &file_custodian_v1_status_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -954,7 +1119,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_status_proto_msgTypes[7]
+	mi := &file_custodian_v1_status_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -967,7 +1132,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_status_proto_rawDescGZIP(), []int{7}
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AuditStatus) GetEntries() uint64 {
@@ -995,7 +1160,7 @@ var File_custodian_v1_status_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_status_proto_rawDesc = "" +
 	"\n" +
-	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x06\n" +
+	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdf\x06\n" +
 	"\x06Status\x120\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1a.custodian.v1.ServingStateR\x05state\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
@@ -1020,7 +1185,19 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"keksLoaded\x12\x1b\n" +
 	"\tkek_loads\x18\x11 \x01(\x04R\bkekLoads\x12\"\n" +
 	"\rceks_in_clear\x18\x12 \x01(\x05R\vceksInClear\x122\n" +
-	"\x15unknown_kid_incidents\x18\x13 \x01(\x04R\x13unknownKidIncidents\"I\n" +
+	"\x15unknown_kid_incidents\x18\x13 \x01(\x04R\x13unknownKidIncidents\x12.\n" +
+	"\arewraps\x18\x1e \x03(\v2\x14.custodian.v1.RewrapR\arewraps\"\x87\x02\n" +
+	"\x06Rewrap\x12\x1a\n" +
+	"\bcategory\x18\x01 \x01(\tR\bcategory\x12\x1c\n" +
+	"\tproviders\x18\x02 \x03(\tR\tproviders\x12\x1c\n" +
+	"\treencrypt\x18\x03 \x03(\tR\treencrypt\x129\n" +
+	"\n" +
+	"begin_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tbeginTime\x12!\n" +
+	"\frequested_by\x18\x05 \x01(\tR\vrequestedBy\x12\x12\n" +
+	"\x04done\x18\x06 \x01(\x05R\x04done\x12\x14\n" +
+	"\x05total\x18\a \x01(\x05R\x05total\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\b \x01(\tR\tlastError\"I\n" +
 	"\vTokenObject\x12\x14\n" +
 	"\x05class\x18\x01 \x01(\tR\x05class\x12\x14\n" +
 	"\x05label\x18\x02 \x01(\tR\x05label\x12\x0e\n" +
@@ -1046,7 +1223,7 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\x0fsessions_in_use\x18\t \x01(\x05R\rsessionsInUse\x12!\n" +
 	"\fsessions_max\x18\n" +
 	" \x01(\x05R\vsessionsMax\x12'\n" +
-	"\x0fabandoned_calls\x18\v \x01(\x05R\x0eabandonedCalls\"\xe5\x04\n" +
+	"\x0fabandoned_calls\x18\v \x01(\x05R\x0eabandonedCalls\"\xe3\x06\n" +
 	"\x0eProviderStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x17\n" +
@@ -1065,7 +1242,12 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\arefused\x18\x16 \x01(\tR\arefused\x12?\n" +
 	"\rincident_time\x18\x17 \x01(\v2\x1a.google.protobuf.TimestampR\fincidentTime\x12\x1c\n" +
 	"\tincidents\x18\x18 \x01(\x04R\tincidents\x12C\n" +
-	"\x0fcalls_by_reason\x18\x19 \x03(\v2\x1b.custodian.v1.ProviderCallsR\rcallsByReason\"U\n" +
+	"\x0fcalls_by_reason\x18\x19 \x03(\v2\x1b.custodian.v1.ProviderCallsR\rcallsByReason\x12#\n" +
+	"\rlogin_refused\x18\x1a \x01(\tR\floginRefused\x12F\n" +
+	"\x11next_renewal_time\x18\x1b \x01(\v2\x1a.google.protobuf.TimestampR\x0fnextRenewalTime\x12@\n" +
+	"\x0elogin_end_time\x18\x1c \x01(\v2\x1a.google.protobuf.TimestampR\floginEndTime\x12!\n" +
+	"\fkey_versions\x18\x1d \x01(\x05R\vkeyVersions\x12*\n" +
+	"\x11sole_key_versions\x18\x1e \x01(\x05R\x0fsoleKeyVersions\"U\n" +
 	"\rProviderCalls\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06result\x18\x02 \x01(\tR\x06result\x12\x14\n" +
@@ -1102,44 +1284,49 @@ func file_custodian_v1_status_proto_rawDescGZIP() []byte {
 }
 
 var file_custodian_v1_status_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_custodian_v1_status_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_custodian_v1_status_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_custodian_v1_status_proto_goTypes = []any{
 	(ServingState)(0),             // 0: custodian.v1.ServingState
 	(*Status)(nil),                // 1: custodian.v1.Status
-	(*TokenObject)(nil),           // 2: custodian.v1.TokenObject
-	(*MekStatus)(nil),             // 3: custodian.v1.MekStatus
-	(*HsmStatus)(nil),             // 4: custodian.v1.HsmStatus
-	(*ProviderStatus)(nil),        // 5: custodian.v1.ProviderStatus
-	(*ProviderCalls)(nil),         // 6: custodian.v1.ProviderCalls
-	(*StoreStatus)(nil),           // 7: custodian.v1.StoreStatus
-	(*AuditStatus)(nil),           // 8: custodian.v1.AuditStatus
-	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
-	(KeyState)(0),                 // 10: custodian.v1.KeyState
-	(*durationpb.Duration)(nil),   // 11: google.protobuf.Duration
+	(*Rewrap)(nil),                // 2: custodian.v1.Rewrap
+	(*TokenObject)(nil),           // 3: custodian.v1.TokenObject
+	(*MekStatus)(nil),             // 4: custodian.v1.MekStatus
+	(*HsmStatus)(nil),             // 5: custodian.v1.HsmStatus
+	(*ProviderStatus)(nil),        // 6: custodian.v1.ProviderStatus
+	(*ProviderCalls)(nil),         // 7: custodian.v1.ProviderCalls
+	(*StoreStatus)(nil),           // 8: custodian.v1.StoreStatus
+	(*AuditStatus)(nil),           // 9: custodian.v1.AuditStatus
+	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(KeyState)(0),                 // 11: custodian.v1.KeyState
+	(*durationpb.Duration)(nil),   // 12: google.protobuf.Duration
 }
 var file_custodian_v1_status_proto_depIdxs = []int32{
 	0,  // 0: custodian.v1.Status.state:type_name -> custodian.v1.ServingState
-	9,  // 1: custodian.v1.Status.time:type_name -> google.protobuf.Timestamp
-	9,  // 2: custodian.v1.Status.start_time:type_name -> google.protobuf.Timestamp
-	3,  // 3: custodian.v1.Status.meks:type_name -> custodian.v1.MekStatus
-	4,  // 4: custodian.v1.Status.hsm:type_name -> custodian.v1.HsmStatus
-	2,  // 5: custodian.v1.Status.unknown_objects:type_name -> custodian.v1.TokenObject
-	5,  // 6: custodian.v1.Status.providers:type_name -> custodian.v1.ProviderStatus
-	7,  // 7: custodian.v1.Status.store:type_name -> custodian.v1.StoreStatus
-	8,  // 8: custodian.v1.Status.audit:type_name -> custodian.v1.AuditStatus
-	10, // 9: custodian.v1.MekStatus.state:type_name -> custodian.v1.KeyState
-	9,  // 10: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
-	9,  // 11: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
-	9,  // 12: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
-	9,  // 13: custodian.v1.ProviderStatus.away_since_time:type_name -> google.protobuf.Timestamp
-	11, // 14: custodian.v1.ProviderStatus.grace_left:type_name -> google.protobuf.Duration
-	9,  // 15: custodian.v1.ProviderStatus.incident_time:type_name -> google.protobuf.Timestamp
-	6,  // 16: custodian.v1.ProviderStatus.calls_by_reason:type_name -> custodian.v1.ProviderCalls
-	17, // [17:17] is the sub-list for method output_type
-	17, // [17:17] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	10, // 1: custodian.v1.Status.time:type_name -> google.protobuf.Timestamp
+	10, // 2: custodian.v1.Status.start_time:type_name -> google.protobuf.Timestamp
+	4,  // 3: custodian.v1.Status.meks:type_name -> custodian.v1.MekStatus
+	5,  // 4: custodian.v1.Status.hsm:type_name -> custodian.v1.HsmStatus
+	3,  // 5: custodian.v1.Status.unknown_objects:type_name -> custodian.v1.TokenObject
+	6,  // 6: custodian.v1.Status.providers:type_name -> custodian.v1.ProviderStatus
+	8,  // 7: custodian.v1.Status.store:type_name -> custodian.v1.StoreStatus
+	9,  // 8: custodian.v1.Status.audit:type_name -> custodian.v1.AuditStatus
+	2,  // 9: custodian.v1.Status.rewraps:type_name -> custodian.v1.Rewrap
+	10, // 10: custodian.v1.Rewrap.begin_time:type_name -> google.protobuf.Timestamp
+	11, // 11: custodian.v1.MekStatus.state:type_name -> custodian.v1.KeyState
+	10, // 12: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
+	10, // 13: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
+	10, // 14: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
+	10, // 15: custodian.v1.ProviderStatus.away_since_time:type_name -> google.protobuf.Timestamp
+	12, // 16: custodian.v1.ProviderStatus.grace_left:type_name -> google.protobuf.Duration
+	10, // 17: custodian.v1.ProviderStatus.incident_time:type_name -> google.protobuf.Timestamp
+	7,  // 18: custodian.v1.ProviderStatus.calls_by_reason:type_name -> custodian.v1.ProviderCalls
+	10, // 19: custodian.v1.ProviderStatus.next_renewal_time:type_name -> google.protobuf.Timestamp
+	10, // 20: custodian.v1.ProviderStatus.login_end_time:type_name -> google.protobuf.Timestamp
+	21, // [21:21] is the sub-list for method output_type
+	21, // [21:21] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_status_proto_init() }
@@ -1154,7 +1341,7 @@ func file_custodian_v1_status_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_status_proto_rawDesc), len(file_custodian_v1_status_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -30,7 +30,7 @@ import (
 
 // A loadSpec is what one run of the load process does.
 type loadSpec struct {
-	method   string // methodRetrieve or methodIssue
+	method   string // methodRetrieve, methodIssue or methodWidevine
 	inFlight int
 	batch    int    // keys of a call
 	kids     string // file of KIDs to draw from
@@ -63,7 +63,7 @@ func load(ctx context.Context, args []string) error {
 	pki := fs.String("pki", "", "folder of the certificates")
 	addr := fs.String("addr", "", "address of the server")
 	pid := fs.Int("pid", 0, "process of the server")
-	method := fs.String("method", methodRetrieve, "retrieve or issue")
+	method := fs.String("method", methodRetrieve, "retrieve, issue or widevine")
 	kidsFile := fs.String("kids", "", "file of KIDs")
 	inFlight := fs.Int("inflight", 1, "calls in flight")
 	batch := fs.Int("batch", 1, "keys of a call")
@@ -92,9 +92,13 @@ func load(ctx context.Context, args []string) error {
 			return err
 		}
 	}
+	door, err := newKnocker(*pki, *addr)
+	if err != nil {
+		return err
+	}
 	callers := make([]*caller, *inFlight)
 	for i := range callers {
-		callers[i] = &caller{conn: conns[i%len(conns)], method: *method, batch: *batch, kids: kids}
+		callers[i] = &caller{conn: conns[i%len(conns)], door: door, method: *method, batch: *batch, kids: kids}
 	}
 	res, err := run(ctx, callers, *pid, *warm, *length)
 	if err != nil {
@@ -177,6 +181,7 @@ func pause(ctx context.Context, d time.Duration) {
 // A caller makes one call after the other and takes down how each went.
 type caller struct {
 	conn   *grpc.ClientConn
+	door   *knocker
 	method string
 	batch  int
 	kids   []custodian.KID
@@ -189,10 +194,7 @@ type caller struct {
 }
 
 func (c *caller) run(ctx context.Context, phase *atomic.Int32) {
-	call := c.retrieve
-	if c.method == methodIssue {
-		call = c.issue
-	}
+	call := map[string]func(context.Context) (int, error){methodRetrieve: c.retrieve, methodIssue: c.issue, methodWidevine: c.widevine}[c.method]
 	for phase.Load() != ended && ctx.Err() == nil {
 		start := time.Now()
 		n, err := call(ctx)

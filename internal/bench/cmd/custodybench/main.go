@@ -24,8 +24,7 @@ import (
 	"time"
 )
 
-// gcPercent is that of custodiand, for every server here: the echo gets it as
-// well, so that the ratios do not flatter the callback.
+// gcPercent is that of custodiand, for every process here but the bare echoes.
 const gcPercent = 400
 
 func main() {
@@ -75,6 +74,7 @@ var roles = map[string]func(context.Context, []string) error{
 	roleEcho:       serveEcho,
 	roleEchoAppend: serveEchoAppend,
 	roleCallback:   serveCallback,
+	roleDoors:      serveDoors,
 	rolePrepare:    prepare,
 	roleLoad:       load,
 	roleToken:      token,
@@ -84,6 +84,7 @@ const (
 	roleEcho       = "serve-echo"
 	roleEchoAppend = "serve-echo-append"
 	roleCallback   = "serve-callback"
+	roleDoors      = "serve-doors"
 	rolePrepare    = "prepare"
 	roleLoad       = "load"
 	roleToken      = "token"
@@ -110,13 +111,14 @@ var sections = []struct {
 }{
 	{"callback", (*rig).callback},
 	{"issue", (*rig).issue},
+	{"doors", (*rig).doors},
 	{"million", (*rig).million},
 	{"kms", (*rig).kms},
 }
 
 func parent(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("custodybench", flag.ContinueOnError)
-	only := fs.String("sections", "", "comma-separated: callback, issue, million, kms; all if empty")
+	only := fs.String("sections", "", "comma-separated: callback, issue, doors, million, kms; all if empty")
 	quick := fs.Bool("quick", false, "less of everything, within a minute")
 	out := fs.String("out", "bench.json", "file of the results")
 	dir := fs.String("dir", "bin", "folder, on a real disk, under which data is kept while this runs")

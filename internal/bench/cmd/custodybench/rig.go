@@ -205,6 +205,9 @@ func (r *rig) serve(ctx context.Context, role, name string, args ...string) (*se
 	if err != nil {
 		return nil, err
 	}
+	if role == roleCallback {
+		cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1") // as custodiand
+	}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, err

@@ -31,6 +31,10 @@ func (r *rig) callback(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	tuned, err := r.serve(ctx, roleEcho, "echo-tuned", "-tuned")
+	if err != nil {
+		return err
+	}
 	echoAppend, err := r.serve(ctx, roleEchoAppend, "echo-append", "-dir", appendDir)
 	if err != nil {
 		return err
@@ -44,6 +48,7 @@ func (r *rig) callback(ctx context.Context) error {
 		{"echo", "_c32", echo, loadSpec{methodRetrieve, 32, 1, kids}},
 		{"callback", "_c32", real, loadSpec{methodRetrieve, 32, 1, kids}},
 		{"echo", "_c128", echo, loadSpec{methodRetrieve, 128, 1, kids}},
+		{"tuned_echo", "_c128", tuned, loadSpec{methodRetrieve, 128, 1, kids}},
 		{"echo_append", "_c128", echoAppend, loadSpec{methodRetrieve, 128, 1, kids}},
 		{"callback", "_c128", real, loadSpec{methodRetrieve, 128, 1, kids}},
 		{"callback_8kid", "_c128", real, loadSpec{methodRetrieve, 128, 8, kids}},
@@ -100,6 +105,7 @@ func (r *rig) callbackRound(ctx context.Context, runs []comparison, tokenDir str
 	}
 	ratio("callback_vs_echo_c32", "callback_c32", "echo_c32")
 	ratio("callback_vs_echo_c128", "callback_c128", "echo_c128")
+	ratio("callback_vs_tuned_echo_c128", "callback_c128", "tuned_echo_c128")
 	ratio("callback_vs_echo_append_c128", "callback_c128", "echo_append_c128")
 	if _, ok := got["callback_tmpfs_c128"]; ok {
 		ratio("callback_vs_echo_c128_tmpfs", "callback_tmpfs_c128", "echo_c128")
@@ -109,7 +115,7 @@ func (r *rig) callbackRound(ctx context.Context, runs []comparison, tokenDir str
 	r.table.add("keys_per_s_8kid_vs_1kid", eight.keysPerSecond()/one.keysPerSecond())
 	r.table.add("server_cpu_us_per_key", one.ServerCPU/float64(one.Keys))
 	r.table.add("server_cpu_us_per_key_8kid", eight.ServerCPU/float64(eight.Keys))
-	for _, c := range []string{"echo", "echo_append"} {
+	for _, c := range []string{"echo", "tuned_echo", "echo_append"} {
 		l := got[c+"_c128"]
 		r.table.add(c+"_server_cpu_us_per_call", l.ServerCPU/float64(l.Calls))
 	}

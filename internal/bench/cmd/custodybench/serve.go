@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"runtime/pprof"
 	"time"
 
@@ -32,6 +33,7 @@ type serverFlags struct {
 	pki, dir, profile string
 	kmsDelay          time.Duration
 	kmsAnswers        int64
+	tuned             bool
 	lifetime          time.Duration
 }
 
@@ -43,6 +45,7 @@ func parseServer(role string, args []string) (serverFlags, error) {
 	fs.StringVar(&f.profile, "cpuprofile", "", "file of the CPU profile")
 	fs.DurationVar(&f.kmsDelay, "kms-delay", 0, "of each answer of the KMS")
 	fs.Int64Var(&f.kmsAnswers, "kms-answers", 0, "answers of the KMS before it hangs; 0: it never does")
+	fs.BoolVar(&f.tuned, "tuned", false, "an echo with the daemon's own settings of gRPC and Go")
 	fs.DurationVar(&f.lifetime, "kek-lifetime", 0, "of a loaded KEK; 0: the default")
 	return f, fs.Parse(args)
 }
@@ -77,7 +80,7 @@ func serveCallback(ctx context.Context, args []string) (err error) {
 }
 
 // serveEcho is what the callback is compared with: gRPC over the same mutual
-// TLS, with the same settings, that answers what it has.
+// TLS that answers what it has, as many bytes as a callback.
 func serveEcho(ctx context.Context, args []string) error {
 	f, err := parseServer(roleEcho, args)
 	if err != nil {
@@ -100,21 +103,27 @@ func serveEchoAppend(ctx context.Context, args []string) (err error) {
 	return serveBare(ctx, f, &echo{response: likeCallback(), log: log})
 }
 
-// serveBare serves with what internal/rpc sets, where it matters for speed.
+// serveBare serves with the defaults of gRPC and Go, which is what bare means,
+// or with those that the daemon has instead.
 func serveBare(ctx context.Context, f serverFlags, e *echo) error {
 	tls, err := serverCerts(f.pki)
 	if err != nil {
 		return err
 	}
-	s := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(tls.TLSConfig())),
-		grpc.MaxRecvMsgSize(rpc.MaxRequestSize),
-		grpc.MaxConcurrentStreams(512),
-		grpc.NumStreamWorkers(128),
-		grpc.ReadBufferSize(8<<10),
-		grpc.WriteBufferSize(32<<10),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
-	)
+	options := []grpc.ServerOption{grpc.Creds(credentials.NewTLS(tls.TLSConfig()))}
+	if f.tuned {
+		options = append(options,
+			grpc.MaxRecvMsgSize(rpc.MaxRequestSize),
+			grpc.MaxConcurrentStreams(512),
+			grpc.NumStreamWorkers(128),
+			grpc.ReadBufferSize(8<<10),
+			grpc.WriteBufferSize(32<<10),
+			grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		)
+	} else if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(100)
+	}
+	s := grpc.NewServer(options...)
 	v1.RegisterKeyRetrievalServiceServer(s, e)
 	stop := context.AfterFunc(ctx, s.GracefulStop)
 	defer stop()

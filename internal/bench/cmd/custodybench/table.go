@@ -29,13 +29,15 @@ func (b bar) met(v float64) bool {
 	return false
 }
 
-// bars of the custody core, and of the KMS's bad days.
+// bars of the custody core, of packagers, and of the KMS's bad days.
 var bars = map[string]bar{
 	"callback_vs_echo_c128":        {">=", 0.4},
 	"callback_vs_echo_append_c128": {">=", 0.6},
 	"keys_per_s_8kid_vs_1kid":      {">=", 2},
 	"retrieve_p50_1m_vs_10k":       {"<=", 1.2},
 	"rss_anon_mb_1m":               {"<", 200},
+
+	"issue_ceks_per_s_batch50": {">=", 4000},
 
 	"callback_p99_kms_hang_vs_quiet": {"<=", 1.2},
 }

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+
+	"github.com/keycustody/custodian/certs"
+	"github.com/keycustody/custodian/custodian"
+	fronts "github.com/keycustody/custodian/internal/packager"
+	"github.com/keycustody/custodian/internal/rpc"
+)
+
+// methodWidevine asks for new keys by the Widevine API.
+const methodWidevine = "widevine"
+
+// serveDoors is the real stack behind the listener of packagers.
+func serveDoors(ctx context.Context, args []string) (err error) {
+	f, err := parseServer(roleDoors, args)
+	if err != nil {
+		return err
+	}
+	trust, err := serverCerts(f.pki)
+	if err != nil {
+		return err
+	}
+	c, err := openCustody(ctx, f.dir, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, c.close(context.WithoutCancel(ctx))) }()
+	s, err := rpc.NewServer(rpc.Config{Certs: trust, Log: stderrLog()})
+	if err != nil {
+		return err
+	}
+	s.SetCustody(c.custodian)
+	doors, err := fronts.NewServer(fronts.Config{RPC: s, Log: stderrLog()})
+	if err != nil {
+		return err
+	}
+	return listen(f, func(l net.Listener) error { return doors.Serve(ctx, l, drain) })
+}
+
+// doors is the speed at which packagers get new content keys by their own
+// protocols.
+func (r *rig) doors(ctx context.Context) error {
+	data := filepath.Join(r.dir, "doors")
+	if _, err := r.prepare(ctx, data, 1); err != nil {
+		return err
+	}
+	s, err := r.serve(ctx, roleDoors, "doors", "-dir", data)
+	if err != nil {
+		return err
+	}
+	for range r.scale.rounds {
+		for _, method := range []string{methodWidevine} {
+			l, err := r.load(ctx, s, loadSpec{method: method, inFlight: 8, batch: 50})
+			if err != nil {
+				return err
+			}
+			r.table.add(method+"_ceks_per_s_batch50", l.keysPerSecond())
+			r.table.add(method+"_p50_us_batch50", l.P50)
+			r.table.add(method+"_p99_us_batch50", l.P99)
+		}
+	}
+	return r.stopAll()
+}
+
+// A knocker calls at the listener of packagers, on TLS 1.2 and a connection of
+// its own for each call, as Shaka Packager does.
+type knocker struct {
+	client *http.Client
+	url    string // of the category
+}
+
+func newKnocker(pki, addr string) (*knocker, error) {
+	c, err := certs.NewClient(certs.ClientOptions{CertFile: filepath.Join(pki, string(custodian.RolePackager)+".pem"),
+		KeyFile: filepath.Join(pki, string(custodian.RolePackager)+".key"), CAFile: filepath.Join(pki, "ca.pem")})
+	if err != nil {
+		return nil, err
+	}
+	config := c.TLSConfig()
+	config.ServerName, config.MinVersion, config.MaxVersion = "localhost", tls.VersionTLS12, tls.VersionTLS12
+	return &knocker{&http.Client{Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true}},
+		"https://" + addr + "/v1/categories/" + string(category) + "/"}, nil
+}
+
+func (k *knocker) post(ctx context.Context, door, contentType string, body []byte) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, k.url+door, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", contentType)
+	res, err := k.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err == nil && res.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", res.Status, b)
+	}
+	return b, err
+}
+
+// widevine asks for the keys of a content item that is not there yet: batch
+// crypto periods of one track.
+func (c *caller) widevine(ctx context.Context) (int, error) {
+	inner := fmt.Sprintf(`{"content_id":%q,"policy":"","tracks":[{"type":"HD"}],"drm_types":["WIDEVINE"],"first_crypto_period_index":0,"crypto_period_count":%d,"protection_scheme":"CENC"}`,
+		base64.StdEncoding.EncodeToString([]byte(rand.Text())), c.batch)
+	b, err := c.door.post(ctx, "widevine", "application/json", fmt.Appendf(nil, `{"request":%q}`, base64.StdEncoding.EncodeToString([]byte(inner))))
+	if err != nil {
+		return 0, err
+	}
+	var envelope struct{ Response []byte }
+	var answer struct{ Tracks []struct{ Key []byte } }
+	if err := errors.Join(json.Unmarshal(b, &envelope), json.Unmarshal(envelope.Response, &answer)); err != nil {
+		return 0, err
+	}
+	if len(answer.Tracks) != c.batch {
+		return 0, fmt.Errorf("%d keys instead of %d: %s", len(answer.Tracks), c.batch, envelope.Response)
+	}
+	c.size = len(b)
+	return len(answer.Tracks), nil
+}
