@@ -47,6 +47,9 @@ type Config struct {
 	Now    func() time.Time
 	Log    *slog.Logger
 
+	// AuditName begins the origin of the audit log's checkpoints, before its ID;
+	// "custodian" where empty. It never changes.
+	AuditName string
 	// LabelPrefix of our objects in the token: PREFIX-v1, PREFIX-audit-v1.
 	LabelPrefix string
 	// DefaultProviders wrap the KEKs of a category that names none, and the
@@ -112,6 +115,7 @@ type Custodian struct {
 	lastLook   atomic.Int64  // Unix nanoseconds, when the clock was believed last; 0: never since the start
 	incidents  atomic.Uint64 // KEY_NOT_FOUND answers to callers who may know
 
+	auditName   string                    // of the audit log; "": the default
 	checkLogged func(signed []byte) error // a checkpoint of the audit log
 	prunedNoted atomic.Uint64             // pruned entries that the audit log has been told of
 
@@ -169,7 +173,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if err != nil {
 		return nil, errors.Join(err, arena.Close())
 	}
-	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix,
+	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
 		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events}
 	if cfg.RotationRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)

@@ -745,3 +745,104 @@ func TestRefusalIsLogged(t *testing.T) {
 	kmss[0].set(nil)
 	w.whole()
 }
+
+// A KMS that comes and goes: each contact begins the grace anew, and each good
+// opening the lifetime; what is between is served on grace, to the second.
+func TestGraceFlapping(t *testing.T) {
+	w, kid, kmss, _ := graceWorld(t, "vault")
+	for range 5 {
+		w.advance(testLifetime - time.Second)
+		kmss[0].set(custodian.ErrProviderUnavailable) // a second before the lifetime ends
+		w.wantGrace("the last second of the lifetime", kid, 0, nil)
+		w.advance(time.Second)
+		w.wantGrace("the lifetime is over", kid, testGrace-testLifetime, nil)
+		w.advance(20 * time.Minute)
+		w.wantGrace("20 minutes later", kid, testGrace-testLifetime-20*time.Minute, nil)
+		kmss[0].set(nil)
+		w.wantGrace("back for one callback", kid, 0, nil)
+	}
+	// Contact by a probe renews the grace of a KEK, and not its lifetime.
+	w.advance(testLifetime)
+	w.c.ProbeKMS(t.Context())
+	kmss[0].set(custodian.ErrProviderUnavailable)
+	w.wantGrace("a probe was the last contact", kid, testGrace, nil)
+	w.advance(testGrace - time.Second)
+	w.wantGrace("a second before the end", kid, time.Second, nil)
+	w.advance(time.Second)
+	w.wantGrace("the end", kid, 0, custodian.ErrKMSUnavailable)
+	kmss[0].set(nil)
+	w.whole()
+}
+
+// A clock that is set back in an outage neither hastens its incident nor puts
+// it off: for the step it stands still.
+func TestIncidentClockBack(t *testing.T) {
+	w, _, kmss, incidents := graceWorld(t, "vault")
+	kmss[0].set(custodian.ErrProviderUnavailable)
+	w.advance(time.Minute)
+	w.c.ProbeKMS(t.Context())
+	w.advance(3 * time.Minute)
+	w.c.TickKMS() // it is seen that so much time has passed
+	w.advance(-time.Hour)
+	w.c.TickKMS()
+	w.advance(2*time.Minute - time.Second)
+	w.c.TickKMS()
+	if len(*incidents) != 0 {
+		t.Fatalf("after four minutes and 59 seconds: got %+v, want no incident yet", *incidents)
+	}
+	w.advance(time.Second)
+	w.c.TickKMS()
+	w.advance(-time.Hour)
+	w.c.TickKMS()
+	if len(*incidents) != 1 {
+		t.Fatalf("after five minutes: got %+v, want one incident", *incidents)
+	}
+	if i := (*incidents)[0]; i.Declared.Sub(i.Since) != 5*time.Minute {
+		t.Errorf("it was declared %s after its begin", i.Declared.Sub(i.Since))
+	}
+	kmss[0].set(nil)
+}
+
+// A key whose wrap is refused is asked for once in ten seconds, however many
+// callbacks want it; when the wrap is another, at once.
+func TestBadKeyIsLeftAlone(t *testing.T) {
+	w, kid, kmss, _ := graceWorld(t, "vault", "aws")
+	outer := w.keks("movies")[0].Wrapped.Outer
+	for i, k := range kmss {
+		k.mu.Lock()
+		k.lost = outer[i].Blob
+		k.mu.Unlock()
+	}
+	w.advance(testLifetime)
+	calls := func(f func()) int {
+		before := kmss[0].opened() + kmss[1].opened()
+		f()
+		return kmss[0].opened() + kmss[1].opened() - before
+	}
+	refused := func() {
+		for range 50 {
+			wantErr(t, "a wrap that both refuse", w.release(provider, kid), custodian.ErrRecordCorrupt)
+		}
+	}
+	if got := calls(refused); got != 2 {
+		t.Errorf("50 callbacks: got %d calls, want one of each provider", got)
+	}
+	w.advance(10*time.Second - 1)
+	if got := calls(refused); got != 0 {
+		t.Errorf("50 callbacks within ten seconds: got %d calls, want none", got)
+	}
+	w.advance(1)
+	if got := calls(refused); got != 2 {
+		t.Errorf("50 callbacks after ten seconds: got %d calls, want one of each provider", got)
+	}
+	kmss[1].mu.Lock()
+	kmss[1].lost = nil
+	kmss[1].mu.Unlock()
+	w.cfg.KMS.RewrapRate = 1e6
+	if _, err := w.c.SetProviders(t.Context(), officer, custodian.SetProvidersRequest{Category: "movies", Providers: []string{"aws"}}); err != nil {
+		t.Fatal(err)
+	}
+	w.rewraps(none)
+	wantErr(t, "with another wrap", w.release(provider, kid), nil)
+	w.whole()
+}

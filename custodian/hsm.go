@@ -41,9 +41,10 @@ type HSM interface {
 	// RewrapKey moves a wrapped key from a rotatable MEK to another one, inside
 	// the token, and loads the result once before it returns. The canary stays.
 	RewrapKey(ctx context.Context, from, to MEK, u KeyUse, identity, inner, canary []byte) ([]byte, error)
-	// GenerateSigner makes, or adopts, an ECDSA P-256 key pair.
-	GenerateSigner(ctx context.Context, label string, id [16]byte) error
-	// Signer returns a key pair of the token.
+	// GenerateSigner makes, or adopts, a key pair.
+	GenerateSigner(ctx context.Context, alg SigningAlgorithm, label string, id [16]byte) error
+	// Signer returns a key pair of the token. One of ECDSA P-256 signs SHA-256
+	// digests in ASN.1 DER, one of Ed25519 whole messages.
 	Signer(ctx context.Context, label string, id [16]byte) (crypto.Signer, error)
 	// Objects lists what lies in the token.
 	Objects(ctx context.Context) ([]TokenObject, error)

@@ -14,6 +14,9 @@ import (
 // An InitSpec is what a first start decides for good.
 type InitSpec struct {
 	Profile MEKProfile // "": the token's default
+	// AuditSigning is the algorithm of the audit log's checkpoints; ECDSA P-256
+	// where empty. Not every token has Ed25519.
+	AuditSigning SigningAlgorithm
 	// Genesis names the officers. Without it, the configuration decides.
 	Genesis *Genesis
 }
@@ -60,7 +63,7 @@ func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
 	if err := c.hsm.CheckMEK(ctx, m); err != nil {
 		return mekError(m, err)
 	}
-	signer, err := c.initSigner(ctx, j)
+	signer, err := c.initSigner(ctx, j, spec.AuditSigning)
 	if err != nil {
 		return err
 	}
@@ -155,10 +158,13 @@ func RefuseForeign(ctx context.Context, hsm HSM, prefix string) error {
 	return nil
 }
 
-func (c *Custodian) initSigner(ctx context.Context, j InitJournal) (Signer, error) {
+func (c *Custodian) initSigner(ctx context.Context, j InitJournal, alg SigningAlgorithm) (Signer, error) {
+	if alg == "" {
+		alg = SignECDSAP256
+	}
 	g := Signer{Purpose: signerAudit, Version: 1, Label: j.SignLbl, ID: j.SignID, State: StateActive, CreateTime: j.Start, Revision: 1}
-	if err := c.hsm.GenerateSigner(ctx, g.Label, g.ID); err != nil {
-		return g, fmt.Errorf("signing key %s: generate: %w", g.Label, err)
+	if err := c.hsm.GenerateSigner(ctx, alg, g.Label, g.ID); err != nil {
+		return g, fmt.Errorf("signing key %s: generate %s: %w", g.Label, alg, err)
 	}
 	s, err := c.hsm.Signer(ctx, g.Label, g.ID)
 	if err != nil {

@@ -38,10 +38,24 @@ type keyring struct {
 	stop  context.CancelFunc
 	calls sync.WaitGroup
 
-	// mu guards the map below.
+	// mu guards the maps below.
 	mu     sync.RWMutex
 	loaded map[keyID]*loadedKey
+	bad    map[keyID]badKey
 }
+
+// A badKey could not be loaded, and no fault of a moment was the reason. Its
+// wraps are not tried again before until: callers who ask for it all the same
+// would have the KMS asked each time.
+type badKey struct {
+	outer []OuterWrap
+	until time.Time
+	err   error
+}
+
+// badPause is how long a bad key is left alone. It is short, since a KMS can
+// answer nonsense for a moment, too.
+const badPause = 10 * time.Second
 
 // A keyID names a wrapped key: a KEK by its category, a helper by its purpose.
 type keyID struct {
@@ -70,7 +84,7 @@ func (l *loadedKey) fresh(now time.Time) bool { return l.until.IsZero() || now.B
 // newKeyring makes a keyring. ctx gives its calls their values, not their end.
 func newKeyring(ctx context.Context, hsm HSM, providers []Provider, lifetime time.Duration, limits KMSLimits, outages *Outages) (*keyring, error) {
 	r := &keyring{hsm: hsm, guards: map[string]*guard{}, limits: limits.withDefaults(), lifetime: lifetime, timeout: 30 * time.Second,
-		outages: outages, clock: outages.clock, loaded: map[keyID]*loadedKey{}}
+		outages: outages, clock: outages.clock, loaded: map[keyID]*loadedKey{}, bad: map[keyID]badKey{}}
 	r.base, r.stop = context.WithCancel(context.WithoutCancel(ctx))
 	successes := &atomic.Uint64{}
 	for _, p := range providers {
@@ -139,7 +153,12 @@ func (r *keyring) get(ctx context.Context, s *controlSet, id keyID) (*loadedKey,
 		if l != nil {
 			defer l.slow.Store(false)
 		}
-		return r.load(lctx, s, id)
+		if err := r.knownBad(s, id); err != nil {
+			return nil, err
+		}
+		l, err := r.load(lctx, s, id)
+		r.noteBad(s, id, err)
+		return l, err
 	})
 	var enough <-chan time.Time // of waiting, where the key at hand could serve
 	if wait, ok := r.patience(ctx, s, id, l, now); ok {
@@ -164,6 +183,28 @@ func (r *keyring) get(ctx context.Context, s *controlSet, id keyID) (*loadedKey,
 		return nil, 0, fmt.Errorf("%s: load: %w", id, ErrKMSUnavailable)
 	case <-ctx.Done():
 		return nil, 0, fmt.Errorf("%s: load: %w", id, ErrDeadline)
+	}
+}
+
+// knownBad is why id could not be loaded a moment ago, from the same wraps.
+func (r *keyring) knownBad(s *controlSet, id keyID) error {
+	r.mu.RLock()
+	b, ok := r.bad[id]
+	r.mu.RUnlock()
+	if w, _, _ := s.outerOf(id); ok && r.clock.now().Before(b.until) && sameOuter(w.Outer, b.outer) {
+		return b.err
+	}
+	return nil
+}
+
+// noteBad takes down how a load ended.
+func (r *keyring) noteBad(s *controlSet, id keyID, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.bad, id)
+	if errors.Is(err, ErrRecordCorrupt) {
+		w, _, _ := s.outerOf(id)
+		r.bad[id] = badKey{w.Outer, r.clock.now().Add(badPause), err}
 	}
 }
 

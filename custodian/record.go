@@ -80,6 +80,15 @@ type Helper struct {
 	Revision   uint64
 }
 
+// A SigningAlgorithm is what a signing key pair is for. The zero algorithm makes
+// none.
+type SigningAlgorithm string
+
+const (
+	SignECDSAP256 SigningAlgorithm = "ecdsa-p256" // FIPS 186-5, with SHA-256
+	SignEd25519   SigningAlgorithm = "ed25519"    // RFC 8032
+)
+
 // A Signer is a signing key pair in the token.
 type Signer struct {
 	Purpose    string // "audit"

@@ -394,22 +394,21 @@ func (c *Custodian) RunRewraps(ctx context.Context) {
 				c.log.Warn("outer wraps are not all moved yet; the job goes on", "job", scope(name), "again_in", pause.String(), "err", err)
 			}
 		}
-		var again <-chan time.Time
-		if failed {
-			if c.set.Load().head.Revision != began { // it got somewhere
-				pause = rewrapPause
-			}
-			t := time.NewTimer(pause)
-			defer t.Stop()
-			again, pause = t.C, min(2*pause, maxRewrapPause)
-		} else {
+		if !failed || c.set.Load().head.Revision != began { // there is nothing to do, or it got somewhere
 			pause = rewrapPause
+		}
+		again := time.NewTimer(pause)
+		if failed {
+			pause = min(2*pause, maxRewrapPause)
+		} else {
+			again.Stop()
 		}
 		select {
 		case <-c.rewraps.poke:
-		case <-again:
+		case <-again.C:
 		case <-ctx.Done():
 		}
+		again.Stop()
 	}
 }
 
@@ -575,23 +574,26 @@ func (c *Custodian) keepRewrapped(ctx context.Context, job RewrapJob, batch []re
 // withOuter is the record of a key with other wraps, if it still has those that
 // the others were made from.
 func (s *controlSet) withOuter(id keyID, was, outer []OuterWrap) (r ControlRecord, ok bool) {
-	same := func(w Wrapped) bool {
-		return slices.EqualFunc(w.Outer, was, sameWrap)
-	}
 	if id.helper != "" {
 		h, ok := s.helpers[helperID{id.helper, id.version}]
-		if !ok || !same(h.Wrapped) {
+		if !ok || !sameOuter(h.Wrapped.Outer, was) {
 			return r, false
 		}
 		h.Wrapped.Outer, h.Revision = outer, h.Revision+1
 		return helperRecord(h), true
 	}
 	k, ok := s.keks[KEKID{id.kek, id.version}]
-	if !ok || !same(k.Wrapped) {
+	if !ok || !sameOuter(k.Wrapped.Outer, was) {
 		return r, false
 	}
 	k.Wrapped.Outer, k.Revision = outer, k.Revision+1
 	return kekRecord(k), true
+}
+
+func sameOuter(a, b []OuterWrap) bool {
+	return slices.EqualFunc(a, b, func(a, b OuterWrap) bool {
+		return a.Provider == b.Provider && a.KeyRef == b.KeyRef && bytes.Equal(a.Blob, b.Blob)
+	})
 }
 
 // endRewrap takes a job away whose keys all rest as it wants.

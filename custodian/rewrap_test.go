@@ -298,11 +298,12 @@ func TestMoveWithABadRecord(t *testing.T) {
 // A provider that rotated its own key has its wraps made anew, by itself where
 // it can; a restart goes on behind what was done.
 func TestReencrypt(t *testing.T) {
-	for _, own := range []bool{false, true} {
+	for _, by := range []string{"wrap", "rewrap", "a rewrap that is denied"} {
+		own := by != "wrap"
 		w, kmss := rewrapWorld(t, 70, "vault", "aws")
 		var rewrapper *rewrapKMS
 		if own {
-			rewrapper = &rewrapKMS{badKMS: kmss[0]}
+			rewrapper = &rewrapKMS{badKMS: kmss[0], denied: by != "rewrap"}
 			w.cfg.Providers[1] = rewrapper
 			w.reopen()
 		}
@@ -330,8 +331,11 @@ func TestReencrypt(t *testing.T) {
 		if got := kmss[1].wrapped() - wraps; got != 0 {
 			t.Errorf("the other provider made %d wraps, want none", got)
 		}
-		if own && rewrapper.moved != kmss[0].wrapped()-wrapsBefore {
+		if by == "rewrap" && rewrapper.moved != kmss[0].wrapped()-wrapsBefore {
 			t.Errorf("it moved %d of %d wraps itself", rewrapper.moved, kmss[0].wrapped()-wrapsBefore)
+		}
+		if s := w.status("vault"); s.Refused != "" {
+			t.Errorf("by %s: the status says that access is refused: %s", by, s.Refused)
 		}
 		w.wantJobEntries(from, "category.reencrypt", "by vault: yearly", "now by vault, aws", "all by vault, aws")
 		w.whole()
@@ -407,10 +411,14 @@ func TestRewrapRefusals(t *testing.T) {
 // A rewrapKMS moves its wraps to its newest key by itself.
 type rewrapKMS struct {
 	*badKMS
-	moved int
+	moved  int
+	denied bool
 }
 
 func (k *rewrapKMS) Rewrap(ctx context.Context, w custodian.OuterWrap, binding []byte) (custodian.OuterWrap, error) {
+	if k.denied {
+		return custodian.OuterWrap{}, custodian.ErrProviderDenied
+	}
 	blob, err := k.Unwrap(ctx, w, binding)
 	if err != nil {
 		return custodian.OuterWrap{}, err

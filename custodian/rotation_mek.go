@@ -1,7 +1,6 @@
 package custodian
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -382,7 +381,7 @@ func (c *Custodian) moveOne(ctx context.Context, r Rotation, id keyID) error {
 		was, _, _ := set.outerOf(id)
 		is, _, _ := old.outerOf(id)
 		// Another MEK protects meanwhile, or another provider wraps the key.
-		if old.protectingMEK().Version != to.Version || is.MEKVersion != was.MEKVersion || !slices.EqualFunc(is.Outer, was.Outer, sameWrap) {
+		if old.protectingMEK().Version != to.Version || is.MEKVersion != was.MEKVersion || !sameOuter(is.Outer, was.Outer) {
 			return change{}, errStepped
 		}
 		e := audit.Entry{Action: "key.rewrap", Category: string(id.kek), KeyVersion: id.String(), Detail: fmt.Sprintf("%s: under mek %s", r.Name(), to.Label)}
@@ -512,10 +511,6 @@ func (c *Custodian) noControlRefersToMEK(ctx context.Context, set *controlSet) e
 		}
 		return nil
 	})
-}
-
-func sameWrap(a, b OuterWrap) bool {
-	return a.Provider == b.Provider && a.KeyRef == b.KeyRef && bytes.Equal(a.Blob, b.Blob)
 }
 
 // rewrapUnder moves a wrapped key to another MEK inside the token, and has the

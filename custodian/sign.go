@@ -47,6 +47,9 @@ func (c *Custodian) signLog(ctx context.Context, set *controlSet) error {
 		return fmt.Errorf("signing key %s: the token has another pair than the one that is recorded: %w", g.Label, ErrWrongMEK)
 	}
 	origin := checkpoint.Origin(c.audit.ID())
+	if c.auditName != "" {
+		origin = checkpoint.NamedOrigin(c.auditName, c.audit.ID())
+	}
 	signer, err := checkpoint.NewSigner(origin, key)
 	if err != nil {
 		return fmt.Errorf("signing key %s: %w", g.Label, err)

@@ -594,8 +594,8 @@ func (h brokenHSM) RewrapKey(ctx context.Context, from, to custodian.MEK, u cust
 	err = h.b.do("hsm.RewrapKey", errHSM, func() error { moved, err = h.HSM.RewrapKey(ctx, from, to, u, identity, inner, canary); return err })
 	return moved, err
 }
-func (h brokenHSM) GenerateSigner(ctx context.Context, label string, id [16]byte) error {
-	return h.b.do("hsm.GenerateSigner", errHSM, func() error { return h.HSM.GenerateSigner(ctx, label, id) })
+func (h brokenHSM) GenerateSigner(ctx context.Context, alg custodian.SigningAlgorithm, label string, id [16]byte) error {
+	return h.b.do("hsm.GenerateSigner", errHSM, func() error { return h.HSM.GenerateSigner(ctx, alg, label, id) })
 }
 func (h brokenHSM) Signer(ctx context.Context, label string, id [16]byte) (s crypto.Signer, err error) {
 	err = h.b.do("hsm.Signer", errHSM, func() error { s, err = h.HSM.Signer(ctx, label, id); return err })

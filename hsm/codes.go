@@ -15,6 +15,7 @@ const (
 	ckrLoggedIn         = 0x100
 	ckrTypeInvalid      = 0x12
 	ckrValueInvalid     = 0x13
+	ckrMechanismInvalid = 0x70
 	ckrTemplateMismatch = 0xD1
 )
 
@@ -75,6 +76,8 @@ var mechanismNames = map[uint]string{
 	pkcs11.CKM_AES_KEY_GEN:     "AES_KEY_GEN",
 	pkcs11.CKM_EC_KEY_PAIR_GEN: "EC_KEY_PAIR_GEN",
 	pkcs11.CKM_ECDSA:           "ECDSA",
+	ckmECEdwardsKeyPairGen:     "EC_EDWARDS_KEY_PAIR_GEN",
+	ckmEDDSA:                   "EDDSA",
 }
 
 func mechanismName(m uint) string {

@@ -8,7 +8,7 @@
 // A MEK is a token object that wraps and unwraps, and does nothing else. A Key
 // is an AES-256 key that was generated inside the token, rests outside of it
 // wrapped under a MEK (AES-256 KWP, RFC 5649), and is used as a session object
-// that cannot leave again. A signer is an ECDSA P-256 pair of token objects.
+// that cannot leave again. A signer is an ECDSA P-256 or Ed25519 pair of token objects.
 // No key ever exists in clear in this process. Every wrap, seal and signature
 // is verified by the opposite operation before it is handed out, because a
 // token can silently hand back another key than the one that was meant.

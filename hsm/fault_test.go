@@ -542,17 +542,26 @@ func TestReconnectMissesItsDrain(t *testing.T) {
 }
 
 func TestSignerAcrossReconnects(t *testing.T) {
+	digest := sha256.Sum256([]byte("checkpoint"))
+	t.Run("ECDSA P-256", func(t *testing.T) {
+		signAcrossReconnects(t, (*hsm.Token).GenerateSigner, digest[:], crypto.SHA256)
+	})
+	t.Run("Ed25519", func(t *testing.T) {
+		signAcrossReconnects(t, (*hsm.Token).GenerateEd25519Signer, []byte("checkpoint"), crypto.Hash(0))
+	})
+}
+
+func signAcrossReconnects(t *testing.T, generate func(*hsm.Token, context.Context, string, [16]byte) error, text []byte, hash crypto.Hash) {
 	c, f := faulty(t)
 	tok := open(t, c)
 	id := randomID(t)
-	if err := tok.GenerateSigner(t.Context(), "audit-v1", id); err != nil {
+	if err := generate(tok, t.Context(), "audit-v1", id); err != nil {
 		t.Fatal(err)
 	}
 	s, err := tok.Signer(t.Context(), "audit-v1", id)
 	if err != nil {
 		t.Fatal(err)
 	}
-	digest := sha256.Sum256([]byte("checkpoint"))
 	for _, row := range []struct {
 		name string
 		harm func()
@@ -566,11 +575,11 @@ func TestSignerAcrossReconnects(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			row.harm()
-			sig, err := s.Sign(nil, digest[:], crypto.SHA256)
+			sig, err := s.Sign(nil, text, hash)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !verify(s.Public(), digest[:], sig) {
+			if !verify(s.Public(), text, sig) {
 				t.Error("signature does not verify")
 			}
 		})

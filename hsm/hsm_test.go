@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
@@ -578,6 +580,61 @@ func TestSigner(t *testing.T) {
 	}
 	if _, err := tok.Signer(t.Context(), "token-v1", half); err != nil {
 		t.Error(err)
+	}
+}
+
+// An Ed25519 pair has the attributes of a P-256 one but for its curve, and is
+// found for what it is.
+func TestEd25519Signer(t *testing.T) {
+	c := softhsm.Test(t)
+	tok := open(t, c)
+	id := randomID(t)
+	for range 2 { // the second adopts
+		if err := tok.GenerateEd25519Signer(t.Context(), "audit-v1", id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := tok.Signer(t.Context(), "audit-v1", id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, ok := s.Public().(ed25519.PublicKey)
+	if !ok {
+		t.Fatalf("public key is a %T", s.Public())
+	}
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			message := []byte(fmt.Sprintf("checkpoint %d", i))
+			sig, err := s.Sign(nil, message, crypto.Hash(0))
+			if err != nil || !ed25519.Verify(public, message, sig) {
+				t.Errorf("message %d: %v, and the signature does not verify", i, err)
+			}
+		})
+	}
+	wg.Wait()
+	_, err = s.Sign(nil, make([]byte, 32), crypto.SHA256)
+	wantErr(t, "a digest", err, hsm.ErrPolicy)
+	_, err = s.Sign(nil, make([]byte, 5000), crypto.Hash(0))
+	wantErr(t, "long message", err, hsm.ErrPolicy)
+	wantErr(t, "P-256 in its place", tok.GenerateSigner(t.Context(), "audit-v1", id), hsm.ErrUnfit)
+
+	r := openRaw(t, c)
+	if err := r.FindObjectsInit(r.session, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+		pkcs11.NewAttribute(pkcs11.CKA_ID, id[:])}); err != nil {
+		t.Fatal(err)
+	}
+	found, _, err := r.FindObjects(r.session, 2)
+	if err := errors.Join(err, r.FindObjectsFinal(r.session)); err != nil || len(found) != 1 {
+		t.Fatalf("%d private halves, %v", len(found), err)
+	}
+	attrs, err := r.GetAttributeValue(r.session, found[0], []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, nil),
+		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, nil), pkcs11.NewAttribute(pkcs11.CKA_MODIFIABLE, nil)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if attrs[0].Value[0] != 0 || attrs[1].Value[0] != 1 || attrs[2].Value[0] != 0 {
+		t.Errorf("extractable %v, sensitive %v, modifiable %v: want 0, 1, 0", attrs[0].Value, attrs[1].Value, attrs[2].Value)
 	}
 }
 

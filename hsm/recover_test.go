@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -20,6 +21,9 @@ import (
 )
 
 func verify(public crypto.PublicKey, digest, sig []byte) bool {
+	if k, ok := public.(ed25519.PublicKey); ok {
+		return ed25519.Verify(k, digest, sig)
+	}
 	k, ok := public.(*ecdsa.PublicKey)
 	return ok && ecdsa.VerifyASN1(k, digest, sig)
 }

@@ -182,18 +182,36 @@ func probeTemplate() template {
 // oidP256 is the DER of the OID of NIST P-256 (RFC 5480).
 var oidP256 = []byte{0x06, 0x08, 0x2A, 0x86, 0x48, 0xCE, 0x3D, 0x03, 0x01, 0x07}
 
-// signerPrivate and signerPublic make the two halves of a signer. The public
-// half is not private, so that evidence can be read without a login.
-func signerPrivate(label string, id [16]byte) template {
-	return join(template{
-		number(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
-		number(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC),
-		{typ: pkcs11.CKA_LABEL, value: []byte(label)},
-		{typ: pkcs11.CKA_ID, value: id[:]},
-	}, signerPrivateUse(), fixed())
+// A curve is what a signer's pair is on, with the mechanisms for it.
+type curve struct {
+	keyType, generate, sign uint
+	params                  []byte // CKA_EC_PARAMS
 }
 
-func signerPrivateUse() template {
+var (
+	curveP256 = curve{pkcs11.CKK_EC, pkcs11.CKM_EC_KEY_PAIR_GEN, pkcs11.CKM_ECDSA, oidP256}
+	// PKCS #11 v3.0, section 2.3; the OID is that of RFC 8410.
+	curveEd25519 = curve{ckkECEdwards, ckmECEdwardsKeyPairGen, ckmEDDSA, []byte{0x06, 0x03, 0x2B, 0x65, 0x70}}
+)
+
+const (
+	ckkECEdwards           = 0x40
+	ckmECEdwardsKeyPairGen = 0x1055
+	ckmEDDSA               = 0x1057
+)
+
+// signerPrivate and signerPublic make the two halves of a signer. The public
+// half is not private, so that evidence can be read without a login.
+func signerPrivate(c curve, label string, id [16]byte) template {
+	return join(template{
+		number(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+		number(pkcs11.CKA_KEY_TYPE, c.keyType),
+		{typ: pkcs11.CKA_LABEL, value: []byte(label)},
+		{typ: pkcs11.CKA_ID, value: id[:]},
+	}, signerPrivateUse(c), fixed())
+}
+
+func signerPrivateUse(c curve) template {
 	return template{
 		flag(pkcs11.CKA_TOKEN, true),
 		flag(pkcs11.CKA_PRIVATE, true),
@@ -204,15 +222,15 @@ func signerPrivateUse() template {
 		flag(pkcs11.CKA_DECRYPT, false),
 		flag(pkcs11.CKA_UNWRAP, false),
 		flag(pkcs11.CKA_DERIVE, false),
-		mechanisms(pkcs11.CKM_ECDSA),
+		mechanisms(c.sign),
 	}
 }
 
-func signerPublic(label string, id [16]byte) template {
+func signerPublic(c curve, label string, id [16]byte) template {
 	return join(template{
 		number(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
-		number(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_EC),
-		{typ: pkcs11.CKA_EC_PARAMS, value: oidP256},
+		number(pkcs11.CKA_KEY_TYPE, c.keyType),
+		{typ: pkcs11.CKA_EC_PARAMS, value: c.params},
 		{typ: pkcs11.CKA_LABEL, value: []byte(label)},
 		{typ: pkcs11.CKA_ID, value: id[:]},
 		flag(pkcs11.CKA_TOKEN, true),

@@ -58,7 +58,7 @@ type worker struct {
 	iv      [IVSize]byte
 	inLen   int
 	aadLen  int
-	message []byte // of CMAC; not a secret, so in ordinary memory
+	message []byte // of CMAC, our own copy: in aad, or in ordinary memory where it is longer than any key
 }
 
 const (
@@ -120,6 +120,7 @@ func (w *worker) leave() {
 func (w *worker) goHome() {
 	clear(w.in[:w.inLen])
 	clear(w.out)
+	clear(w.message) // a fingerprint's is a content key
 	if w.key != nil {
 		w.key.unref()
 	}

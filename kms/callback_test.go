@@ -31,6 +31,7 @@ import (
 	"github.com/keycustody/custodian/internal/rpc"
 	"github.com/keycustody/custodian/kms"
 	"github.com/keycustody/custodian/store"
+	"github.com/keycustody/custodian/testservers/awskms"
 )
 
 const (
@@ -51,6 +52,7 @@ type house struct {
 	c    *custodian.Custodian
 
 	officer, packager, provider *client.Client
+	spki                        [32]byte
 	keys                        map[string][]byte // that were issued, by KID
 }
 
@@ -68,9 +70,9 @@ func newHouse(t *testing.T, s *site) *house {
 	h.must(err)
 	pair, err := tls.LoadX509KeyPair(officer.CertFile, officer.KeyFile)
 	h.must(err)
-	spki := sha256.Sum256(pair.Leaf.RawSubjectPublicKeyInfo)
+	h.spki = sha256.Sum256(pair.Leaf.RawSubjectPublicKeyInfo)
 	policy, err := custodian.NewPolicy([]custodian.Grant{
-		{Identity: "spiffe://media.test/officer", Role: custodian.RoleOfficer, AllCategories: true, SPKI: &spki},
+		{Identity: "spiffe://media.test/officer", Role: custodian.RoleOfficer, AllCategories: true, SPKI: &h.spki},
 		{Identity: "spiffe://media.test/packager", Role: custodian.RolePackager, AllCategories: true},
 		{Identity: "spiffe://media.test/provider", Role: custodian.RoleProvider, AllCategories: true},
 	})
@@ -343,6 +345,64 @@ func (h *house) wantWhole() {
 	if _, err := audit.Verify(h.t.Context(), filepath.Join(h.dir, "audit"), audit.VerifyOptions{}); err != nil {
 		h.t.Error(err)
 	}
+}
+
+// After a KMS has rotated its own key, the wraps are made anew in it, or where
+// it has no call for that, by opening and wrapping. Then nothing needs the
+// version before.
+func TestReencrypt(t *testing.T) {
+	for _, kind := range sites {
+		t.Run(kind.kind, func(t *testing.T) {
+			s := kind.make(t)
+			h := newHouse(t, s)
+			h.must(h.createCategory("movies"))
+			kid, err := h.issue("movies", "film")
+			h.must(err)
+			ctx, stop := context.WithCancel(t.Context())
+			var running sync.WaitGroup
+			running.Go(func() { h.c.RunRewraps(ctx) })
+			t.Cleanup(func() { stop(); running.Wait() })
+			before := h.wraps("movies")
+			s.rotate()
+			if _, err := h.officer.Reencrypt(t.Context(), &v1.ReencryptRequest{Category: "movies", Cause: "yearly"}); err != nil {
+				t.Fatal(err)
+			}
+			for limit := time.Now().Add(15 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+				jobs, err := h.officer.ListRewraps(t.Context())
+				h.must(err)
+				if len(jobs) == 0 {
+					break
+				}
+				if time.Now().After(limit) {
+					t.Fatalf("the job does not end: %v", jobs)
+				}
+			}
+			for i, after := range h.wraps("movies") {
+				if bytes.Equal(after, before[i]) {
+					t.Errorf("wrap %d is the old one", i)
+				}
+				if kind.kind == kms.KindAWS && awskms.Material(after) != awskms.Material(before[i])+1 {
+					t.Errorf("wrap %d is under material %d, want the newest", i, awskms.Material(after))
+				}
+			}
+			if s.retire != nil {
+				s.retire()
+			}
+			h.wantWhole()
+			h.want("under the newest version", kid, good)
+		})
+	}
+}
+
+// wraps are the blobs of a category's KEKs.
+func (h *house) wraps(category string) (blobs [][]byte) {
+	h.t.Helper()
+	keks, err := h.c.KeyVersions(h.t.Context(), custodian.Caller{ID: "spiffe://media.test/officer", Roles: []custodian.Role{custodian.RoleOfficer}, SPKI: h.spki}, custodian.CategoryName(category))
+	h.must(err)
+	for _, k := range keks {
+		blobs = append(blobs, k.Wrapped.Outer[0].Blob)
+	}
+	return blobs
 }
 
 // A repeater lets the first request to decrypt through, and then has each

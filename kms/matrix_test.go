@@ -49,6 +49,9 @@ type site struct {
 	mend  map[badDay]func()
 	// unbreak has the KMS answer by itself again.
 	unbreak func()
+	// rotate gives its key a newer version; retire closes the one before, or is
+	// nil where nobody can.
+	rotate, retire func()
 }
 
 // sites are all providers with an outer layer.
@@ -232,7 +235,8 @@ func vaultSite(t *testing.T) *site {
 	breaks := func(h behaviour) func() { return func() { b.proxy.set(h) } }
 	refuse := only(logins, answer(400, `{"errors":["invalid role or secret ID"]}`))
 	return &site{
-		p: b.p, clock: b.clock, pass: b.pass, unbreak: breaks(forward),
+		p: b.p, clock: b.clock, pass: b.pass, unbreak: breaks(forward), rotate: func() { b.vault.RotateTransitKey(b.key) },
+		retire: func() { b.write(t, "transit/keys/"+b.key+"/config", map[string]any{"min_decryption_version": 2}) },
 		harm: map[badDay]func(){
 			sealedOrDisabled:   b.vault.Seal,
 			permissionDenied:   func() { b.vault.WritePolicy(b.key, policy(b.key, "rewrap")) },
@@ -257,6 +261,7 @@ func awsSite(t *testing.T) *site {
 	breaks := func(h behaviour) func() { return func() { b.server.Break(awskms.Handler(h)) } }
 	return &site{
 		p: b.p, clock: b.clock, pass: func() { b.clock.Add(time.Minute) }, unbreak: func() { b.server.Break(nil) },
+		rotate: func() { b.server.RotateKey(b.key) },
 		harm: map[badDay]func(){
 			sealedOrDisabled:   func() { b.server.SetState(b.key, awskms.Disabled) },
 			permissionDenied:   func() { b.server.Deny("Encrypt", "Decrypt", "ReEncrypt") },
@@ -285,6 +290,7 @@ func gcpSite(t *testing.T) *site {
 	breaks := func(h gcpkms.Handler) func() { return func() { b.server.Break(h) } }
 	return &site{
 		p: b.p, clock: b.clock, pass: func() { b.clock.Add(time.Minute) }, unbreak: breaks(nil),
+		rotate: func() { b.server.RotateKey(b.key) }, retire: func() { b.server.SetState(b.key, 1, kmspb.CryptoKeyVersion_DESTROY_SCHEDULED) },
 		harm: map[badDay]func(){
 			sealedOrDisabled: func() { b.server.SetState(b.key, 1, kmspb.CryptoKeyVersion_DISABLED) },
 			permissionDenied: func() { b.server.Deny("Encrypt", "Decrypt") },

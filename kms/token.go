@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto"
 	"errors"
+	"fmt"
 	"io"
 	"sync"
 
@@ -192,8 +193,13 @@ func (t *token) RewrapKey(ctx context.Context, from, to custodian.MEK, u custodi
 // right reports whether the MEK has opened its canary in this connection.
 func (m *provenMEK) right() bool { return m.Checked() == m.Epoch() }
 
-func (t *token) GenerateSigner(ctx context.Context, label string, id [16]byte) error {
-	return t.run(ctx, func() error { return t.t.GenerateSigner(ctx, label, id) })
+func (t *token) GenerateSigner(ctx context.Context, alg custodian.SigningAlgorithm, label string, id [16]byte) error {
+	generate := map[custodian.SigningAlgorithm]func(context.Context, string, [16]byte) error{
+		custodian.SignECDSAP256: t.t.GenerateSigner, custodian.SignEd25519: t.t.GenerateEd25519Signer}[alg]
+	if generate == nil {
+		return fmt.Errorf("generate signer %s: algorithm %q is not known", label, alg)
+	}
+	return t.run(ctx, func() error { return generate(ctx, label, id) })
 }
 
 func (t *token) Signer(ctx context.Context, label string, id [16]byte) (crypto.Signer, error) {

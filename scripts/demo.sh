@@ -87,7 +87,7 @@ total=$(frames "$work/clear.md5" | wc -l)
 say "H.264 and AAC, $(stat -c %s "$work/clear.mp4") bytes, $total decoded frames of picture and sound, each with its hash"
 
 step "A custody: a SoftHSM token, a root key in it, certificates for five roles, the daemon"
-"$root/bin/custodiand" dev -dir "$work/custody" -listen 127.0.0.1:0 -admin 127.0.0.1:0 >"$work/daemon.out" 2>"$work/daemon.log" &
+"$root/bin/custodiand" dev -dir "$work/custody" -listen 127.0.0.1:0 -admin 127.0.0.1:0 -packagers 127.0.0.1:0 >"$work/daemon.out" 2>"$work/daemon.log" &
 daemon=$!
 for ((i = 0; i < 600; i++)); do
 	if grep -q '^custodiand: ready on ' "$work/daemon.out"; then break; fi
@@ -142,6 +142,48 @@ as packager keys get "$kid" --reveal >"$work/refused.out" 2>"$work/refused.err" 
 [ "$refused" -eq 3 ] || die "exit code $refused instead of 3: $(cat "$work/refused.err")"
 [ ! -s "$work/refused.out" ] || die "a refused call printed something"
 say "exit code 3: $(sed -n 's/^custodianctl: //p' "$work/refused.err")"
+
+shaka=$("$root/scripts/setup.sh" --shaka)
+if [ -x "$shaka" ]; then
+	door=$(sed -n 's|^Packagers: \(https://.*/categories/\)CATEGORY/|\1movies/|p' "$work/daemon.out")
+	[ -n "$door" ] || die "the daemon does not say where packagers knock"
+
+	step "Second act: Shaka Packager, unmodified, asks for keys by itself and packages for four DRM systems"
+	pack() { (cd "$work" && "$shaka" --quiet "$@") >"$work/packager.log" 2>&1 || { tail -n 5 "$work/packager.log" >&2; die "the packager failed"; }; }
+	pki=$work/custody/pki
+	pack in=clear.mp4,stream=video,output=clear-video.mp4 in=clear.mp4,stream=audio,output=clear-audio.mp4
+	pack in=clear.mp4,stream=video,output=drm-video.mp4 in=clear.mp4,stream=audio,output=drm-audio.mp4 \
+		--enable_widevine_encryption --key_server_url "$door" --content_id "$(printf second-film | od -An -tx1 | tr -d ' \n')" \
+		--protection_scheme cbcs --protection_systems Widevine,PlayReady,FairPlay,CommonSystem --clear_lead 0 \
+		--ca_file "$pki/ca.pem" --client_cert_file "$pki/packager.pem" --client_cert_private_key_file "$pki/packager.key" \
+		--mpd_output film.mpd --hls_master_playlist_output film.m3u8
+	mapfile -t kids < <(sed -n 's/.*cenc:default_KID="\([-0-9a-f]*\)".*/\1/p' "$work/film.mpd" | sort -u)
+	[ "${#kids[@]}" -eq 2 ] || die "the manifest names ${#kids[@]} KIDs instead of 2"
+	for system in edef8ba9-79d6-4ace-a3c8-27dcd51d21ed 9a04f079-9840-4286-ab92-e65be0885f95 1077efec-c0b2-4d02-ace3-3c1e52e2fb4b; do
+		grep -q "urn:uuid:$system" "$work/film.mpd" || die "the manifest lacks the DRM system $system"
+	done
+	grep -q com.apple.streamingkeydelivery "$work"/*.m3u8 || die "the playlists lack FairPlay"
+	say "DASH and HLS, cbcs, for Widevine, PlayReady, FairPlay and ClearKey; a key for picture and one for sound"
+
+	step "The DRM provider calls back for both keys, and the second film plays"
+	for kid2 in "${kids[@]}"; do
+		answer=$(as drm-provider keys get "$kid2" --content second-film --json --reveal)
+		key2=$(field key "$answer")
+		case $(field track_type "$answer") in
+		AUDIO) track=audio ;;
+		*) track=video ;;
+		esac
+		unset answer
+		[[ $key2 =~ ^[0-9a-f]{32}$ ]] || die "the answer has no key"
+		media -i "$work/clear-$track.mp4" -map 0 -f framemd5 "$work/clear-$track.md5"
+		media -decryption_key "$key2" -i "$work/drm-$track.mp4" -map 0 -f framemd5 "$work/drm-$track.md5"
+		unset key2
+		cmp <(frames "$work/clear-$track.md5") <(frames "$work/drm-$track.md5") || die "the decrypted $track is another one"
+		say "KID $kid2: all $(frames "$work/drm-$track.md5" | wc -l) frames of $track are as they were"
+	done
+else
+	printf '\nThe second act is left out: there is no Shaka Packager here, and npm could not get it.\n'
+fi
 
 step "The daemon ends, and the auditor checks its log without it"
 kill -TERM "$daemon"

@@ -55,7 +55,8 @@ func TestMain(m *testing.M) {
 //	dev [-category NAME]...  start custodiand dev in ./dev, and set OFFICER,
 //	                         PACKAGER, PROVIDER, OPERATOR and AUDITOR to the
 //	                         config files of these callers
-//	stop                     end it, which must go well
+//	reload                   have it read its configuration again, which must go well
+//	halt                     end it, which must go well
 //	exits N COMMAND...       run a command that must end with exit code N
 //	keep VAR FIELD           set VAR to the first FIELD in the JSON on stdout
 //	samekey FILE FILE        both JSON files hold the same one content key
@@ -70,12 +71,26 @@ func TestMain(m *testing.M) {
 //	card NAME                a smart card with the token NAME and the key pair sign;
 //	                         its module is CARD, its PIN is in NAME.pin
 //
-// VECTORS is the folder of DASH-IF's CPIX documents.
+// VECTORS is the folder of DASH-IF's CPIX documents. testscript's own "stop" ends
+// a script in the middle, as a success: it is not used.
 func TestScripts(t *testing.T) {
+	scripts, err := filepath.Glob("testdata/script/*.txtar")
+	if err != nil || len(scripts) == 0 {
+		t.Fatal("no scripts", err)
+	}
+	for _, path := range scripts {
+		script, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if regexp.MustCompile(`(?m)^stop\b`).Match(script) {
+			t.Errorf("%s: stop ends the script there, as a success: the daemon is ended with halt", path)
+		}
+	}
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"dev": startDev, "stop": stopDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip,
+			"dev": startDev, "halt": haltDev, "reload": reloadDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip,
 			"checkpoint": saveCheckpoint, "await": await,
 			"fill": fill, "assemble": assemble, "card": card,
 		},
@@ -107,7 +122,7 @@ func startDev(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("! dev has no meaning")
 	}
 	dir := ts.MkAbs("dev")
-	cmd := exec.Command(daemon, append([]string{"dev", "-dir", dir, "-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0"}, args...)...)
+	cmd := exec.Command(daemon, append([]string{"dev", "-dir", dir, "-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-packagers", "127.0.0.1:0"}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	log, err := os.OpenFile(ts.MkAbs("dev.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	ts.Check(err)
@@ -150,7 +165,17 @@ func end(cmd *exec.Cmd) {
 	_ = cmd.Wait()
 }
 
-func stopDev(ts *testscript.TestScript, _ bool, _ []string) {
+func reloadDev(ts *testscript.TestScript, _ bool, _ []string) {
+	before := len(ts.ReadFile("dev.log"))
+	ts.Check(ts.Value(processKey{}).(*process).cmd.Process.Signal(syscall.SIGHUP))
+	for end := time.Now().Add(time.Minute); !strings.Contains(ts.ReadFile("dev.log")[before:], "reloaded "); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) || strings.Contains(ts.ReadFile("dev.log")[before:], "stays") {
+			ts.Fatalf("custodiand dev did not reload:\n%s", ts.ReadFile("dev.log")[before:])
+		}
+	}
+}
+
+func haltDev(ts *testscript.TestScript, _ bool, _ []string) {
 	cmd := ts.Value(processKey{}).(*process).cmd
 	ts.Check(cmd.Process.Signal(syscall.SIGTERM))
 	if err := cmd.Wait(); err != nil {

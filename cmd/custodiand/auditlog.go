@@ -11,6 +11,7 @@ import (
 
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/checkpoint"
 )
 
 // AuditConfig says how the audit log is kept on disk.
@@ -22,6 +23,13 @@ type AuditConfig struct {
 	KeepSegments int           `yaml:"keep_segments"` // so many stay whole
 	KeepFor      time.Duration `yaml:"keep_for"`      // what is younger stays whole
 	ArchiveDir   string        `yaml:"archive_dir"`   // has each segment before it is pruned
+
+	// Name is what the origin of the checkpoints begins with, before the log's
+	// ID; custodian. It never changes after init.
+	Name string `yaml:"name"`
+	// Signing is the algorithm of the checkpoints: ecdsa-p256, or ed25519 where
+	// the token has it. It counts at init only; ecdsa-p256 where empty.
+	Signing custodian.SigningAlgorithm `yaml:"signing"`
 }
 
 const (
@@ -46,6 +54,14 @@ func (a *AuditConfig) check() []error {
 	}
 	if a.KeepFor < 0 || a.KeepFor > 0 && a.KeepFor < time.Hour {
 		fault("keep_for", "%s: must be 0s, for no bound, or at least 1h", a.KeepFor)
+	}
+	if err := checkpoint.CheckName(a.Name); a.Name != "" && err != nil {
+		fault("name", "%q: %w", a.Name, err)
+	}
+	switch a.Signing {
+	case "", custodian.SignECDSAP256, custodian.SignEd25519:
+	default:
+		fault("signing", "%q: must be %s or %s", a.Signing, custodian.SignECDSAP256, custodian.SignEd25519)
 	}
 	if a.ArchiveDir == "" {
 		return faults

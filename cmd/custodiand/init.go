@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -37,40 +35,7 @@ func initCustody(ctx context.Context, c *Config, genesis *custodian.Genesis, log
 	if err := p.createStore(ctx, c, log); err != nil {
 		return err
 	}
-	return custodian.Init(ctx, p.config(c, policy, log), custodian.InitSpec{Profile: custodian.MEKProfile(c.HSM.MEKProfile), Genesis: genesis})
-}
-
-// readGenesis reads a genesis plan and what the officers have signed; nil where
-// there is no plan.
-func readGenesis(plan string, approvals []string) (*custodian.Genesis, error) {
-	if plan == "" {
-		if len(approvals) > 0 {
-			return nil, errors.New("-approval: it belongs to a -plan")
-		}
-		return nil, nil
-	}
-	text, err := os.ReadFile(plan)
-	if err != nil {
-		return nil, fmt.Errorf("-plan: %w", err)
-	}
-	g := &custodian.Genesis{}
-	if g.Plan, err = custodian.ParsePlan(text); err != nil {
-		return nil, fmt.Errorf("-plan %s: %w", plan, err)
-	}
-	for _, path := range approvals {
-		raw, err := os.ReadFile(path)
-		if err != nil {
-			return nil, fmt.Errorf("-approval: %w", err)
-		}
-		var a custodian.Approval
-		d := json.NewDecoder(bytes.NewReader(raw))
-		d.DisallowUnknownFields()
-		if err := d.Decode(&a); err != nil {
-			return nil, fmt.Errorf("-approval %s: not what custodianctl ceremony sign writes: %w", path, err)
-		}
-		g.Approvals = append(g.Approvals, a)
-	}
-	return g, nil
+	return custodian.Init(ctx, p.config(c, policy, log), custodian.InitSpec{Profile: custodian.MEKProfile(c.HSM.MEKProfile), Genesis: genesis, AuditSigning: c.Audit.Signing})
 }
 
 // createStore makes store and audit log, or opens those of an init that was

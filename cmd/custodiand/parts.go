@@ -75,7 +75,7 @@ func (p *parts) config(c *Config, policy *custodian.Policy, log *slog.Logger) cu
 		deadlines[p.Name] = p.Deadline
 	}
 	return custodian.Config{Store: p.store, HSM: kms.Token(p.token), Providers: p.providers, Audit: p.log, Logged: p.logged, Policy: policy,
-		Now: time.Now, Log: log, LabelPrefix: c.HSM.LabelPrefix, DefaultProviders: c.KMS.Default, KEKLifetime: c.Limits.KEKLifetime,
+		Now: time.Now, Log: log, LabelPrefix: c.HSM.LabelPrefix, AuditName: c.Audit.Name, DefaultProviders: c.KMS.Default, KEKLifetime: c.Limits.KEKLifetime,
 		KMS:          custodian.KMSLimits{Deadline: c.KMS.Deadline, Deadlines: deadlines, Grace: *c.KMS.Grace, GraceCeiling: c.KMS.GraceCeiling, RewrapRate: c.KMS.RewrapRate},
 		ConfigDigest: c.digest, RotationRate: c.Limits.RotationRate,
 		Events: custodian.EventLimits{DailyCap: c.Events.DailyCap, MinInterval: c.Events.MinInterval}}

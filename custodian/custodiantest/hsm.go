@@ -7,6 +7,7 @@ import (
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/subtle"
@@ -30,7 +31,7 @@ type HSM struct {
 	mu      sync.Mutex
 	epoch   uint64
 	meks    map[objectID]*rootKey
-	signers map[objectID]*ecdsa.PrivateKey
+	signers map[objectID]crypto.Signer
 	foreign []custodian.TokenObject
 	faults  map[string][]fault
 	counts  map[string]int
@@ -55,7 +56,7 @@ type fault struct {
 
 // NewHSM returns an HSM that holds nothing.
 func NewHSM() *HSM {
-	return &HSM{epoch: 1, meks: map[objectID]*rootKey{}, signers: map[objectID]*ecdsa.PrivateKey{}, faults: map[string][]fault{}, counts: map[string]int{}}
+	return &HSM{epoch: 1, meks: map[objectID]*rootKey{}, signers: map[objectID]crypto.Signer{}, faults: map[string][]fault{}, counts: map[string]int{}}
 }
 
 // Clone returns a token with the same objects, so that what happens to the one
@@ -319,14 +320,26 @@ func keyCanaryData(u custodian.KeyUse, identity []byte) []byte {
 	return append([]byte{byte(u)}, identity...)
 }
 
-// GenerateSigner makes a P-256 key pair or adopts it.
-func (h *HSM) GenerateSigner(ctx context.Context, label string, id [16]byte) error {
-	return h.do(ctx, "GenerateSigner", func() error {
+// GenerateSigner makes a key pair or adopts it.
+func (h *HSM) GenerateSigner(ctx context.Context, alg custodian.SigningAlgorithm, label string, id [16]byte) error {
+	return h.do(ctx, "GenerateSigner", func() (err error) {
 		if h.signers[objectID{label, id}] != nil {
 			return nil
 		}
-		k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		h.signers[objectID{label, id}] = k
+		var k crypto.Signer
+		switch alg {
+		case custodian.SignECDSAP256:
+			k, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		case custodian.SignEd25519:
+			var private ed25519.PrivateKey
+			_, private, err = ed25519.GenerateKey(rand.Reader)
+			k = private
+		default:
+			err = fmt.Errorf("algorithm %q is not known", alg)
+		}
+		if err == nil {
+			h.signers[objectID{label, id}] = k
+		}
 		return err
 	})
 }
@@ -350,7 +363,7 @@ func (h *HSM) Signer(ctx context.Context, label string, id [16]byte) (s crypto.S
 // A signingKey signs in the HSM, as the operation "Sign".
 type signingKey struct {
 	hsm *HSM
-	key *ecdsa.PrivateKey
+	key crypto.Signer
 }
 
 func (s signingKey) Public() crypto.PublicKey { return s.key.Public() }

@@ -5,6 +5,8 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
@@ -395,33 +397,42 @@ func testRelease(t *testing.T, h custodian.HSM) {
 }
 
 func testSigner(t *testing.T, h custodian.HSM) {
-	var id, unknown [16]byte
-	rand.Read(id[:])
-	rand.Read(unknown[:])
-	label := fmt.Sprintf("audit-%x", id[:4])
-	for range 2 { // the second time it is adopted
-		if err := h.GenerateSigner(t.Context(), label, id); err != nil {
-			t.Fatalf("generate signer: %v", err)
+	message := []byte("checkpoint")
+	digest := sha256.Sum256(message)
+	for alg, verifies := range map[custodian.SigningAlgorithm]func(crypto.Signer) (bool, error){
+		custodian.SignECDSAP256: func(s crypto.Signer) (bool, error) {
+			signature, err := s.Sign(nil, digest[:], crypto.SHA256)
+			public, ok := s.Public().(*ecdsa.PublicKey)
+			return ok && public.Curve == elliptic.P256() && ecdsa.VerifyASN1(public, digest[:], signature), err
+		},
+		custodian.SignEd25519: func(s crypto.Signer) (bool, error) {
+			signature, err := s.Sign(nil, message, crypto.Hash(0))
+			public, ok := s.Public().(ed25519.PublicKey)
+			return ok && ed25519.Verify(public, message, signature), err
+		},
+	} {
+		var id, unknown [16]byte
+		rand.Read(id[:])
+		rand.Read(unknown[:])
+		label := fmt.Sprintf("audit-%x", id[:4])
+		for range 2 { // the second time it is adopted
+			if err := h.GenerateSigner(t.Context(), alg, label, id); err != nil {
+				t.Fatalf("generate signer: %v", err)
+			}
+		}
+		first, second := signer(t, h, label, id), signer(t, h, label, id)
+		if ok, err := verifies(second); !ok || err != nil {
+			t.Errorf("%s: %v, and the signature verifies is %t", alg, err, ok)
+		}
+		if public, ok := first.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(second.Public()) {
+			t.Errorf("%s: one pair has two public keys", alg)
+		}
+		_, err := h.Signer(t.Context(), label+"-unknown", unknown)
+		wantError(t, "an unknown signer", err, custodian.ErrNoObject)
+		if err := h.GenerateSigner(t.Context(), "", label+"-none", unknown); err == nil {
+			t.Error("a signer without an algorithm was made")
 		}
 	}
-	first, second := signer(t, h, label, id), signer(t, h, label, id)
-	public, ok := first.Public().(*ecdsa.PublicKey)
-	if !ok {
-		t.Fatalf("public key: got %T, want ECDSA", first.Public())
-	}
-	if got, want := public.Curve.Params().Name, "P-256"; got != want {
-		t.Errorf("curve: got %s, want %s", got, want)
-	}
-	digest := sha256.Sum256([]byte("checkpoint"))
-	signature, err := second.Sign(nil, digest[:], crypto.SHA256)
-	if err != nil {
-		t.Fatalf("sign: %v", err)
-	}
-	if !ecdsa.VerifyASN1(public, digest[:], signature) {
-		t.Error("the signature does not verify under the public key")
-	}
-	_, err = h.Signer(t.Context(), label+"-unknown", unknown)
-	wantError(t, "an unknown signer", err, custodian.ErrNoObject)
 }
 
 func signer(t testing.TB, h custodian.HSM, label string, id [16]byte) crypto.Signer {

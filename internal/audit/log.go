@@ -188,7 +188,8 @@ type Log struct {
 
 	// sealed tells that all batches from here on are signed.
 	sealed   bool
-	unsigned error // why the last batch could not be signed, or nil
+	origin   string // of the checkpoints; empty before the first
+	unsigned error  // why the last batch could not be signed, or nil
 
 	mu      sync.Mutex // guards the fields below
 	queue   []*request
@@ -316,6 +317,7 @@ func (l *Log) load(visit func(*Entry) error) (*verifier, error) {
 	l.id, l.path, l.os, l.file = s.id, f.Name(), f, l.wrap(f)
 	l.segment, l.before, l.cut = s.head, v.segments, s.torn
 	l.tree, l.end, l.alloc, l.sealed, l.signed = v.tree, s.off, s.off, s.sealed, v.checkpoint
+	l.origin = v.origin
 	for _, b := range l.before {
 		l.bytes += b.size
 		if b.pruned {

@@ -141,7 +141,7 @@ func Verify(ctx context.Context, dir string, o VerifyOptions) (Report, error) {
 	}
 	defer s.close()
 	r := Report{ID: s.id, From: s.index}
-	if c := o.Since; c != nil && (c.Origin != checkpoint.Origin(s.id) || c.Size < s.index) {
+	if c := o.Since; c != nil && (!checkpoint.OfLog(c.Origin, s.id) || c.Size < s.index) {
 		return r, fmt.Errorf("the checkpoint of %d entries of %q is not of this part of the log: %w", c.Size, c.Origin, checkpoint.ErrProof)
 	}
 	v, err := newVerifier(s, o.Check)

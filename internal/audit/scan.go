@@ -420,6 +420,7 @@ type verifier struct {
 	check       func(signed []byte) error // of each checkpoint; nil: their signatures are not looked at
 	since       *checkpoint.Checkpoint    // nil, or what the log must contain
 	checkpoint  []byte                    // the last one, nil while there is none
+	origin      string                    // of the checkpoints
 	checkpoints uint64
 	unsigned    uint64 // entries before the first signed batch
 	first, last time.Time
@@ -548,9 +549,13 @@ func (v *verifier) signed(signed []byte) error {
 	if err != nil {
 		return err
 	}
-	if want := (checkpoint.Checkpoint{Origin: checkpoint.Origin(v.id), Size: v.tree.size, Root: v.tree.root()}); c != want {
+	if !checkpoint.OfLog(c.Origin, v.id) || c.Size != v.tree.size || c.Root != v.tree.root() {
 		return fmt.Errorf("the checkpoint of %d entries of %q is not that of the batch", c.Size, c.Origin)
 	}
+	if v.origin != "" && v.origin != c.Origin {
+		return fmt.Errorf("the checkpoint of %d entries is of %q, and those before it of %q", c.Size, c.Origin, v.origin)
+	}
+	v.origin = c.Origin
 	if v.check != nil {
 		if err := v.check(signed); err != nil {
 			return fmt.Errorf("the checkpoint of %d entries: %w", c.Size, err)

@@ -11,7 +11,7 @@ import (
 // time.
 type Signer struct {
 	// Sign returns a checkpoint, in the form of package checkpoint, of the log
-	// whose origin is checkpoint.Origin of its ID. The root may be of a batch
+	// whose origin is one of its ID (checkpoint.OfLog), always the same. The root may be of a batch
 	// that is never written, so nobody but the log is given the result. Sign
 	// bounds its own time; while it runs, the next batch gathers.
 	Sign func(size uint64, root [32]byte) ([]byte, error)
@@ -53,9 +53,14 @@ func (l *Log) sign(root [32]byte) ([]byte, error) {
 	}
 	signed, err := signer.Sign(l.tree.size, root)
 	if err == nil {
-		want := checkpoint.Checkpoint{Origin: checkpoint.Origin(l.id), Size: l.tree.size, Root: root}
-		if got, perr := checkpoint.Parse(signed); perr != nil || got != want {
+		got, perr := checkpoint.Parse(signed)
+		if perr != nil || got.Size != l.tree.size || got.Root != root || !checkpoint.OfLog(got.Origin, l.id) {
 			err = errors.New("the signer made a checkpoint of something else")
+		} else if l.origin != "" && got.Origin != l.origin {
+			err = fmt.Errorf("the log's checkpoints are of %q, the signer's of %q: a log keeps its name", l.origin, got.Origin)
+		}
+		if err == nil {
+			l.origin = got.Origin
 		}
 	}
 	l.tellSigned(err)

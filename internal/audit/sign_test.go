@@ -17,6 +17,7 @@ import (
 
 	"github.com/keycustody/custodian/internal/audit"
 	"github.com/keycustody/custodian/internal/checkpoint"
+	"golang.org/x/mod/sumdb/note"
 )
 
 // A testKey signs checkpoints, and does not when told to.
@@ -373,4 +374,48 @@ func TestForgedCheckpoints(t *testing.T) {
 		splice := reseal(append(bytes.Clone(s.file[:s.ends[i-1]]), twin.file[twin.ends[i-1]:]...))
 		wantDamage("another log of the same key", splice, s.sizes[i-1])
 	}
+}
+
+// A log whose checkpoints an independent implementation has signed is accepted.
+func TestSignedByNote(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "audit")
+	l := create(t, dir, small)
+	origin := checkpoint.NamedOrigin("logs.example/audit", l.ID())
+	skey, vkey, err := note.GenerateKey(rand.Reader, origin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := note.NewSigner(skey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	verifier, err := note.NewVerifier(vkey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(signed []byte) error {
+		_, err := checkpoint.Open(signed, verifier)
+		return err
+	}
+	theirs := audit.Signer{Check: check, Sign: func(size uint64, root [32]byte) ([]byte, error) {
+		return note.Sign(&note.Note{Text: checkpoint.Checkpoint{Origin: origin, Size: size, Root: root}.Text()}, signer)
+	}}
+	if err := l.SignWith(theirs); err != nil {
+		t.Fatal(err)
+	}
+	fill(t, l, 0, 40)
+	shut(t, l)
+	r, err := audit.Verify(context.Background(), dir, audit.VerifyOptions{Check: check})
+	if err != nil || r.Entries != 40 || r.Segments < 2 || r.Unsigned != 0 {
+		t.Errorf("report = %+v, %v", r, err)
+	}
+	// Who signs under another name has not signed this log.
+	l = open(t, dir, small)
+	other := newTestKey(t)
+	s := other.signer(t, l.ID())
+	s.Check = check
+	if err := l.SignWith(s); err != nil {
+		t.Fatal(err)
+	}
+	wantBlocked(t, l, nil, release(0))
 }

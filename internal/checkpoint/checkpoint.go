@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 
 	"golang.org/x/mod/sumdb/note"
@@ -44,8 +45,33 @@ type Checkpoint struct {
 	Root   [32]byte
 }
 
-// Origin names the log with that ID.
-func Origin(logID [16]byte) string { return "custodian/" + hex.EncodeToString(logID[:]) }
+// Origin names the log with that ID, where nobody has named it otherwise.
+func Origin(logID [16]byte) string { return NamedOrigin("custodian", logID) }
+
+// NamedOrigin names the log with that ID: name/ID. The name may be a URL without
+// its scheme, as tlog-checkpoint recommends.
+func NamedOrigin(name string, logID [16]byte) string {
+	return name + "/" + hex.EncodeToString(logID[:])
+}
+
+// OfLog reports whether an origin is one of the log with that ID.
+func OfLog(origin string, logID [16]byte) bool {
+	name, found := strings.CutSuffix(origin, NamedOrigin("", logID))
+	return found && CheckName(name) == nil
+}
+
+// CheckName says why a name cannot be that of a log: notes give a line to it and
+// end it with a space or a plus sign.
+func CheckName(name string) error {
+	if name == "" || len(name) > maxName || !utf8.ValidString(name) ||
+		strings.ContainsFunc(name, func(r rune) bool { return r == '+' || r < ' ' || unicode.IsSpace(r) }) {
+		return fmt.Errorf("a name has 1 to %d bytes, and no spaces, control characters or plus signs", maxName)
+	}
+	return nil
+}
+
+// maxName leaves a checkpoint, which has its origin twice, within MaxSize.
+const maxName = 100
 
 // Text returns what is signed.
 func (c Checkpoint) Text() string {

@@ -111,14 +111,7 @@ func TestEd25519Interoperates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ours, err := checkpoint.NewVerifier(sample.Origin, public)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signed, err = sample.Sign(rawSigner{ours, private})
-	if err != nil {
-		t.Fatal(err)
-	}
+	signed = sign(t, sample, private)
 	text, err := note.NewEd25519VerifierKey(sample.Origin, public)
 	if err != nil {
 		t.Fatal(err)
@@ -134,12 +127,34 @@ func TestEd25519Interoperates(t *testing.T) {
 	}
 }
 
-type rawSigner struct {
-	note.Verifier
-	key ed25519.PrivateKey
+func TestOrigin(t *testing.T) {
+	id := [16]byte{1, 2}
+	for _, tt := range []struct {
+		origin string
+		want   bool
+	}{
+		{checkpoint.Origin(id), true},
+		{checkpoint.NamedOrigin("keys.video.example/audit", id), true},
+		{checkpoint.NamedOrigin("Schlüssel", id), true},
+		{checkpoint.Origin([16]byte{1, 3}), false},
+		{checkpoint.Origin(id) + "/", false},
+		{checkpoint.NamedOrigin("", id), false},
+		{checkpoint.NamedOrigin("a name", id), false},
+		{checkpoint.NamedOrigin("a+b", id), false},
+		{checkpoint.NamedOrigin("a\nb", id), false},
+		{checkpoint.NamedOrigin(strings.Repeat("x", 101), id), false},
+	} {
+		if got := checkpoint.OfLog(tt.origin, id); got != tt.want {
+			t.Errorf("%q is of the log: %t, want %t", tt.origin, got, tt.want)
+		}
+	}
+	// The longest one has room in a checkpoint.
+	c := checkpoint.Checkpoint{Origin: checkpoint.NamedOrigin(strings.Repeat("x", 100), id), Size: 1<<63 - 1}
+	key := newKey(t)
+	if got, err := checkpoint.Verify(sign(t, c, key), key.Public()); err != nil || got != c {
+		t.Errorf("Verify = %+v, %v", got, err)
+	}
 }
-
-func (s rawSigner) Sign(text []byte) ([]byte, error) { return ed25519.Sign(s.key, text), nil }
 
 func TestMalformed(t *testing.T) {
 	root := "AwAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="

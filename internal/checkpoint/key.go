@@ -16,10 +16,18 @@ import (
 	"golang.org/x/mod/sumdb/note"
 )
 
-// NewSigner returns what signs notes under name with an ECDSA P-256 key: ASN.1
+// NewSigner returns what signs notes under name. An ECDSA P-256 key makes ASN.1
 // DER signatures over the SHA-256 of the text, signature type 0x02 of the
-// specification. Its key ID comes from the public key alone.
+// specification, whose key ID comes from the public key alone; an Ed25519 key
+// signatures of type 0x01, as the checksum database of Go does.
 func NewSigner(name string, key crypto.Signer) (note.Signer, error) {
+	if public, ok := key.Public().(ed25519.PublicKey); ok {
+		v, err := NewVerifier(name, public)
+		if err != nil {
+			return nil, err
+		}
+		return &ed25519Signer{v, key}, nil
+	}
 	v, err := newECDSA(name, key.Public())
 	if err != nil {
 		return nil, err
@@ -100,4 +108,13 @@ type ecdsaSigner struct {
 func (s *ecdsaSigner) Sign(text []byte) ([]byte, error) {
 	digest := sha256.Sum256(text)
 	return s.signer.Sign(rand.Reader, digest[:], crypto.SHA256)
+}
+
+type ed25519Signer struct {
+	note.Verifier
+	signer crypto.Signer
+}
+
+func (s *ed25519Signer) Sign(text []byte) ([]byte, error) {
+	return s.signer.Sign(rand.Reader, text, crypto.Hash(0))
 }

@@ -144,7 +144,7 @@ type call struct {
 // A reply is a whole answer: a packager that gets half of one writes what it has
 // got to its log, keys and all.
 type reply struct {
-	status      int // of HTTP; 200 if zero
+	status      int // of HTTP, of a refusal; zero: 200, with keys
 	contentType string
 	header      map[string]string
 	// body is wiped when it is sent. It is its own: nothing else holds it.
@@ -261,7 +261,7 @@ func mayPass(err error) bool {
 func (r reply) send(w http.ResponseWriter) {
 	body := r.body
 	defer func() { clear(body[:cap(body)]) }()
-	if short := minReply - len(body); short > 0 && r.status == 0 { // a refusal has no keys
+	if len(body) < minReply && r.status == 0 { // a refusal has no keys
 		body = make([]byte, minReply)
 		copy(body, r.body)
 		for i := len(r.body); i < len(body); i++ {

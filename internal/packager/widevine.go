@@ -403,7 +403,7 @@ func encodeWidevine(r wvRequest, keys []custodian.IssuedKey) reply {
 		b = append(b, '}')
 	}
 	b = append(b, "]}"...)
-	return envelop(http.StatusOK, b)
+	return envelop(0, b)
 }
 
 // psshHeader in bytes, of a box of version 0 before its data.

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 
 	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
@@ -20,8 +21,11 @@ import (
 	"github.com/keycustody/custodian/internal/rpc"
 )
 
-// methodWidevine asks for new keys by the Widevine API.
-const methodWidevine = "widevine"
+// Calls for new keys by the Widevine API and by SPEKE 2.0.
+const (
+	methodWidevine = "widevine"
+	methodSPEKE    = "speke"
+)
 
 // serveDoors is the real stack behind the listener of packagers.
 func serveDoors(ctx context.Context, args []string) (err error) {
@@ -62,7 +66,7 @@ func (r *rig) doors(ctx context.Context) error {
 		return err
 	}
 	for range r.scale.rounds {
-		for _, method := range []string{methodWidevine} {
+		for _, method := range []string{methodWidevine, methodSPEKE} {
 			l, err := r.load(ctx, s, loadSpec{method: method, inFlight: 8, batch: 50})
 			if err != nil {
 				return err
@@ -94,12 +98,12 @@ func newKnocker(pki, addr string) (*knocker, error) {
 		"https://" + addr + "/v1/categories/" + string(category) + "/"}, nil
 }
 
-func (k *knocker) post(ctx context.Context, door, contentType string, body []byte) ([]byte, error) {
+func (k *knocker) post(ctx context.Context, door string, header http.Header, body []byte) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, k.url+door, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set("Content-Type", contentType)
+	req.Header = header
 	res, err := k.client.Do(req)
 	if err != nil {
 		return nil, err
@@ -117,7 +121,7 @@ func (k *knocker) post(ctx context.Context, door, contentType string, body []byt
 func (c *caller) widevine(ctx context.Context) (int, error) {
 	inner := fmt.Sprintf(`{"content_id":%q,"policy":"","tracks":[{"type":"HD"}],"drm_types":["WIDEVINE"],"first_crypto_period_index":0,"crypto_period_count":%d,"protection_scheme":"CENC"}`,
 		base64.StdEncoding.EncodeToString([]byte(rand.Text())), c.batch)
-	b, err := c.door.post(ctx, "widevine", "application/json", fmt.Appendf(nil, `{"request":%q}`, base64.StdEncoding.EncodeToString([]byte(inner))))
+	b, err := c.door.post(ctx, "widevine", http.Header{"Content-Type": {"application/json"}}, fmt.Appendf(nil, `{"request":%q}`, base64.StdEncoding.EncodeToString([]byte(inner))))
 	if err != nil {
 		return 0, err
 	}
@@ -131,4 +135,36 @@ func (c *caller) widevine(ctx context.Context) (int, error) {
 	}
 	c.size = len(b)
 	return len(answer.Tracks), nil
+}
+
+// speke asks for the keys of a content item that is not there yet: batch keys,
+// five tracks in each crypto period, with PSSH boxes and DASH signalling for
+// Widevine and PlayReady.
+func (c *caller) speke(ctx context.Context) (int, error) {
+	var keys, systems, periods, rules strings.Builder
+	for i := range c.batch {
+		track, period := []string{"SD", "HD", "UHD1", "UHD2", "AUDIO"}[i%5], i/5
+		var kid custodian.KID
+		rand.Read(kid[:])
+		fmt.Fprintf(&keys, `<cpix:ContentKey kid="%s" commonEncryptionScheme="cbcs"/>`, kid)
+		for _, system := range []fronts.SystemID{fronts.Widevine, fronts.PlayReady} {
+			fmt.Fprintf(&systems, `<cpix:DRMSystem kid="%s" systemId="%s"><cpix:PSSH/><cpix:ContentProtectionData/></cpix:DRMSystem>`, kid, system)
+		}
+		if i%5 == 0 {
+			fmt.Fprintf(&periods, `<cpix:ContentKeyPeriod id="p%d" index="%d"/>`, period, period)
+		}
+		fmt.Fprintf(&rules, `<cpix:ContentKeyUsageRule kid="%s" intendedTrackType="%s"><cpix:KeyPeriodFilter periodId="p%d"/><cpix:VideoFilter/></cpix:ContentKeyUsageRule>`, kid, track, period)
+	}
+	request := fmt.Sprintf(`<cpix:CPIX xmlns:cpix="urn:dashif:org:cpix" contentId="%s" version="2.3"><cpix:ContentKeyList>%s</cpix:ContentKeyList><cpix:DRMSystemList>%s</cpix:DRMSystemList>`+
+		`<cpix:ContentKeyPeriodList>%s</cpix:ContentKeyPeriodList><cpix:ContentKeyUsageRuleList>%s</cpix:ContentKeyUsageRuleList></cpix:CPIX>`,
+		rand.Text(), keys.String(), systems.String(), periods.String(), rules.String())
+	b, err := c.door.post(ctx, "speke", http.Header{"Content-Type": {"application/xml"}, "X-Speke-Version": {"2.0"}}, []byte(request))
+	if err != nil {
+		return 0, err
+	}
+	if got := bytes.Count(b, []byte("<pskc:PlainValue>")); got != c.batch {
+		return 0, fmt.Errorf("%d keys instead of %d: %s", got, c.batch, b)
+	}
+	c.size = len(b)
+	return c.batch, nil
 }

@@ -30,7 +30,7 @@ import (
 
 // A loadSpec is what one run of the load process does.
 type loadSpec struct {
-	method   string // methodRetrieve, methodIssue or methodWidevine
+	method   string // methodRetrieve, methodIssue, methodWidevine or methodSPEKE
 	inFlight int
 	batch    int    // keys of a call
 	kids     string // file of KIDs to draw from
@@ -194,7 +194,7 @@ type caller struct {
 }
 
 func (c *caller) run(ctx context.Context, phase *atomic.Int32) {
-	call := map[string]func(context.Context) (int, error){methodRetrieve: c.retrieve, methodIssue: c.issue, methodWidevine: c.widevine}[c.method]
+	call := map[string]func(context.Context) (int, error){methodRetrieve: c.retrieve, methodIssue: c.issue, methodWidevine: c.widevine, methodSPEKE: c.speke}[c.method]
 	for phase.Load() != ended && ctx.Err() == nil {
 		start := time.Now()
 		n, err := call(ctx)

@@ -78,6 +78,11 @@ var roles = map[string]func(context.Context, []string) error{
 	rolePrepare:    prepare,
 	roleLoad:       load,
 	roleToken:      token,
+
+	roleAuditAppend: auditAppend,
+	roleAuditMake:   auditMake,
+	roleAuditVerify: auditVerify,
+	roleAuditProve:  auditProve,
 }
 
 const (
@@ -88,6 +93,11 @@ const (
 	rolePrepare    = "prepare"
 	roleLoad       = "load"
 	roleToken      = "token"
+
+	roleAuditAppend = "audit-append"
+	roleAuditMake   = "audit-make"
+	roleAuditVerify = "audit-verify"
+	roleAuditProve  = "audit-prove"
 )
 
 // A scale says how long and how much is measured.
@@ -101,7 +111,7 @@ type scale struct {
 
 var (
 	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, connections: 4}
-	quickScale = scale{warm: 200 * time.Millisecond, time: 700 * time.Millisecond, rounds: 3, keys: 10_000, million: 50_000, connections: 4}
+	quickScale = scale{warm: 200 * time.Millisecond, time: 600 * time.Millisecond, rounds: 3, keys: 10_000, million: 50_000, connections: 4}
 )
 
 // sections in the order in which they run.
@@ -114,11 +124,12 @@ var sections = []struct {
 	{"doors", (*rig).doors},
 	{"million", (*rig).million},
 	{"kms", (*rig).kms},
+	{"audit", (*rig).audit},
 }
 
 func parent(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("custodybench", flag.ContinueOnError)
-	only := fs.String("sections", "", "comma-separated: callback, issue, doors, million, kms; all if empty")
+	only := fs.String("sections", "", "comma-separated: callback, issue, doors, million, kms, audit; all if empty")
 	quick := fs.Bool("quick", false, "less of everything, within a minute")
 	out := fs.String("out", "bench.json", "file of the results")
 	dir := fs.String("dir", "bin", "folder, on a real disk, under which data is kept while this runs")
