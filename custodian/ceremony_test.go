@@ -400,6 +400,10 @@ func TestCeremonyAttacks(t *testing.T) {
 			_, err := a.c.SetCategoryMode(ctx, officer, custodian.SetModeRequest{Name: "movies", Mode: custodian.CategoryOpen})
 			return err
 		}, custodian.ErrQuorum, "category.mode"},
+		{"take away the outer layer alone", func(a *assembly) error {
+			_, err := a.c.SetProviders(ctx, officer, custodian.SetProvidersRequest{Category: "movies", Providers: []string{"local"}, Cause: "alone"})
+			return err
+		}, custodian.ErrQuorum, "category.providers"},
 		{"a second genesis", func(a *assembly) error {
 			text := a.genesisText()
 			_, _, err := a.c.ProposeCeremony(ctx, officer, []byte(text), "", false)
