@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
 )
 
 // A kind is what one kind of ceremony does.
@@ -40,6 +42,7 @@ var kinds = map[PlanKind]kind{
 	KindSeal:     {check: checkSeal, apply: applySeal, applied: (*Custodian).dropKeys},
 	KindUnseal:   {check: checkSeal, apply: applySeal},
 
+	KindProviders:     {check: checkMove, work: moveToProviders},
 	KindKEKRotation:   {check: checkRotate, work: beginRotations},
 	KindMEKRotation:   {check: checkRotate, work: beginRotations},
 	KindKEKCompromise: {check: checkRotate, work: beginRotations},
@@ -69,6 +72,12 @@ func (s *controlSet) basis(p *Plan) [32]byte {
 		for _, name := range p.Categories {
 			e.str(string(name))
 			e.uint(uint64(s.categories[name].Mode))
+		}
+	}
+	if p.Kind == KindProviders {
+		for _, name := range p.Categories {
+			e.str(string(name))
+			e.str(names(s.categories[name].Providers))
 		}
 	}
 	s.rotationBasis(e, p)
@@ -243,6 +252,41 @@ func applySeal(_ *Custodian, old *controlSet, p *Plan, _ time.Time) (change, err
 	return change{put: []ControlRecord{authorityRecord(a)}}, nil
 }
 
+func checkMove(_ context.Context, c *Custodian, set *controlSet, p *Plan, r *Rehearsal) error {
+	if err := c.keys.configured(p.Providers); err != nil {
+		return refusePlan(ErrPlan, "%v", err)
+	}
+	for _, name := range p.Categories {
+		cat, ok := set.categories[name]
+		if !ok {
+			return refusePlan(ErrPlan, "there is no category %s", name)
+		}
+		if slices.Equal(cat.Providers, p.Providers) {
+			return refusePlan(ErrPlan, "category %s has these providers already", name)
+		}
+		r.Changes = append(r.Changes, fmt.Sprintf("category %s moves from %s to %s: %d KEK versions get other outer wraps", name, names(cat.Providers), names(p.Providers), len(set.rewrappable(name))))
+	}
+	return nil
+}
+
+// moveToProviders has the wraps of the categories moved, and says whether all
+// of them have.
+func moveToProviders(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error) {
+	over := true
+	for _, name := range p.Categories {
+		if !slices.Equal(c.set.Load().categories[name].Providers, p.Providers) {
+			e := audit.Entry{Action: string(ActionSetProviders), Caller: x.Executor, RequestID: about(x.ID), Category: string(name)}
+			if err := c.putRewrap(ctx, e, name, c.toProviders(p.Providers, p.Reason)); err != nil {
+				return false, err
+			}
+			c.rewraps.wake()
+		}
+		_, moving := c.set.Load().rewraps[name]
+		over = over && !moving
+	}
+	return over, nil
+}
+
 // dropKeys takes every loaded KEK out of the token.
 func (c *Custodian) dropKeys() { c.keys.dropKEKs() }
 
@@ -296,6 +340,7 @@ type KeyEvidence struct {
 type CategoryEvidence struct {
 	Name      CategoryName `json:"name"`
 	Mode      string       `json:"mode"`
+	Providers []string     `json:"providers"`
 	ActiveKEK uint32       `json:"active_key_version"`
 }
 
@@ -331,7 +376,7 @@ func (c *Custodian) snapshot(ctx context.Context, set *controlSet, x Ceremony, p
 	slices.SortFunc(s.MEKs, func(a, b MEKEvidence) int { return int(a.Version) - int(b.Version) })
 	for _, name := range p.Categories {
 		cat := set.categories[name]
-		s.Categories = append(s.Categories, CategoryEvidence{name, cat.Mode.String(), cat.ActiveKEK})
+		s.Categories = append(s.Categories, CategoryEvidence{name, cat.Mode.String(), cat.Providers, cat.ActiveKEK})
 	}
 	for id, k := range set.keks {
 		s.KEKsByMEK[k.Wrapped.MEKVersion]++

@@ -83,6 +83,34 @@ func TestKEKRotationCeremony(t *testing.T) {
 	a.whole()
 }
 
+func TestProvidersCeremony(t *testing.T) {
+	a := newAssembly(t)
+	a.cfg.Providers = append(a.cfg.Providers, &badKMS{name: "vault"})
+	a.reopen()
+	a.category("movies")
+	kid := a.issue("movies", "film", "SD")[0].KID
+	text := a.plan("providers", "categories: [movies]\nproviders: [vault]")
+	_, r, err := a.c.ProposeCeremony(t.Context(), officer, []byte(text), "", true)
+	if want := "[category movies moves from local to vault: 1 KEK versions get other outer wraps]"; err != nil || fmt.Sprint(r.Changes) != want {
+		t.Errorf("rehearsal: got %v and %v, want %s", r.Changes, err, want)
+	}
+	info := a.propose(text)
+	a.approve(info, text, a.anna, a.ben)
+	wantErr(t, "execute", a.execute(info), nil)
+	a.rewraps(func(left []custodian.RewrapStatus) bool { return len(left) == 0 })
+	e := a.wantDone(a.finish(info.ID))
+	if got := e.After.Categories[0].Providers; fmt.Sprint(got) != "[vault]" {
+		t.Errorf("evidence: got providers %v, want vault", got)
+	}
+	if got := a.keks("movies")[0].Wrapped.Outer; len(got) != 1 || got[0].Provider != "vault" {
+		t.Errorf("outer wraps: got %+v, want vault's", got)
+	}
+	wantErr(t, "release", a.release(provider, kid), nil)
+	_, _, err = a.c.ProposeCeremony(t.Context(), officer, []byte(a.plan("providers", "categories: [movies]\nproviders: [aws]")), "", false)
+	wantErr(t, "a provider that is not configured", err, custodian.ErrPlan)
+	a.whole()
+}
+
 // A record that still refers to the old version keeps it from being retired,
 // when the plan is proposed and when it is executed.
 func TestRetireWithReferences(t *testing.T) {

@@ -39,6 +39,7 @@ const (
 	KindSeal     PlanKind = "seal"     // nothing is served any more
 	KindUnseal   PlanKind = "unseal"   // service goes on
 
+	KindProviders     PlanKind = "providers"      // categories move to other KMS providers
 	KindKEKRotation   PlanKind = "kek-rotation"   // categories get a new KEK version
 	KindMEKRotation   PlanKind = "mek-rotation"   // a new MEK takes the place of one
 	KindKEKCompromise PlanKind = "kek-compromise" // KEK versions became known to others
@@ -66,6 +67,7 @@ type Plan struct {
 	Recovery   *RecoveryPlan  `yaml:"recovery,omitempty" json:"recovery,omitempty"`
 	Grants     []PlanGrant    `yaml:"grants,omitempty" json:"grants,omitempty"`         // of genesis and policy: all of them
 	Categories []CategoryName `yaml:"categories,omitempty" json:"categories,omitempty"` // of unfreeze and kek-rotation
+	Providers  []string       `yaml:"providers,omitempty" json:"providers,omitempty"`   // all that each category is to have
 	// MEKVersion is the one whose place a new one takes.
 	MEKVersion  uint32   `yaml:"mek_version,omitempty" json:"mek_version,omitempty"`
 	KeyVersions []string `yaml:"key_versions,omitempty" json:"key_versions,omitempty"` // compromised: movies/4
@@ -116,6 +118,7 @@ var sections = []struct {
 	{"recovery", func(p *Plan) bool { return p.Recovery != nil }},
 	{"grants", func(p *Plan) bool { return len(p.Grants) > 0 }},
 	{"categories", func(p *Plan) bool { return len(p.Categories) > 0 }},
+	{"providers", func(p *Plan) bool { return len(p.Providers) > 0 }},
 	{"mek_version", func(p *Plan) bool { return p.MEKVersion > 0 }},
 	{"key_versions", func(p *Plan) bool { return len(p.KeyVersions) > 0 }},
 	{"decision", func(p *Plan) bool { return p.Decision != "" }},
@@ -134,6 +137,7 @@ var planSections = map[PlanKind][]string{
 	KindSeal:     {},
 	KindUnseal:   {},
 
+	KindProviders:     {"categories", "providers"},
 	KindKEKRotation:   {"categories", "hold?"},
 	KindMEKRotation:   {"mek_version", "hold?"},
 	KindKEKCompromise: {"key_versions", "decision"},
@@ -241,6 +245,14 @@ func (p *Plan) check() error {
 		}
 	}
 	faults = append(faults, p.checkRotationFields()...)
+	for i, name := range p.Providers {
+		if err := printable(name, 64); err != nil {
+			fault(fmt.Sprintf("providers[%d]", i), "%w", err)
+		}
+		if slices.Contains(p.Providers[:i], name) {
+			fault(fmt.Sprintf("providers[%d]", i), "%s is named twice", name)
+		}
+	}
 	for i, c := range p.Categories {
 		if err := c.Check(); err != nil {
 			fault(fmt.Sprintf("categories[%d]", i), "%w", err)
