@@ -84,6 +84,9 @@ type Peer struct {
 	// SPKI is the SHA-256 of the certificate's SubjectPublicKeyInfo in DER.
 	SPKI [32]byte
 
+	// Cert is the SHA-256 of the certificate in DER.
+	Cert [32]byte
+
 	// NotAfter is when the client's own certificate expires.
 	NotAfter time.Time
 }

@@ -264,7 +264,7 @@ func (st *state) identify(presented []*x509.Certificate, now time.Time, grace ti
 	}
 	return identified{
 		peer: Peer{Name: name, CA: ca.Name, Roles: ca.Roles, NotAfter: leaf.NotAfter,
-			SPKI: sha256.Sum256(leaf.RawSubjectPublicKeyInfo)},
+			SPKI: sha256.Sum256(leaf.RawSubjectPublicKeyInfo), Cert: sha256.Sum256(leaf.Raw)},
 		good: good,
 	}, nil
 }

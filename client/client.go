@@ -42,6 +42,9 @@ type Config struct {
 	// Attempts is how often a call is made at most, the first one included: 4 if
 	// zero. 1 tries nothing again.
 	Attempts int
+	// RecipientKeys open the content keys that the daemon seals to them. With
+	// any, a content key that is not sealed to one of them fails its call.
+	RecipientKeys []RecipientKey
 	// Log receives a line when a changed certificate file is bad. Nothing is
 	// logged if nil.
 	Log *slog.Logger
@@ -49,7 +52,7 @@ type Config struct {
 
 // A Client is a connection to a daemon, made anew whenever it breaks. It is safe
 // for concurrent use. The error of each call is an *Error, but for Backup's where
-// its writer fails.
+// its writer fails, and where a sealed key does not open (ErrSealed).
 type Client struct {
 	conn      *grpc.ClientConn
 	retrieval v1.KeyRetrievalServiceClient
@@ -60,6 +63,7 @@ type Client struct {
 	rotation  v1.RotationServiceClient
 	ceremony  v1.CeremonyServiceClient
 	health    healthv1.HealthClient
+	keys      recipients
 }
 
 // Dial connects and makes sure that the daemon accepts the certificate. It does
@@ -87,7 +91,8 @@ func Dial(ctx context.Context, c Config) (*Client, error) {
 		return nil, fmt.Errorf("dial %s: %w", c.Address, err)
 	}
 	cl := &Client{conn: conn, retrieval: v1.NewKeyRetrievalServiceClient(conn), issuance: v1.NewKeyIssuanceServiceClient(conn), transfer: v1.NewKeyTransferServiceClient(conn),
-		custody: v1.NewCustodyServiceClient(conn), audit: v1.NewAuditServiceClient(conn), rotation: v1.NewRotationServiceClient(conn), ceremony: v1.NewCeremonyServiceClient(conn), health: healthv1.NewHealthClient(conn)}
+		custody: v1.NewCustodyServiceClient(conn), audit: v1.NewAuditServiceClient(conn), rotation: v1.NewRotationServiceClient(conn), ceremony: v1.NewCeremonyServiceClient(conn), health: healthv1.NewHealthClient(conn),
+		keys: newRecipients(c.RecipientKeys)}
 	if _, err := cl.Ready(ctx); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("dial %s: %w", c.Address, err)
@@ -108,13 +113,33 @@ func (c *Client) Ready(ctx context.Context) (bool, error) {
 // has the key or a KeyError; where no key is released, the error is the first
 // result's.
 func (c *Client) GetContentKeys(ctx context.Context, req *v1.GetContentKeysRequest) (*v1.GetContentKeysResponse, error) {
-	return answer(c.retrieval.GetContentKeys(ctx, req))
+	req = named(c.keys, req, func(r *v1.GetContentKeysRequest, id string) { r.RequestId = id })
+	resp, err := answer(c.retrieval.GetContentKeys(ctx, req))
+	for _, r := range resp.GetResults() {
+		if err := c.keys.open(r.GetKey(), req.GetRequestId()); err != nil {
+			return nil, err
+		}
+	}
+	return resp, err
+}
+
+// ListKeyPeriods names the key with a KID and those of the crypto periods after
+// its own, for a DRM provider that fetches keys before viewers ask.
+func (c *Client) ListKeyPeriods(ctx context.Context, req *v1.ListKeyPeriodsRequest) (*v1.ListKeyPeriodsResponse, error) {
+	return answer(c.retrieval.ListKeyPeriods(ctx, req))
 }
 
 // IssueContentKeys returns the keys of a content item and makes those that do
 // not exist, for a packager. The same request gives the same keys.
 func (c *Client) IssueContentKeys(ctx context.Context, req *v1.IssueContentKeysRequest) (*v1.IssueContentKeysResponse, error) {
-	return answer(c.issuance.IssueContentKeys(ctx, req))
+	req = named(c.keys, req, func(r *v1.IssueContentKeysRequest, id string) { r.RequestId = id })
+	resp, err := answer(c.issuance.IssueContentKeys(ctx, req))
+	for _, k := range resp.GetKeys() {
+		if err := c.keys.open(k.GetKey(), req.GetRequestId()); err != nil {
+			return nil, err
+		}
+	}
+	return resp, err
 }
 
 // ImportContentKeys stores keys of one content item that exist already. The

@@ -276,7 +276,7 @@ func moveToProviders(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bo
 	for _, name := range p.Categories {
 		if !slices.Equal(c.set.Load().categories[name].Providers, p.Providers) {
 			e := audit.Entry{Action: string(ActionSetProviders), Caller: x.Executor, RequestID: about(x.ID), Category: string(name)}
-			if err := c.putRewrap(ctx, e, name, c.toProviders(p.Providers, p.Reason)); err != nil {
+			if _, err := c.putRewrap(ctx, e, name, c.toProviders(p.Providers, p.Reason)); err != nil {
 				return false, err
 			}
 			c.rewraps.wake()

@@ -123,7 +123,10 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
-	finishing sync.Mutex // held while executed ceremonies are finished: nothing is ordered twice
+	uses *tokenUses // of licence tokens
+
+	joined    atomic.Pointer[joinedPolicy] // what policyOf found last
+	finishing sync.Mutex                   // held while executed ceremonies are finished: nothing is ordered twice
 
 	// budgetMu guards the map below.
 	budgetMu sync.Mutex
@@ -180,6 +183,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
+	c.uses = newTokenUses(cfg.Logged.tokens, c.now())
 	return c, nil
 }
 
@@ -274,7 +278,13 @@ func (c *Custodian) record(ctx context.Context, entries ...audit.Entry) ([]audit
 // decide asks the policy, and the clock for what changes state.
 func (c *Custodian) decide(who Caller, a Action, r Resource) Decision {
 	set := c.set.Load()
-	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Officers: set.authority != nil, Sealed: set.sealed(), Now: c.now()})
+	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Now: c.now()}.under(set))
+}
+
+// under adds what the officers have decided.
+func (r Request) under(set *controlSet) Request {
+	r.Officers, r.Sealed = set.authority != nil, set.sealed()
+	return r
 }
 
 // believesClock says whether anything may be issued or changed at this time.

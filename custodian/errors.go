@@ -23,9 +23,16 @@ var (
 	ErrKeyNotFound      error = &refusal{"KEY_NOT_FOUND", "no such content key"}
 	ErrCategoryNotFound error = &refusal{"CATEGORY_NOT_FOUND", "no such category"}
 	ErrDenied           error = &refusal{"DENIED", "not granted"}
+	ErrTokenMissing     error = &refusal{"TOKEN_MISSING", "a licence token is needed"}
+	ErrTokenInvalid     error = &refusal{"TOKEN_INVALID", "the licence token is not accepted"}
+	ErrTokenExpired     error = &refusal{"TOKEN_EXPIRED", "the licence token is not valid at this time"}
+	ErrTokenMismatch    error = &refusal{"TOKEN_MISMATCH", "the licence token is for something or somebody else"}
+	ErrTokenReplayed    error = &refusal{"TOKEN_REPLAYED", "the licence token was used already"}
+	ErrTokenKeys        error = &refusal{"TOKEN_KEYS_UNAVAILABLE", "the keys of the licence token's issuer are not loaded"}
 	ErrKeyState         error = &refusal{"KEY_STATE", "the key's state does not permit this"}
 	ErrKeyCompromised   error = &refusal{"KEY_COMPROMISED", "the key is compromised and no decision to go on serving it is recorded"}
 	ErrCategoryFrozen   error = &refusal{"CATEGORY_FROZEN", "the category is frozen"}
+	ErrSealingRequired  error = &refusal{"SEALING_REQUIRED", "keys of this category leave only sealed to a recipient key, and none is pinned for the caller"}
 	ErrMEKExpired       error = &refusal{"MEK_EXPIRED", "the MEK is past its cryptoperiod; rotate it"}
 	ErrKEKExhausted     error = &refusal{"KEK_EXHAUSTED", "the KEK has reached its limit of GCM invocations; rotate it"}
 	ErrRotationState    error = &refusal{"ROTATION_STATE", "rotations do not permit this now; custodianctl rotation list shows how far they are"}

@@ -165,3 +165,11 @@ func (c *Custodian) RemoveException(ctx context.Context, kid KID) error {
 		return change{remove: []controlKey{{ControlException, kid.String()}}, entry: audit.Entry{Action: "test.exception"}}, nil
 	})
 }
+
+// ReadToken is readToken, for tests of the token alone.
+func (p *Policy) ReadToken(who Caller, compact, session string, now time.Time) *Token {
+	return p.readToken(who, compact, session, now)
+}
+
+// Err is why the token is not believed; nil: it is.
+func (t *Token) Err() error { return t.err }

@@ -334,7 +334,7 @@ func (c *Custodian) export(ctx context.Context, who Caller, req ExportRequest) (
 	set := c.set.Load() // after the records, so that it knows their KEKs
 	keys := make([]ExportedKey, len(sealed))
 	for i, k := range sealed {
-		if d = c.decide(who, ActionExport, resourceOf(set, k.Key)); !d.Allow {
+		if d = c.decide(who, ActionExport, resourceOf(set, &k.Key)); !d.Allow {
 			return d, keys, fmt.Errorf("content key %s: %w", k.Key.KID, d.Err)
 		}
 		keys[i].ContentKey = k.Key

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/sealing"
 	"github.com/keycustody/custodian/internal/secret"
 )
 
@@ -25,12 +26,20 @@ type IssueRequest struct {
 	Category  CategoryName
 	ContentID ContentID
 	Keys      []KeySpec
+	// Sealable says that the front door can carry keys that are sealed to the
+	// caller. Where it cannot, keys leave in clear or, if their category
+	// requires it, not at all.
+	Sealable bool
+
+	recipient sealing.PublicKey
 }
 
-// An IssuedKey is the answer for one KeySpec. Whoever gets it destroys Key.
+// An IssuedKey is the answer for one KeySpec: Key, or Sealed in its place.
+// Whoever gets it destroys Key.
 type IssuedKey struct {
 	ContentKey
 	Key     secret.Secret
+	Sealed  *SealedTo
 	Created bool // false: the natural key had it already
 	Receipt audit.Receipt
 	// Grace is what is left of the grace on which the category's KEK served
@@ -95,6 +104,12 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 	if err := req.Check(); err != nil {
 		return nil, err
 	}
+	if req.Sealable {
+		var err error
+		if req.recipient, err = c.policy.Load().recipient(who, ""); err != nil {
+			return nil, err
+		}
+	}
 	d, keys, err := c.issue(ctx, who, req)
 	if err != nil {
 		destroy(keys)
@@ -111,7 +126,7 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 			a = ActionIssue
 		}
 		entries[i] = c.entry(c.set.Load(), who, d, a, req.RequestID, ref{key: &keys[i].ContentKey}, nil)
-		entries[i].StoreSequence, entries[i].Detail = keys[i].sequence, graceDetail(keys[i].Grace)
+		entries[i].StoreSequence, entries[i].Detail = keys[i].sequence, keys[i].Sealed.detail(graceDetail(keys[i].Grace))
 	}
 	receipts, err := c.record(ctx, entries...)
 	if err == nil && ctx.Err() != nil {
@@ -154,6 +169,10 @@ func (c *Custodian) issue(ctx context.Context, who Caller, req IssueRequest) (De
 	if d = c.decide(who, ActionIssue, Resource{Category: cat.Name, Mode: cat.Mode}); !d.Allow {
 		return d, nil, fmt.Errorf("category %s: %w", cat.Name, d.Err)
 	}
+	if err := c.policy.Load().mayLeave(cat.Name, req.recipient); err != nil {
+		d.Allow = false
+		return d, nil, err
+	}
 	if err := c.lookAtClock(); err != nil {
 		return d, nil, err
 	}
@@ -182,6 +201,11 @@ func (c *Custodian) issue(ctx context.Context, who Caller, req IssueRequest) (De
 			continue
 		}
 		if d, err := c.handOutAgain(ctx, c.set.Load(), who, req, found[i], &keys[i]); err != nil {
+			return d, keys, err
+		}
+	}
+	for i := range keys {
+		if keys[i].Sealed, err = sealTo(req.recipient, who, req.RequestID, &keys[i].ContentKey, keys[i].Key); err != nil {
 			return d, keys, err
 		}
 	}
@@ -429,7 +453,7 @@ func unusedUnder(tx Tx, fingerprints []Fingerprint) error {
 // handOutAgain gives a packager a key that exists: through the same decision,
 // and only within the re-issue window unless it is granted more.
 func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Caller, req IssueRequest, k SealedKey, out *issued) (Decision, error) {
-	res := resourceOf(set, k.Key)
+	res := resourceOf(set, &k.Key)
 	d := c.decide(who, ActionIssue, res)
 	if d.Allow && !c.withinWindow(set.categories[k.Key.Category], k.Key.CreateTime) {
 		d = c.decide(who, ActionReissue, res)

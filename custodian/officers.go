@@ -262,20 +262,33 @@ type Approval struct {
 // sealed says whether the officers have sealed the custody.
 func (s *controlSet) sealed() bool { return s.authority != nil && s.authority.Sealed }
 
-// policyOf is the policy in force: the officers' bundle, or without officers
-// that of the configuration.
+// policyOf is the policy in force: with the grants of the officers' bundle, or
+// without officers those of the configuration.
 func (c *Custodian) policyOf(s *controlSet) *Policy {
-	if s.policy != nil {
-		return s.policy
+	config := c.policy.Load()
+	if s.policy == nil {
+		return config
 	}
-	return c.policy.Load()
+	if j := c.joined.Load(); j != nil && j.config == config && j.bundle == s.policy {
+		return j.both
+	}
+	p := *s.policy
+	if config != nil {
+		p.tokens, p.sealing = config.tokens, config.sealing
+	}
+	c.joined.Store(&joinedPolicy{config, s.policy, &p})
+	return &p
 }
+
+// A joinedPolicy is the officers' grants with what the configuration has
+// beside grants: licence tokens and sealing.
+type joinedPolicy struct{ config, bundle, both *Policy }
 
 // refusePolicy says no to the configuration's policy where officers decide,
 // unless it is theirs, and writes the attempt down.
 func (c *Custodian) refusePolicy(ctx context.Context, p *Policy) error {
 	set := c.set.Load()
-	if set.authority == nil || p == nil || p.Digest() == set.policy.Digest() {
+	if set.authority == nil || p == nil || p.granted == set.policy.granted {
 		return nil
 	}
 	d := p.Digest()
@@ -305,7 +318,7 @@ func (c *Custodian) ceremonyWarnings(set *controlSet, now time.Time) []string {
 	if set.sealed() {
 		w = append(w, "sealed by the officers: nothing is served")
 	}
-	if p := c.policy.Load(); p != nil && p.Digest() != set.policy.Digest() {
+	if p := c.policy.Load(); p != nil && p.granted != set.policy.granted {
 		w = append(w, "the grants of the configuration file are not the officers' bundle, and are refused")
 	}
 	for _, id := range slices.Sorted(maps.Keys(set.ceremonies)) {

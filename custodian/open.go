@@ -24,6 +24,7 @@ type Logged struct {
 	// TrackKIDs collects the KIDs that were ever handed out, and the control
 	// changes by revision; only a restore needs them.
 	TrackKIDs bool
+	tokens    loggedUses
 	KIDs      map[KID]KEKID
 	KEKs      map[CategoryName]uint32 // the highest version that it names
 	Changes   []ControlChange
@@ -41,6 +42,7 @@ type ControlChange struct {
 // Visit takes one entry in.
 func (l *Logged) Visit(e *audit.Entry) error {
 	l.Entries++
+	l.tokens.visit(e)
 	if len(e.ControlDigest) == 32 {
 		l.Revision, l.Digest = e.ControlRevision, [32]byte(e.ControlDigest)
 		if l.TrackKIDs {

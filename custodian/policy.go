@@ -31,6 +31,7 @@ type Caller struct {
 	CA    string   // the configured CA that vouches for it
 	Roles []Role   // what that CA may vouch for
 	SPKI  [32]byte // SHA-256 of the certificate's public key
+	Cert  [32]byte // SHA-256 of the certificate in DER
 }
 
 // An Action is what a caller wants to do.
@@ -115,6 +116,9 @@ type Policy struct {
 	byIdentity map[string][]rule
 	officers   map[[32]byte]bool // public keys that are pinned for officers
 	digest     [32]byte
+	granted    [32]byte     // digest of the grants alone
+	sealing    *sealingRule // nil: nothing is sealed to callers
+	tokens     *Tokens      // nil: no licence token is asked for
 }
 
 // A rule is a grant and what names it in a Decision, written once: every call
@@ -171,7 +175,8 @@ func NewPolicy(grants []Grant) (*Policy, error) {
 		return nil, errors.Join(faults...)
 	}
 	slices.Sort(canonical)
-	p.digest = sha256.Sum256([]byte(strings.Join(canonical, "\n")))
+	p.granted = sha256.Sum256([]byte(strings.Join(canonical, "\n")))
+	p.digest = p.granted
 	return p, nil
 }
 
@@ -196,6 +201,7 @@ type Resource struct {
 	IsKey    bool         // it is a key: without Mode and State it is refused
 	State    State        // of the key
 	Decided  bool         // of the key's exception
+	Key      *ContentKey  // it is one that exists
 }
 
 // A Request is one question to Decide.
@@ -203,8 +209,9 @@ type Request struct {
 	Caller   Caller
 	Action   Action
 	Resource Resource
-	Officers bool // there are officers, whose quorum decides what one officer may not
-	Sealed   bool // they have sealed the custody
+	Officers bool   // there are officers, whose quorum decides what one officer may not
+	Sealed   bool   // they have sealed the custody
+	Token    *Token // what the caller has shown; nil: none
 	Now      time.Time
 }
 
@@ -218,7 +225,7 @@ type Decision struct {
 }
 
 // Decide is the one place where an action is allowed or refused: authority
-// first, then the category's mode, then the key's state.
+// first, then the licence token, the category's mode, the key's state.
 func (p *Policy) Decide(r Request) Decision {
 	d := Decision{Err: ErrDenied}
 	for _, g := range p.grants(r.Caller) {
@@ -245,7 +252,13 @@ func (p *Policy) Decide(r Request) Decision {
 	if !d.Allow {
 		return d
 	}
-	d.Err = r.unusable()
+	d.Err = nil
+	if r.Action == ActionRelease {
+		d.Err = p.checkToken(r.Token, r.Resource)
+	}
+	if d.Err == nil {
+		d.Err = r.unusable()
+	}
 	switch {
 	case r.Officers && slices.Contains(byQuorum, r.Action):
 		d.Err = &CeremonyError{ErrQuorum, "the officers' quorum decides it, and no officer alone"}

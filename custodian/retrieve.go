@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/sealing"
 	"github.com/keycustody/custodian/internal/secret"
 )
 
@@ -17,14 +18,28 @@ type RetrieveRequest struct {
 	// a category granted to it may hear that a KID is unknown.
 	ContentID ContentID
 	KIDs      []KID
+	// RecipientKeyID names which of the caller's pinned public keys the answer
+	// is sealed to; empty: the first, where there is one.
+	RecipientKeyID string
+
+	// LicenceToken is the signed token of the viewer's session, in the compact
+	// serialization of a JWS; empty: none. SessionID is what the caller says the
+	// session is; where it is given, the token's must be the same.
+	LicenceToken string
+	SessionID    string
+
+	recipient sealing.PublicKey
+	token     *Token
 }
 
-// A RetrieveResult is the answer for one KID: Key and Info, or Err. Whoever
-// gets it destroys Key.
+// A RetrieveResult is the answer for one KID: Info and Key, or Sealed in Key's
+// place where the caller has a recipient key; or Err. Whoever gets it destroys
+// Key.
 type RetrieveResult struct {
 	KID     KID
 	Err     error
 	Key     secret.Secret
+	Sealed  *SealedTo
 	Info    ContentKey
 	Receipt audit.Receipt
 	// Grace is what is left of the grace on which the key was released while
@@ -62,10 +77,15 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if err := req.Check(); err != nil {
 		return nil, err
 	}
+	var err error
+	if req.recipient, err = c.policy.Load().recipient(who, req.RecipientKeyID); err != nil {
+		return nil, err
+	}
+	req.token = c.policy.Load().readToken(who, req.LicenceToken, req.SessionID, c.now())
 	results := make([]RetrieveResult, len(req.KIDs))
 	sealed := make([]SealedKey, len(req.KIDs))
 	var contentCategory CategoryName
-	err := c.store.View(ctx, func(tx Tx) error {
+	err = c.store.View(ctx, func(tx Tx) error {
 		for i, kid := range req.KIDs {
 			sealed[i], results[i].Err = tx.ContentKey(kid)
 		}
@@ -86,7 +106,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	for i := range results {
 		r := &results[i]
 		r.KID = req.KIDs[i]
-		c.release(ctx, set, who, req, contentCategory, sealed[i], r)
+		c.release(ctx, set, who, req, contentCategory, &sealed[i], r)
 		about := ref{contentID: req.ContentID, kid: r.KID}
 		if _, ok := set.categories[sealed[i].Key.Category]; ok {
 			about.category = sealed[i].Key.Category
@@ -95,7 +115,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 			about.key = &r.Info
 		}
 		entries[i] = c.entry(set, who, r.decision, ActionRelease, req.RequestID, about, r.Err)
-		entries[i].Detail = graceDetail(r.Grace)
+		entries[i].Detail = r.detail(req.token)
 	}
 	receipts, err := c.record(ctx, entries...)
 	if err == nil && ctx.Err() != nil {
@@ -114,7 +134,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 }
 
 // release decides about one key and opens it. r.Err holds what the store said.
-func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, req RetrieveRequest, contentCategory CategoryName, k SealedKey, r *RetrieveResult) {
+func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, req RetrieveRequest, contentCategory CategoryName, k *SealedKey, r *RetrieveResult) {
 	unknown := errors.Is(r.Err, ErrNotFound)
 	if r.Err == nil && len(req.ContentID) > 0 && string(k.Key.ContentID) != string(req.ContentID) {
 		unknown = true // of this content item, there is no such key
@@ -134,13 +154,18 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		c.decideUnread(who, r)
 		return
 	}
-	r.decision = c.decide(who, ActionRelease, resourceOf(set, k.Key))
+	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req.token)
 	if !r.decision.Allow {
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
 		return
 	}
-	if r.Key, r.Grace, r.Err = c.openCEK(ctx, set, k); r.Err == nil {
+	if r.Err = c.policy.Load().mayLeave(k.Key.Category, req.recipient); r.Err != nil {
+		r.decision.Allow = false
+		return
+	}
+	if r.Key, r.Grace, r.Err = c.openCEK(ctx, set, *k); r.Err == nil {
 		r.Info = k.Key
+		r.Sealed, r.Err = sealTo(req.recipient, who, req.RequestID, &r.Info, r.Key)
 	}
 }
 
@@ -172,8 +197,8 @@ func (c *Custodian) decideUnknown(who Caller, contentCategory CategoryName) (Dec
 }
 
 // resourceOf is what the policy is told of a content key.
-func resourceOf(set *controlSet, k ContentKey) Resource {
-	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, IsKey: true, State: StateActive}
+func resourceOf(set *controlSet, k *ContentKey) Resource {
+	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, IsKey: true, Key: k, State: StateActive}
 	if x, ok := set.exceptions[k.KID]; ok {
 		r.State, r.Decided = x.State, x.Decided
 	} else if exposed, serve := set.compromised(k); exposed {

@@ -92,7 +92,13 @@ func checkRewrap(requestID string, category CategoryName, helpers bool, provider
 	return nil
 }
 
+// maxProviders is how many can hold one key.
+const maxProviders = 16
+
 func checkProviders(providers []string) error {
+	if len(providers) > maxProviders {
+		return invalid("providers", fmt.Errorf("%d: must be %d at most", len(providers), maxProviders))
+	}
 	for i, p := range providers {
 		if slices.Contains(providers[:i], p) {
 			return invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%q is named twice", p))
@@ -126,8 +132,8 @@ func (c *Custodian) SetProviders(ctx context.Context, who Caller, req SetProvide
 }
 
 // toProviders changes a job to one that moves keys to these providers.
-func (c *Custodian) toProviders(providers []string, cause string) func(*controlSet, *RewrapJob) (string, error) {
-	return func(_ *controlSet, job *RewrapJob) (string, error) {
+func (c *Custodian) toProviders(providers []string, cause string) func(*RewrapJob) (string, error) {
+	return func(job *RewrapJob) (string, error) {
 		if err := c.keys.configured(providers); err != nil {
 			return "", err
 		}
@@ -147,11 +153,12 @@ func (c *Custodian) Reencrypt(ctx context.Context, who Caller, req ReencryptRequ
 	// An operator is granted the daemon, not categories: nobody holds a key
 	// afterwards who did not before.
 	d := c.decide(who, ActionReencrypt, Resource{})
-	return c.beginRewrap(ctx, who, d, ActionReencrypt, req.Category, req.RequestID, func(set *controlSet, job *RewrapJob) (string, error) {
-		if len(req.Providers) == 0 {
-			req.Providers = job.Providers
+	return c.beginRewrap(ctx, who, d, ActionReencrypt, req.Category, req.RequestID, func(job *RewrapJob) (string, error) {
+		by := req.Providers
+		if len(by) == 0 {
+			by = job.Providers
 		}
-		for i, p := range req.Providers {
+		for i, p := range by {
 			if !slices.Contains(job.Providers, p) {
 				return "", invalid(fmt.Sprintf("providers[%d]", i), fmt.Errorf("%.80q holds none of these keys; those that do are %s", p, names(job.Providers)))
 			}
@@ -160,20 +167,21 @@ func (c *Custodian) Reencrypt(ctx context.Context, who Caller, req ReencryptRequ
 			}
 		}
 		job.Purpose, job.Version = "", 0 // what is done already is done again: it may be from before the rotation
-		return detail("by "+names(req.Providers), req.Cause), nil
+		return detail("by "+names(by), req.Cause), nil
 	})
 }
 
 // beginRewrap writes the job down with its first audit entry, where d allows it.
 // want changes the job that is there, or a new one that changes nothing, and
 // returns what the entry says.
-func (c *Custodian) beginRewrap(ctx context.Context, who Caller, d Decision, a Action, name CategoryName, requestID string, want func(*controlSet, *RewrapJob) (string, error)) (RewrapStatus, error) {
+func (c *Custodian) beginRewrap(ctx context.Context, who Caller, d Decision, a Action, name CategoryName, requestID string, want func(*RewrapJob) (string, error)) (RewrapStatus, error) {
+	var job RewrapJob
 	err := d.Err
 	if d.Allow {
 		err = c.lookAtClock()
 	}
 	if err == nil {
-		err = c.putRewrap(ctx, c.entry(c.set.Load(), who, d, a, requestID, ref{category: name}, nil), name, want)
+		job, err = c.putRewrap(ctx, c.entry(c.set.Load(), who, d, a, requestID, ref{category: name}, nil), name, want)
 	}
 	if err != nil {
 		err = deadline(ctx, fmt.Errorf("%s: %w", scope(name), err))
@@ -183,14 +191,14 @@ func (c *Custodian) beginRewrap(ctx context.Context, who Caller, d Decision, a A
 		return RewrapStatus{}, err
 	}
 	c.rewraps.wake()
-	set := c.set.Load()
-	return c.rewrapStatus(set, set.rewraps[name]), nil
+	return c.rewrapStatus(c.set.Load(), job), nil
 }
 
 // putRewrap writes a job down. It asks nobody: whoever calls it has decided.
-func (c *Custodian) putRewrap(ctx context.Context, e audit.Entry, name CategoryName, want func(*controlSet, *RewrapJob) (string, error)) error {
-	return c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
-		job, running := old.rewraps[name]
+func (c *Custodian) putRewrap(ctx context.Context, e audit.Entry, name CategoryName, want func(*RewrapJob) (string, error)) (job RewrapJob, err error) {
+	err = c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+		var running bool
+		job, running = old.rewraps[name]
 		cat, known := old.categories[name]
 		switch {
 		case !known && name != "":
@@ -203,7 +211,7 @@ func (c *Custodian) putRewrap(ctx context.Context, e audit.Entry, name CategoryN
 				job.Providers = old.helperProviders()
 			}
 		}
-		said, err := want(old, &job)
+		said, err := want(&job)
 		if err != nil {
 			return change{}, err
 		}
@@ -216,6 +224,7 @@ func (c *Custodian) putRewrap(ctx context.Context, e audit.Entry, name CategoryN
 		}
 		return ch, nil
 	})
+	return job, err
 }
 
 // names lists providers in a sentence.

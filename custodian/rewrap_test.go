@@ -210,6 +210,58 @@ func TestMoveGoesOn(t *testing.T) {
 	}
 }
 
+// A KEK version that is made while its category moves is by the new providers,
+// also where its making began before the move and ended after it.
+func TestMoveDuringARotation(t *testing.T) {
+	w, kmss := rewrapWorld(t, 3, "vault", "aws")
+	reached, held := make(chan struct{}), make(chan struct{})
+	kmss[0].mu.Lock()
+	kmss[0].before = func() { close(reached); <-held }
+	kmss[0].mu.Unlock()
+	versions := len(w.keks("movies"))
+	var issuing sync.WaitGroup
+	var issued []custodian.IssuedKey
+	var err error
+	issuing.Go(func() { issued, err = w.c.Issue(t.Context(), packager, ask("movies", "film-new", "SD")) })
+	<-reached
+	w.moveTo("vault", "aws")
+	w.rewraps(none)
+	w.wantWraps("after the move", "vault", "aws")
+	close(held)
+	issuing.Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.remember(issued)
+	if got := len(w.keks("movies")); got != versions+1 {
+		t.Errorf("got %d KEK versions, want the one that was being made as well, %d", got, versions+1)
+	}
+	w.wantWraps("after the rotation", "vault", "aws")
+	w.whole()
+}
+
+// The job keeps to its rate, and changes nothing by a clock that is not
+// believed.
+func TestMoveKeepsToItsRate(t *testing.T) {
+	w, _ := rewrapWorld(t, 5, "vault", "aws")
+	w.cfg.KMS.RewrapRate = 20
+	w.reopen()
+	w.moveTo("vault", "aws")
+	w.clock.Add(int64(10 * time.Hour))
+	w.rewraps(stuck)
+	if got := w.jobs()[0]; got.Done != 0 || !strings.Contains(got.LastError, "clock") {
+		t.Errorf("by a clock that is not believed: got %+v, want nothing done", got)
+	}
+	w.clock.Add(-int64(10 * time.Hour))
+	began := time.Now()
+	w.rewraps(none)
+	if took := time.Since(began); took < 200*time.Millisecond-time.Millisecond {
+		t.Errorf("5 keys at 20 a second took %s", took)
+	}
+	w.wantWraps("after the move", "vault", "aws")
+	w.whole()
+}
+
 // A provider that makes something else of a blob than a wrap of it is found out
 // before the old wrap is dropped.
 func TestWrapIsProved(t *testing.T) {
@@ -381,6 +433,7 @@ func TestRewrapRefusals(t *testing.T) {
 		"no provider":              {Category: "movies"},
 		"one named twice":          {Category: "movies", Providers: []string{"aws", "aws"}},
 		"one that is not there":    {Category: "movies", Providers: []string{"azure"}},
+		"more than can hold one":   {Category: "movies", Providers: slices.Repeat([]string{"aws"}, 17)},
 		"a category and helpers":   {Category: "movies", HelperKeys: true, Providers: []string{"aws"}},
 		"neither of them":          {Providers: []string{"aws"}},
 		"a cause that is too long": {Category: "movies", Providers: []string{"aws"}, Cause: strings.Repeat("x", custodian.MaxCauseSize+1)},

@@ -603,7 +603,7 @@ func (s *controlSet) expose(r Rotation) {
 // compromised says whether a content key may have lain under a compromised
 // KEK: every version from its birth to its present one counts. serve is the
 // decision to release it all the same, which all of them must have.
-func (s *controlSet) compromised(k ContentKey) (exposed, serve bool) {
+func (s *controlSet) compromised(k *ContentKey) (exposed, serve bool) {
 	serve = true
 	for _, e := range s.exposed[k.Category] {
 		if k.BirthKEK <= e.version && e.version <= k.KEK.Version {

@@ -5,6 +5,7 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -14,7 +15,7 @@ import (
 
 const (
 	// moveBatch is how many content keys one store update moves.
-	moveBatch = 128
+	moveBatch = 32
 	// verifyBatch is how many are read at once to be verified.
 	verifyBatch = 512
 	// rotationPause is how long a rotation that failed is left alone at first,
@@ -251,6 +252,7 @@ func (c *Custodian) moveKEK(ctx context.Context, r Rotation, id KEKID) (unfit []
 		if err := c.at(r); err != nil {
 			return unfit, err
 		}
+		began, entries := time.Now(), c.audit.Size()
 		batch, faults, last, err := c.sealBatch(ctx, id, after)
 		unfit = append(unfit, faults...)
 		if serr := stored(); err != nil || serr != nil {
@@ -267,6 +269,19 @@ func (c *Custodian) moveKEK(ctx context.Context, r Rotation, id KEKID) (unfit []
 			}
 			done <- err
 		}(storing)
+		if c.audit.Size() > entries { // somebody else is served meanwhile
+			rest(ctx, time.Since(began)/2)
+		}
+	}
+}
+
+// rest leaves token, disk and processors to others for a while.
+func rest(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
 	}
 }
 
@@ -313,6 +328,9 @@ func (c *Custodian) sealBatch(ctx context.Context, id KEKID, after KID) (b moved
 		return b, unfit, last, err
 	}
 	for _, k := range old {
+		// One call of the token after the other lets nobody else on this
+		// processor for as long as the scheduler allows, which is 10 ms.
+		runtime.Gosched()
 		moved, err := c.sealAnew(ctx, b.set, k, b.to)
 		if errors.Is(err, ErrRecordCorrupt) {
 			unfit = append(unfit, err)

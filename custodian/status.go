@@ -288,7 +288,7 @@ func (c *Custodian) ListContentKeys(ctx context.Context, who Caller, req ListReq
 	}
 	err = c.store.View(ctx, func(tx Tx) error {
 		return tx.ContentKeys(req.Category, req.ContentID, after, req.PageSize+1, func(k SealedKey) error {
-			keys = append(keys, ContentKeyInfo{k.Key, resourceOf(set, k.Key).State})
+			keys = append(keys, ContentKeyInfo{k.Key, resourceOf(set, &k.Key).State})
 			return nil
 		})
 	})
@@ -323,7 +323,7 @@ func (c *Custodian) DescribeContentKey(ctx context.Context, who Caller, kid KID)
 	if err != nil {
 		return ContentKeyInfo{}, deadline(ctx, err)
 	}
-	return ContentKeyInfo{k.Key, resourceOf(c.set.Load(), k.Key).State}, nil
+	return ContentKeyInfo{k.Key, resourceOf(c.set.Load(), &k.Key).State}, nil
 }
 
 // A Receipt says where in the audit log a decision is written down. It is the

@@ -25,6 +25,9 @@ type settings struct {
 	KeyFile    string `yaml:"key_file"`    // its private key, PEM, mode 0600
 	CAFile     string `yaml:"ca_file"`     // CAs that the daemon's certificate is verified with, PEM
 	ServerName string `yaml:"server_name"` // the name it must have; empty: the host of address
+	// RecipientKeyFiles hold private keys that open content keys which the
+	// daemon seals to their public halves; mode 0600.
+	RecipientKeyFiles []string `yaml:"recipient_key_files"`
 }
 
 // resolve merges config file and flags, and reports all that is missing at once.
@@ -90,6 +93,11 @@ func (a *app) readConfig() (path string, s settings, err error) {
 	for _, p := range []*string{&s.CertFile, &s.KeyFile, &s.CAFile} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(filepath.Dir(path), *p)
+		}
+	}
+	for i, p := range s.RecipientKeyFiles {
+		if !filepath.IsAbs(p) {
+			s.RecipientKeyFiles[i] = filepath.Join(filepath.Dir(path), p)
 		}
 	}
 	return path, s, nil

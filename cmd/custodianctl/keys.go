@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"os"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -23,7 +24,7 @@ import (
 const hiddenKey = "(hidden; --reveal shows it)"
 
 func (a *app) keysCmd() *cobra.Command {
-	return group(&cobra.Command{Use: "keys", Short: "Content keys: issue, get, list, import, export"}, a.keysIssueCmd(), a.keysGetCmd(), a.keysListCmd(), a.keysShowCmd(), a.keysImportCmd(), a.keysExportCmd())
+	return group(&cobra.Command{Use: "keys", Short: "Content keys: issue, get, list, periods, import, export"}, a.keysIssueCmd(), a.keysGetCmd(), a.keysListCmd(), a.keysShowCmd(), a.keysPeriodsCmd(), a.keysImportCmd(), a.keysExportCmd())
 }
 
 // A keyView is a delivered content key in JSON. It has the key only where the
@@ -40,6 +41,7 @@ type keyView struct {
 	IV           hexBytes     `json:"iv,omitempty"`
 	Created      *bool        `json:"created,omitempty"`
 	Key          hexBytes     `json:"key,omitempty"`
+	SealedTo     string       `json:"sealed_to,omitempty"` // a recipient key that this user has not
 	CreateTime   *time.Time   `json:"create_time,omitempty"`
 	Receipt      *receiptView `json:"receipt,omitempty"`
 	Error        *errorView   `json:"error,omitempty"`
@@ -78,6 +80,7 @@ func viewKey(k *v1.ContentKey, reveal bool) keyView {
 	if r := k.GetReceipt(); r != nil {
 		v.Receipt = &receiptView{r.GetIndex(), r.GetLeafHash(), string(r.GetCheckpoint())}
 	}
+	v.SealedTo = k.GetSealedKey().GetRecipientKeyId()
 	if !reveal {
 		clear(k.GetKey())
 		return v
@@ -129,6 +132,8 @@ func tableOfKeys(out *bytes.Buffer, views []keyView) {
 			out.WriteString("KEY")
 		case views[i-1].Error != nil:
 			out.WriteString("(not released: " + views[i-1].Error.Reason + ")")
+		case views[i-1].SealedTo != "":
+			out.WriteString("(sealed to recipient key " + plain(views[i-1].SealedTo) + "; recipient_key_files opens it)")
 		case len(views[i-1].Key) == 0:
 			out.WriteString(hiddenKey)
 		default:
@@ -256,7 +261,7 @@ func contentID(text, hexed string) ([]byte, error) {
 }
 
 func (a *app) keysGetCmd() *cobra.Command {
-	var content, contentHex string
+	var content, contentHex, tokenFile string
 	var reveal bool
 	c := leaf(&cobra.Command{
 		Use:   "get KID...",
@@ -275,6 +280,11 @@ of the first refusal.`,
 		}
 		id, err := contentID(content, contentHex)
 		req.ContentId = id
+		if tokenFile != "" {
+			token, err := os.ReadFile(tokenFile)
+			faults = append(faults, err)
+			req.LicenceToken = strings.TrimSpace(string(token))
+		}
 		if err := errors.Join(append(faults, err)...); err != nil {
 			return invalid(err)
 		}
@@ -289,6 +299,7 @@ of the first refusal.`,
 	f := c.Flags()
 	f.StringVar(&content, "content", "", "content `ID` that the keys must belong to, as text")
 	f.StringVar(&contentHex, "content-hex", "", "the same in `HEX`adecimal")
+	f.StringVar(&tokenFile, "token-file", "", "`FILE` with the viewer's licence token")
 	f.BoolVar(&reveal, "reveal", false, "show the keys")
 	return c
 }

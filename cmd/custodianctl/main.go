@@ -74,6 +74,7 @@ win:
   key_file: alice.key
   ca_file: ca.pem
   server_name: ""             # where it is not the host in address
+  recipient_key_files: []     # open keys that are sealed to the caller
 
 The file is the one named by --config, else by $CUSTODIANCTL_CONFIG, else
 ~/.config/custodian/custodianctl.yaml where there is one.`,
@@ -149,9 +150,13 @@ func (a *app) connect(ctx context.Context) (*client.Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	keys, err := recipientKeys(s.RecipientKeyFiles)
+	if err != nil {
+		return nil, &failure{reason: reasonConfig, code: codes.InvalidArgument, err: err}
+	}
 	ctx, cancel := a.bounded(ctx)
 	defer cancel()
-	cl, err := client.Dial(ctx, client.Config{Address: s.Address, CertFile: s.CertFile, KeyFile: s.KeyFile, CAFile: s.CAFile, ServerName: s.ServerName})
+	cl, err := client.Dial(ctx, client.Config{Address: s.Address, CertFile: s.CertFile, KeyFile: s.KeyFile, CAFile: s.CAFile, ServerName: s.ServerName, RecipientKeys: keys})
 	if err == nil {
 		return cl, nil
 	}

@@ -19,7 +19,7 @@ import (
 )
 
 func (a *app) pkiCmd() *cobra.Command {
-	return group(&cobra.Command{Use: "pki", Short: "Look at certificates, and make some for development"}, a.pkiShowCmd(), a.pkiDevInitCmd(), a.pkiDevIssueCmd())
+	return group(&cobra.Command{Use: "pki", Short: "Look at certificates, make some for development, and keys to seal content keys to"}, a.pkiShowCmd(), a.pkiDevInitCmd(), a.pkiDevIssueCmd(), a.pkiRecipientKeyCmd())
 }
 
 // A certView is a certificate in JSON.

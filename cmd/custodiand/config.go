@@ -27,6 +27,9 @@ import (
 type Config struct {
 	// Listen is the address of the gRPC listener, mutual TLS only.
 	Listen string `yaml:"listen"`
+	// HTTPListen is the address of GetContentKeys as JSON over HTTPS, mutual TLS
+	// only; without it there is none.
+	HTTPListen string `yaml:"http_listen"`
 	// AdminListen serves /livez, /readyz and /metrics in clear; loopback only.
 	AdminListen string `yaml:"admin_listen"`
 	// DataDir holds store.db, audit/ and pin.latch; mode 0700.
@@ -38,6 +41,8 @@ type Config struct {
 	Packagers PackagersConfig `yaml:"packagers"`
 	CPIX      CPIXConfig      `yaml:"cpix"`
 	Grants    []GrantConfig   `yaml:"grants"`
+	Sealing   SealingConfig   `yaml:"sealing"`
+	Tokens    *TokensConfig   `yaml:"tokens"` // nil: no licence token is asked for
 	Limits    LimitsConfig    `yaml:"limits"`
 	Events    EventsConfig    `yaml:"events"`
 	Audit     AuditConfig     `yaml:"audit"`
@@ -213,6 +218,11 @@ func (c *Config) resolve(dir string) {
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
+	if c.Tokens != nil {
+		for i := range c.Tokens.Issuers {
+			paths = append(paths, &c.Tokens.Issuers[i].JWKSFile, &c.Tokens.Issuers[i].CAFile)
+		}
+	}
 	for i := range c.KMS.Providers {
 		p := &c.KMS.Providers[i]
 		v := &p.Vault
@@ -245,6 +255,9 @@ func (c *Config) check() error {
 	}
 	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		fault("listen", "%w", err)
+	}
+	if _, _, err := net.SplitHostPort(c.HTTPListen); c.HTTPListen != "" && err != nil {
+		fault("http_listen", "%w", err)
 	}
 	if host, _, err := net.SplitHostPort(c.AdminListen); err != nil {
 		fault("admin_listen", "%w", err)
@@ -284,11 +297,12 @@ func (c *Config) check() error {
 			}
 		}
 	}
+	faults = append(faults, c.Tokens.check()...)
 	faults = append(faults, c.Packagers.check()...)
 	if _, _, err := c.CPIX.load(); err != nil {
 		faults = append(faults, err)
 	}
-	if _, err := c.policy(); err != nil {
+	if _, err := c.policy(nil); err != nil {
 		faults = append(faults, err)
 	}
 	faults = append(faults, c.Audit.check()...)
@@ -366,8 +380,9 @@ func knownRole(r string) bool {
 	return false
 }
 
-// policy compiles the grants.
-func (c *Config) policy() (*custodian.Policy, error) {
+// policy compiles grants, sealing and tokens. sets are the keys of the issuers
+// of tokens that are loaded.
+func (c *Config) policy(sets tokenKeySets) (*custodian.Policy, error) {
 	var faults []error
 	grants := make([]custodian.Grant, len(c.Grants))
 	for i, g := range c.Grants {
@@ -393,7 +408,12 @@ func (c *Config) policy() (*custodian.Policy, error) {
 	if err := errors.Join(append(faults, err)...); err != nil {
 		return nil, err
 	}
-	return p, nil
+	sealed, err := c.Sealing.apply(p)
+	if err == nil {
+		p = sealed
+	}
+	with, terr := c.Tokens.apply(p, sets)
+	return with, errors.Join(err, terr)
 }
 
 func (c *Config) serverCerts(log *slog.Logger) certs.ServerOptions {

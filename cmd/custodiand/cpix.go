@@ -13,15 +13,15 @@ import (
 // CPIXConfig pins to whom documents with keys may be encrypted, and says where
 // they must be.
 type CPIXConfig struct {
-	Recipients []RecipientConfig `yaml:"recipients"`
+	Recipients []CPIXRecipientConfig `yaml:"recipients"`
 	// Encrypted are categories whose keys leave through SPEKE in encrypted
 	// documents only.
 	Encrypted []string `yaml:"encrypted"`
 }
 
-// RecipientConfig is one pinned certificate. It counts until it is taken out of
+// CPIXRecipientConfig is one pinned certificate. It counts until it is taken out of
 // the file; its dates and its issuer are not looked at.
-type RecipientConfig struct {
+type CPIXRecipientConfig struct {
 	Name        string `yaml:"name"`
 	CertFile    string `yaml:"cert_file"`    // PEM or DER; RSA of 2048 bits at least
 	KeyWrapping string `yaml:"key_wrapping"` // aes256-cbc or kw-aes256; aes256-cbc
@@ -80,7 +80,7 @@ func (c CPIXConfig) load() (packager.SPEKEConfig, []packager.ExportRecipient, er
 	return speke, exports, errors.Join(faults...)
 }
 
-func readRecipient(c RecipientConfig) (packager.Recipient, error) {
+func readRecipient(c CPIXRecipientConfig) (packager.Recipient, error) {
 	raw, err := os.ReadFile(c.CertFile)
 	if err != nil {
 		return packager.Recipient{}, err

@@ -58,15 +58,15 @@ func TestCPIXConfig(t *testing.T) {
 		want   []string // parts of the error; none: it is good
 	}{
 		{"nothing", CPIXConfig{}, nil},
-		{"good", CPIXConfig{Recipients: []RecipientConfig{{Name: "a", CertFile: good, Identities: []string{"x"}, Export: []string{"movies"}}}, Encrypted: []string{"movies"}}, nil},
-		{"all faults at once", CPIXConfig{Recipients: []RecipientConfig{{CertFile: good, Identities: []string{"x"}}, {Name: "b", CertFile: filepath.Join(dir, "none"), Export: []string{"?"}}}, Encrypted: []string{"!"}},
+		{"good", CPIXConfig{Recipients: []CPIXRecipientConfig{{Name: "a", CertFile: good, Identities: []string{"x"}, Export: []string{"movies"}}}, Encrypted: []string{"movies"}}, nil},
+		{"all faults at once", CPIXConfig{Recipients: []CPIXRecipientConfig{{CertFile: good, Identities: []string{"x"}}, {Name: "b", CertFile: filepath.Join(dir, "none"), Export: []string{"?"}}}, Encrypted: []string{"!"}},
 			[]string{"cpix.recipients[0].name:", "cpix.recipients[1].cert_file: open", "cpix.recipients[1].export:", "cpix.encrypted[0]:"}},
-		{"a name twice", CPIXConfig{Recipients: []RecipientConfig{{Name: "a", CertFile: good, Identities: []string{"x"}}, {Name: "a", CertFile: good, Identities: []string{"x"}}}}, []string{"cpix.recipients[1].name"}},
-		{"for nothing", CPIXConfig{Recipients: []RecipientConfig{{Name: "a", CertFile: good}}}, []string{"cpix.recipients[0].identities: it and export are empty"}},
-		{"EC", CPIXConfig{Recipients: []RecipientConfig{{Name: "a", CertFile: elliptical, Identities: []string{"x"}}}}, []string{"RSA keys only"}},
-		{"a chain", CPIXConfig{Recipients: []RecipientConfig{{Name: "a", CertFile: chain, Identities: []string{"x"}}}}, []string{"one is pinned, not a chain"}},
-		{"a private key", CPIXConfig{Recipients: []RecipientConfig{{Name: "a", CertFile: key, Identities: []string{"x"}}}}, []string{"not CERTIFICATE"}},
-		{"a wrapping of nobody", CPIXConfig{Recipients: []RecipientConfig{{Name: "a", CertFile: good, KeyWrapping: "des", Identities: []string{"x"}}}}, []string{`key wrapping "des"`}},
+		{"a name twice", CPIXConfig{Recipients: []CPIXRecipientConfig{{Name: "a", CertFile: good, Identities: []string{"x"}}, {Name: "a", CertFile: good, Identities: []string{"x"}}}}, []string{"cpix.recipients[1].name"}},
+		{"for nothing", CPIXConfig{Recipients: []CPIXRecipientConfig{{Name: "a", CertFile: good}}}, []string{"cpix.recipients[0].identities: it and export are empty"}},
+		{"EC", CPIXConfig{Recipients: []CPIXRecipientConfig{{Name: "a", CertFile: elliptical, Identities: []string{"x"}}}}, []string{"RSA keys only"}},
+		{"a chain", CPIXConfig{Recipients: []CPIXRecipientConfig{{Name: "a", CertFile: chain, Identities: []string{"x"}}}}, []string{"one is pinned, not a chain"}},
+		{"a private key", CPIXConfig{Recipients: []CPIXRecipientConfig{{Name: "a", CertFile: key, Identities: []string{"x"}}}}, []string{"not CERTIFICATE"}},
+		{"a wrapping of nobody", CPIXConfig{Recipients: []CPIXRecipientConfig{{Name: "a", CertFile: good, KeyWrapping: "des", Identities: []string{"x"}}}}, []string{`key wrapping "des"`}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			speke, exports, err := test.config.load()

@@ -43,6 +43,8 @@ type daemon struct {
 	webhook      *webhook // nil: nobody is told of incidents
 	custody      *custodian.Custodian
 	parts        parts
+	// tokenKeys of the issuers of licence tokens; a reload keeps them.
+	tokenKeys tokenKeySets
 
 	// mu guards the fields below.
 	mu      sync.Mutex
@@ -59,7 +61,13 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
-	policy, err := d.config.policy()
+	d.metrics = prometheus.NewRegistry()
+	sources, sets, err := newTokenSources(ctx, d.config.Tokens, d.metrics, d.log)
+	if err != nil {
+		return fmt.Errorf("tokens: %w", err)
+	}
+	d.tokenKeys = sets
+	policy, err := d.config.policy(sets)
 	if err != nil {
 		return err
 	}
@@ -98,6 +106,15 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		admin.Close()
 		return err
 	}
+	twin, err := d.listenTwin()
+	if err != nil {
+		listener.Close()
+		admin.Close()
+		if packagers != nil {
+			packagers.Close()
+		}
+		return err
+	}
 	d.log.Info("listening", "listen", listener.Addr().String(), "admin", admin.Addr().String())
 	// The parts outlive the calls that use them.
 	defer func() { err = errors.Join(err, d.closeParts(context.WithoutCancel(ctx))) }()
@@ -108,8 +125,14 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if packagers != nil {
 		g.Go(func() error { return d.servePackagers(gctx, packagers) })
 	}
+	if twin != nil {
+		g.Go(func() error { return d.server.ServeTwin(gctx, twin, d.config.Limits.DrainTimeout) })
+	}
 	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
 	g.Go(func() error { d.heedHangups(gctx, hup); return nil })
+	for _, s := range sources {
+		g.Go(func() error { s.run(gctx); return nil })
+	}
 	if d.webhook != nil {
 		g.Go(func() error { d.webhook.run(gctx); return nil })
 	}
@@ -219,6 +242,19 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 		return err
 	}
 	return d.adopt(ctx, policy)
+}
+
+// listenTwin opens the listener of providers without gRPC, if there is one.
+func (d *daemon) listenTwin() (net.Listener, error) {
+	if d.config.HTTPListen == "" {
+		return nil, nil
+	}
+	l, err := net.Listen("tcp", d.config.HTTPListen)
+	if err != nil {
+		return nil, fmt.Errorf("http_listen: %w", err)
+	}
+	d.log.Info("listening for HTTPS", "http", l.Addr().String())
+	return l, nil
 }
 
 // storeMissing tells an uninitialised place from one that has lost its store:

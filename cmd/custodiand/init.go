@@ -17,7 +17,7 @@ import (
 // empty store and the first entries of the audit log. Run again after a
 // crash, it goes on where it stopped. Without a genesis there are no officers.
 func initCustody(ctx context.Context, c *Config, genesis *custodian.Genesis, log *slog.Logger) (err error) {
-	policy, err := c.policy()
+	policy, err := c.policy(nil)
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -83,12 +84,14 @@ func TestCloudKMS(t *testing.T) {
 				{"away", kms.away, kms.back, "KMS_UNAVAILABLE"},
 				{"key disabled", kms.disable, kms.enable, "KMS_UNAVAILABLE"},
 				{"credentials ended", kms.renew, func() {}, ""},
+				{"login refused", kms.lockOut, kms.letIn, "KMS_UNAVAILABLE"},
 			} {
 				day.harm()
 				time.Sleep(1100 * time.Millisecond) // the KEK's lifetime
 				if got := s.get(); got != day.want {
 					t.Errorf("callback on the day %q: got %q, want %q", day.name, got, day.want)
 				}
+				c.wantMetric(fmt.Sprintf(`custodian_kms_login_refused{provider="outer"} %d`, map[bool]int{true: 1}[day.name == "login refused"]))
 				day.mend()
 				s.wantRecovery("KMS_UNAVAILABLE", "DEADLINE")
 			}

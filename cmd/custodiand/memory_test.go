@@ -123,7 +123,7 @@ func (c *custody) plantCategory(name custodian.CategoryName) []byte {
 	if p.token, err = openToken(ctx, c.config, log); err != nil {
 		t.Fatal(err)
 	}
-	policy, err := c.config.policy()
+	policy, err := c.config.policy(nil)
 	if err != nil {
 		t.Fatal(err)
 	}

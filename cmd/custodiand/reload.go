@@ -33,8 +33,9 @@ func (d *daemon) heedHangups(ctx context.Context, hup <-chan os.Signal) {
 	}
 }
 
-// reload takes grants, signers, recipients and certificates anew. Everything else
-// of the file needs a restart, and the log says what of it has changed.
+// reload takes grants, signers, recipients, sealing and certificates anew.
+// Everything else of the file needs a restart, and the log says what of it has
+// changed.
 func (d *daemon) reload(ctx context.Context) error {
 	if err := d.certs.Reload(); err != nil {
 		return err
@@ -45,10 +46,6 @@ func (d *daemon) reload(ctx context.Context) error {
 	}
 	if err := certs.CheckCAs(c.serverCerts(d.log).CAs); err != nil {
 		return fmt.Errorf("config %s: tls.client_cas: %w", d.path, err)
-	}
-	policy, err := c.policy()
-	if err != nil {
-		return err
 	}
 	signers, err := c.Packagers.signers()
 	if err != nil {
@@ -62,8 +59,13 @@ func (d *daemon) reload(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("config %s: compare with the one in force: %w", d.path, err)
 	}
+	c.Tokens = d.config.Tokens // until the restart that the log asks for
+	policy, err := c.policy(d.tokenKeys)
+	if err != nil {
+		return err
+	}
 	if len(keys) > 0 {
-		d.log.Warn("what has changed in the configuration beside grants, signers and cpix is not in force before a restart", "keys", strings.Join(keys, " "))
+		d.log.Warn("what has changed in the configuration beside grants, signers, cpix and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -103,7 +105,7 @@ func (d *daemon) lastPolicy() *custodian.Policy {
 }
 
 // restartKeys names the keys that differ between two configurations, but for
-// grants, signers and recipients, which are taken without a restart.
+// those that are taken without a restart.
 func restartKeys(inForce, loaded *Config) ([]string, error) {
 	was, err := tree(inForce)
 	if err != nil {
@@ -116,6 +118,7 @@ func restartKeys(inForce, loaded *Config) ([]string, error) {
 	for _, t := range []map[string]any{was, is} {
 		delete(t, "grants")
 		delete(t, "cpix")
+		delete(t, "sealing")
 		if packagers, ok := t["packagers"].(map[string]any); ok {
 			delete(packagers, "signers")
 		}

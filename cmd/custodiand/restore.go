@@ -44,7 +44,7 @@ func restoreCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 // another name and takes its place last, so that an interrupted restore is
 // simply run again.
 func restore(ctx context.Context, c *Config, from, identity string, log *slog.Logger) (rep custodian.RestoreReport, err error) {
-	policy, err := c.policy()
+	policy, err := c.policy(nil)
 	if err != nil {
 		return rep, err
 	}

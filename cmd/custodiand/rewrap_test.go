@@ -3,7 +3,9 @@ package main
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"io"
 	"log/slog"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -53,6 +55,7 @@ func TestMoveCategory(t *testing.T) {
 		if !c.awaitMoved(versions * share / 10) {
 			t.Fatalf("the job ended before the kill at %d tenths", share)
 		}
+		c.wantMetric(`custodian_rewrap_keys{category="movies"} 1000`)
 		c.kill()
 		c.mustStart()
 	}
@@ -89,6 +92,24 @@ func TestMoveCategory(t *testing.T) {
 	c.wantKeys("by Vault alone", keys)
 }
 
+// wantMetric fails the test where the daemon does not show the metric with this
+// value.
+func (c *custody) wantMetric(line string) {
+	c.t.Helper()
+	res, err := http.Get("http://" + c.admin + "/metrics")
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	all, err := io.ReadAll(res.Body)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if !strings.Contains("\n"+string(all), "\n"+line+"\n") {
+		c.t.Errorf("the metrics have no %s", line)
+	}
+}
+
 // seed makes the category movies with so many KEK versions and a content key
 // under each, through the domain: the daemon makes a version at 2^31
 // invocations only. It returns the digests of the keys by KID.
@@ -97,7 +118,7 @@ func (c *custody) seed(versions int) map[custodian.KID][32]byte {
 	t.Helper()
 	t.Setenv("SOFTHSM2_CONF", c.config.HSM.SoftHSMConf)
 	log := slog.New(slog.DiscardHandler)
-	policy, err := c.config.policy()
+	policy, err := c.config.policy(nil)
 	if err != nil {
 		t.Fatal(err)
 	}

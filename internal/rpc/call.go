@@ -27,6 +27,7 @@ type call struct {
 	caller    custodian.Caller
 	requestID string
 	start     time.Time
+	grace     string // seconds, of an answer that was given while the KMS is away
 }
 
 type callKey struct{}

@@ -72,6 +72,10 @@ func (v *Visit) End(ctx context.Context, err error) Refusal {
 func (s *Server) Listen(l net.Listener) net.Listener {
 	config := s.config.Certs.PackagerTLSConfig()
 	config.NextProtos = []string{"http/1.1"}
+	return s.listen(l, config)
+}
+
+func (s *Server) listen(l net.Listener, config *tls.Config) net.Listener {
 	return &frontListener{l, config, s.primers, s.config.Log}
 }
 

@@ -25,11 +25,14 @@ func (g *graceTrailer) add(left time.Duration) {
 	}
 }
 
-// send sets the trailer. That fails only outside of a call, where there is
-// nobody to tell.
+// send sets the trailer, and tells the call, for front doors that do not speak
+// gRPC: with those, setting the trailer fails.
 func (g graceTrailer) send(ctx context.Context) {
 	if g != 0 {
-		seconds := custodian.GraceSeconds(time.Duration(g))
-		_ = grpc.SetTrailer(ctx, metadata.Pairs(GraceTrailer, strconv.FormatInt(seconds, 10)))
+		seconds := strconv.FormatInt(custodian.GraceSeconds(time.Duration(g)), 10)
+		if c := callOf(ctx); c != nil {
+			c.grace = seconds
+		}
+		_ = grpc.SetTrailer(ctx, metadata.Pairs(GraceTrailer, seconds))
 	}
 }

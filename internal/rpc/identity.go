@@ -35,7 +35,7 @@ func (s *Server) callerOf(state tls.ConnectionState) (custodian.Caller, error) {
 		return custodian.Caller{}, &identityError{err}
 	}
 	s.metrics.peer(who)
-	caller := custodian.Caller{ID: who.Name, CA: who.CA, SPKI: who.SPKI, Roles: make([]custodian.Role, len(who.Roles))}
+	caller := custodian.Caller{ID: who.Name, CA: who.CA, SPKI: who.SPKI, Cert: who.Cert, Roles: make([]custodian.Role, len(who.Roles))}
 	for i, role := range who.Roles {
 		caller.Roles[i] = custodian.Role(role)
 	}

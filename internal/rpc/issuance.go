@@ -28,7 +28,7 @@ func (s *issuance) IssueContentKeys(ctx context.Context, req *v1.IssueContentKey
 	}
 	c := callOf(ctx)
 	keys, err := custody.Issue(ctx, c.caller, custodian.IssueRequest{RequestID: c.requestID,
-		Category: custodian.CategoryName(req.GetCategory()), ContentID: req.GetContentId(), Keys: specs})
+		Category: custodian.CategoryName(req.GetCategory()), ContentID: req.GetContentId(), Keys: specs, Sealable: true})
 	if err != nil {
 		return nil, err
 	}
@@ -51,6 +51,7 @@ func (s *issuance) encode(c *call, keys []custodian.IssuedKey) *v1.IssueContentK
 	for i := range keys {
 		from, to := &keys[i], &parts[i]
 		to.issued.Key = to.key.encode(&from.ContentKey, from.Key.Lend())
+		to.key.sealed(c, from.Sealed)
 		to.key.attest(from.Receipt.Index, from.Receipt.LeafHash[:], from.Receipt.Checkpoint)
 		to.issued.Created = from.Created
 		resp.Keys[i] = &to.issued

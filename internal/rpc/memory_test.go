@@ -4,9 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +20,7 @@ import (
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/certs"
+	"github.com/keycustody/custodian/custodian"
 )
 
 // daemonDir makes this test binary a daemon in the directory that it names.
@@ -35,18 +39,26 @@ func TestMain(m *testing.M) {
 
 // runDaemon serves until its standard input ends.
 func runDaemon(dir string) error {
-	k, err := openKit(context.Background(), dir, options{})
+	k, err := openKit(context.Background(), dir, options{config: func(c *rpcConfig) { c.RetrieveDeadline = time.Minute }})
 	defer k.close()
 	if err != nil {
 		return err
 	}
-	fmt.Println(k.addr)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	twin := make(chan error, 1)
+	go func() { twin <- k.server.ServeTwin(ctx, l, time.Second) }()
+	fmt.Println(k.addr, l.Addr())
 	_, err = io.Copy(io.Discard, os.Stdin)
-	return err
+	stop()
+	return errors.Join(err, <-twin)
 }
 
 // startDaemon runs a kit in a process of its own and returns its id.
-func startDaemon(t *testing.T) (k *kit, pid int) {
+func startDaemon(t *testing.T) (k *kit, twin string, pid int) {
 	t.Helper()
 	dir := t.TempDir()
 	exe, err := os.Executable()
@@ -69,27 +81,31 @@ func startDaemon(t *testing.T) (k *kit, pid int) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { in.Close(); cmd.Wait() })
-	addr, err := bufio.NewReader(out).ReadString('\n')
+	line, err := bufio.NewReader(out).ReadString('\n')
 	if err != nil {
 		t.Fatalf("daemon: no address: %v", err)
 	}
+	addr, httpAddr, _ := strings.Cut(strings.TrimSpace(line), " ")
 	ca, err := certs.OpenAuthority(filepath.Join(dir, "pki"), trustDomain)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &kit{dir: dir, ca: ca, addr: strings.TrimSpace(addr)}, cmd.Process.Pid
+	return &kit{dir: dir, ca: ca, addr: addr}, "https://" + httpAddr, cmd.Process.Pid
 }
 
 // TestKeysLeaveMemory looks for released keys in a memory image of the daemon:
-// after 1,000 keys were issued and each was released alone and among others, all
-// connections are closed and five seconds have passed, at most one of them may
+// after 1,000 keys were issued and each was released alone and among others, by
+// gRPC and by the HTTP twin, all connections are closed and five seconds have passed, at most one of them may
 // be anywhere.
 func TestKeysLeaveMemory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("waits five seconds")
 	}
-	k, pid := startDaemon(t)
-	keys := k.releaseKeys(t, 1000)
+	k, twin, pid := startDaemon(t)
+	keys := k.releaseKeys(t, twin, 1000)
+	for _, key := range keys { // as the twin writes them
+		keys = append(keys, []byte(base64.StdEncoding.EncodeToString(key))[:16])
+	}
 
 	time.Sleep(5 * time.Second)
 	left := findKeys(t, pid, keys)
@@ -104,7 +120,7 @@ func TestKeysLeaveMemory(t *testing.T) {
 // TestFindKeys: a search that finds nothing must be one that can find. The
 // daemon has the name of this variable in its environment.
 func TestFindKeys(t *testing.T) {
-	_, pid := startDaemon(t)
+	_, _, pid := startDaemon(t)
 	there, nowhere := []byte(daemonDir)[:16], bytes.Repeat([]byte{0xa5, 0x5a}, 8)
 	left := findKeys(t, pid, [][]byte{there, nowhere})
 	if _, found := left[0]; !found || len(left) != 1 {
@@ -113,8 +129,9 @@ func TestFindKeys(t *testing.T) {
 }
 
 // releaseKeys issues n keys, releases each of them alone and in a call of
-// sixteen, over a few connections that are closed in the end, and returns them.
-func (k *kit) releaseKeys(t *testing.T, n int) [][]byte {
+// sixteen, a quarter of them also by the HTTP twin, over a few connections that
+// are closed in the end, and returns them.
+func (k *kit) releaseKeys(t *testing.T, twin string, n int) [][]byte {
 	t.Helper()
 	var keys, kids [][]byte
 	t.Run("release", func(t *testing.T) { // its clean-up closes the connections
@@ -130,9 +147,17 @@ func (k *kit) releaseKeys(t *testing.T, n int) [][]byte {
 		}
 		var wg sync.WaitGroup
 		for part := range 4 {
-			cl := k.dial(t, provider)
+			cl, browser := k.dial(t, provider), k.browser(t, provider, nil)
 			wg.Go(func() {
 				for i := part; i < n; i += 4 {
+					if i%16 < 4 {
+						kid, _ := custodian.KIDFromBytes(kids[i])
+						a := post(t, browser, twin, map[string]any{"kids": []string{kid.String()}})
+						if len(a.Results) != 1 || a.Results[0].Key["key"] != base64.StdEncoding.EncodeToString(keys[i]) {
+							t.Errorf("key %d by the twin: %+v", i, a.Error)
+							return
+						}
+					}
 					resp, err := cl.GetContentKeys(t.Context(), &v1.GetContentKeysRequest{Kids: kids[i : i+1]})
 					if err != nil || !bytes.Equal(resp.GetResults()[0].GetKey().GetKey(), keys[i]) {
 						t.Errorf("key %d: %v", i, err)

@@ -26,7 +26,8 @@ func (r *retrieval) GetContentKeys(ctx context.Context, req *v1.GetContentKeysRe
 		return nil, err
 	}
 	c := callOf(ctx)
-	results, err := custody.Retrieve(ctx, c.caller, custodian.RetrieveRequest{RequestID: c.requestID, ContentID: req.GetContentId(), KIDs: kids})
+	results, err := custody.Retrieve(ctx, c.caller, custodian.RetrieveRequest{RequestID: c.requestID, ContentID: req.GetContentId(), KIDs: kids,
+		RecipientKeyID: req.GetRecipientKeyId(), LicenceToken: req.GetLicenceToken(), SessionID: req.GetViewerContext().GetSessionId()})
 	if err != nil {
 		return nil, err
 	}
@@ -52,6 +53,7 @@ func (r *retrieval) encode(ctx context.Context, c *call, results []custodian.Ret
 			continue
 		}
 		to.success.Key = to.key.encode(&from.Info, from.Key.Lend())
+		to.key.sealed(c, from.Sealed)
 		to.key.attest(from.Receipt.Index, from.Receipt.LeafHash[:], from.Receipt.Checkpoint)
 		to.result.Result = &to.success
 		released++
@@ -133,4 +135,33 @@ func (p *keyParts) attest(index uint64, leafHash, checkpoint []byte) {
 	p.receipt.LeafHash = leafHash
 	p.receipt.Checkpoint = checkpoint
 	p.key.Receipt = &p.receipt
+}
+
+func (r *retrieval) ListKeyPeriods(ctx context.Context, req *v1.ListKeyPeriodsRequest) (*v1.ListKeyPeriodsResponse, error) {
+	custody, err := r.server.custody()
+	if err != nil {
+		return nil, err
+	}
+	kid, err := custodian.KIDFromBytes(req.GetKid())
+	if err != nil {
+		return nil, &custodian.InvalidError{Field: "kid", Err: err}
+	}
+	limit := int(req.GetLimit())
+	if limit == 0 {
+		limit = custodian.MaxKeyPeriods
+	}
+	c := callOf(ctx)
+	keys, err := custody.KeyPeriods(ctx, c.caller, c.requestID, kid, limit)
+	if err != nil {
+		return nil, err
+	}
+	resp := &v1.ListKeyPeriodsResponse{RequestId: c.requestID}
+	for i := range keys {
+		p := &v1.KeyPeriod{Kid: keys[i].KID[:]}
+		if keys[i].HasPeriod {
+			p.Period = &v1.Period{Index: keys[i].Period, StartTime: timestamp(keys[i].PeriodStart), EndTime: timestamp(keys[i].PeriodEnd)}
+		}
+		resp.Periods = append(resp.Periods, p)
+	}
+	return resp, nil
 }

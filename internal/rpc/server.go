@@ -28,6 +28,7 @@ import (
 type Custody interface {
 	Issue(context.Context, custodian.Caller, custodian.IssueRequest) ([]custodian.IssuedKey, error)
 	Retrieve(context.Context, custodian.Caller, custodian.RetrieveRequest) ([]custodian.RetrieveResult, error)
+	KeyPeriods(ctx context.Context, who custodian.Caller, requestID string, kid custodian.KID, limit int) ([]custodian.ContentKey, error)
 	Import(context.Context, custodian.Caller, custodian.ImportRequest) ([]custodian.ImportedKey, error)
 	Export(context.Context, custodian.Caller, custodian.ExportRequest) ([]custodian.ExportedKey, error)
 	Arena() *secret.Arena

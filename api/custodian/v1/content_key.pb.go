@@ -36,6 +36,7 @@ type ContentKey struct {
 	// Types that are valid to be assigned to KeyMaterial:
 	//
 	//	*ContentKey_Key
+	//	*ContentKey_SealedKey
 	KeyMaterial isContentKey_KeyMaterial `protobuf_oneof:"key_material"`
 	// The content category, whose key-encryption key protects this key at rest.
 	Category string `protobuf:"bytes,4,opt,name=category,proto3" json:"category,omitempty"`
@@ -116,6 +117,15 @@ func (x *ContentKey) GetKey() []byte {
 	return nil
 }
 
+func (x *ContentKey) GetSealedKey() *SealedKey {
+	if x != nil {
+		if x, ok := x.KeyMaterial.(*ContentKey_SealedKey); ok {
+			return x.SealedKey
+		}
+	}
+	return nil
+}
+
 func (x *ContentKey) GetCategory() string {
 	if x != nil {
 		return x.Category
@@ -188,7 +198,89 @@ type ContentKey_Key struct {
 	Key []byte `protobuf:"bytes,2,opt,name=key,proto3,oneof"`
 }
 
+type ContentKey_SealedKey struct {
+	// The key sealed to a public key of the caller, which the daemon's
+	// configuration pins.
+	SealedKey *SealedKey `protobuf:"bytes,3,opt,name=sealed_key,json=sealedKey,proto3,oneof"`
+}
+
 func (*ContentKey_Key) isContentKey_KeyMaterial() {}
+
+func (*ContentKey_SealedKey) isContentKey_KeyMaterial() {}
+
+// A SealedKey is a content key that only the holder of a recipient key can open
+// (HPKE, RFC 9180, base mode; KDF HKDF-SHA256, AEAD AES-256-GCM; the recipient
+// key says which KEM). It opens only as part of the answer that it came in.
+//
+// The HPKE info is the text "custodian sealed content key v1", the caller's
+// identity, the request ID of the answer, and of the content key its KID,
+// generation, IV, category, content ID, track type, scheme and period. Each text
+// and each run of bytes is preceded by its length in 4 bytes; the generation has
+// 4 bytes; the period is a byte 0 for none, or a byte 1 and its index in 4
+// bytes. All numbers are big-endian. The HPKE aad is empty.
+type SealedKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names the recipient key that opens it: the first 8 bytes of the SHA-256 of
+	// its text KEM:BASE64, in hexadecimal.
+	RecipientKeyId string `protobuf:"bytes,1,opt,name=recipient_key_id,json=recipientKeyId,proto3" json:"recipient_key_id,omitempty"`
+	// The identity that the daemon knows the caller by.
+	Caller string `protobuf:"bytes,2,opt,name=caller,proto3" json:"caller,omitempty"`
+	// The encapsulated key and the ciphertext with its tag.
+	Sealed        []byte `protobuf:"bytes,3,opt,name=sealed,proto3" json:"sealed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SealedKey) Reset() {
+	*x = SealedKey{}
+	mi := &file_custodian_v1_content_key_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SealedKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SealedKey) ProtoMessage() {}
+
+func (x *SealedKey) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_content_key_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SealedKey.ProtoReflect.Descriptor instead.
+func (*SealedKey) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_content_key_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *SealedKey) GetRecipientKeyId() string {
+	if x != nil {
+		return x.RecipientKeyId
+	}
+	return ""
+}
+
+func (x *SealedKey) GetCaller() string {
+	if x != nil {
+		return x.Caller
+	}
+	return ""
+}
+
+func (x *SealedKey) GetSealed() []byte {
+	if x != nil {
+		return x.Sealed
+	}
+	return nil
+}
 
 // A Period is a crypto period (CPIX ContentKeyPeriod).
 type Period struct {
@@ -205,7 +297,7 @@ type Period struct {
 
 func (x *Period) Reset() {
 	*x = Period{}
-	mi := &file_custodian_v1_content_key_proto_msgTypes[1]
+	mi := &file_custodian_v1_content_key_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -217,7 +309,7 @@ func (x *Period) String() string {
 func (*Period) ProtoMessage() {}
 
 func (x *Period) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_content_key_proto_msgTypes[1]
+	mi := &file_custodian_v1_content_key_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -230,7 +322,7 @@ func (x *Period) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Period.ProtoReflect.Descriptor instead.
 func (*Period) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_content_key_proto_rawDescGZIP(), []int{1}
+	return file_custodian_v1_content_key_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Period) GetIndex() uint32 {
@@ -271,7 +363,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_custodian_v1_content_key_proto_msgTypes[2]
+	mi := &file_custodian_v1_content_key_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -283,7 +375,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_content_key_proto_msgTypes[2]
+	mi := &file_custodian_v1_content_key_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -296,7 +388,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_content_key_proto_rawDescGZIP(), []int{2}
+	return file_custodian_v1_content_key_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Receipt) GetIndex() uint64 {
@@ -339,7 +431,7 @@ type KeyError struct {
 
 func (x *KeyError) Reset() {
 	*x = KeyError{}
-	mi := &file_custodian_v1_content_key_proto_msgTypes[3]
+	mi := &file_custodian_v1_content_key_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -351,7 +443,7 @@ func (x *KeyError) String() string {
 func (*KeyError) ProtoMessage() {}
 
 func (x *KeyError) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_content_key_proto_msgTypes[3]
+	mi := &file_custodian_v1_content_key_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -364,7 +456,7 @@ func (x *KeyError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyError.ProtoReflect.Descriptor instead.
 func (*KeyError) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_content_key_proto_rawDescGZIP(), []int{3}
+	return file_custodian_v1_content_key_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *KeyError) GetReason() string {
@@ -399,11 +491,13 @@ var File_custodian_v1_content_key_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_content_key_proto_rawDesc = "" +
 	"\n" +
-	"\x1ecustodian/v1/content_key.proto\x12\fcustodian.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x03\n" +
+	"\x1ecustodian/v1/content_key.proto\x12\fcustodian.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xba\x03\n" +
 	"\n" +
 	"ContentKey\x12\x10\n" +
 	"\x03kid\x18\x01 \x01(\fR\x03kid\x12\x12\n" +
-	"\x03key\x18\x02 \x01(\fH\x00R\x03key\x12\x1a\n" +
+	"\x03key\x18\x02 \x01(\fH\x00R\x03key\x128\n" +
+	"\n" +
+	"sealed_key\x18\x03 \x01(\v2\x17.custodian.v1.SealedKeyH\x00R\tsealedKey\x12\x1a\n" +
 	"\bcategory\x18\x04 \x01(\tR\bcategory\x12\x1d\n" +
 	"\n" +
 	"content_id\x18\x05 \x01(\fR\tcontentId\x12\x1d\n" +
@@ -419,8 +513,11 @@ const file_custodian_v1_content_key_proto_rawDesc = "" +
 	"\vcreate_time\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12/\n" +
 	"\areceipt\x18\f \x01(\v2\x15.custodian.v1.ReceiptR\areceiptB\x0e\n" +
-	"\fkey_materialJ\x04\b\x03\x10\x04R\n" +
-	"sealed_key\"\x90\x01\n" +
+	"\fkey_material\"e\n" +
+	"\tSealedKey\x12(\n" +
+	"\x10recipient_key_id\x18\x01 \x01(\tR\x0erecipientKeyId\x12\x16\n" +
+	"\x06caller\x18\x02 \x01(\tR\x06caller\x12\x16\n" +
+	"\x06sealed\x18\x03 \x01(\fR\x06sealed\"\x90\x01\n" +
 	"\x06Period\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x129\n" +
 	"\n" +
@@ -451,27 +548,29 @@ func file_custodian_v1_content_key_proto_rawDescGZIP() []byte {
 	return file_custodian_v1_content_key_proto_rawDescData
 }
 
-var file_custodian_v1_content_key_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_custodian_v1_content_key_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_custodian_v1_content_key_proto_goTypes = []any{
 	(*ContentKey)(nil),            // 0: custodian.v1.ContentKey
-	(*Period)(nil),                // 1: custodian.v1.Period
-	(*Receipt)(nil),               // 2: custodian.v1.Receipt
-	(*KeyError)(nil),              // 3: custodian.v1.KeyError
-	(*timestamppb.Timestamp)(nil), // 4: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 5: google.protobuf.Duration
+	(*SealedKey)(nil),             // 1: custodian.v1.SealedKey
+	(*Period)(nil),                // 2: custodian.v1.Period
+	(*Receipt)(nil),               // 3: custodian.v1.Receipt
+	(*KeyError)(nil),              // 4: custodian.v1.KeyError
+	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 6: google.protobuf.Duration
 }
 var file_custodian_v1_content_key_proto_depIdxs = []int32{
-	1, // 0: custodian.v1.ContentKey.period:type_name -> custodian.v1.Period
-	4, // 1: custodian.v1.ContentKey.create_time:type_name -> google.protobuf.Timestamp
-	2, // 2: custodian.v1.ContentKey.receipt:type_name -> custodian.v1.Receipt
-	4, // 3: custodian.v1.Period.start_time:type_name -> google.protobuf.Timestamp
-	4, // 4: custodian.v1.Period.end_time:type_name -> google.protobuf.Timestamp
-	5, // 5: custodian.v1.KeyError.retry_delay:type_name -> google.protobuf.Duration
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	1, // 0: custodian.v1.ContentKey.sealed_key:type_name -> custodian.v1.SealedKey
+	2, // 1: custodian.v1.ContentKey.period:type_name -> custodian.v1.Period
+	5, // 2: custodian.v1.ContentKey.create_time:type_name -> google.protobuf.Timestamp
+	3, // 3: custodian.v1.ContentKey.receipt:type_name -> custodian.v1.Receipt
+	5, // 4: custodian.v1.Period.start_time:type_name -> google.protobuf.Timestamp
+	5, // 5: custodian.v1.Period.end_time:type_name -> google.protobuf.Timestamp
+	6, // 6: custodian.v1.KeyError.retry_delay:type_name -> google.protobuf.Duration
+	7, // [7:7] is the sub-list for method output_type
+	7, // [7:7] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_content_key_proto_init() }
@@ -481,6 +580,7 @@ func file_custodian_v1_content_key_proto_init() {
 	}
 	file_custodian_v1_content_key_proto_msgTypes[0].OneofWrappers = []any{
 		(*ContentKey_Key)(nil),
+		(*ContentKey_SealedKey)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -488,7 +588,7 @@ func file_custodian_v1_content_key_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_content_key_proto_rawDesc), len(file_custodian_v1_content_key_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

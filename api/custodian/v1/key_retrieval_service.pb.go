@@ -31,9 +31,18 @@ type GetContentKeysRequest struct {
 	Kids [][]byte `protobuf:"bytes,2,rep,name=kids,proto3" json:"kids,omitempty"`
 	// The content item that the keys belong to, 1 to 300 bytes. Optional: where it
 	// is given, keys of other content are refused.
-	ContentId     []byte `protobuf:"bytes,3,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ContentId []byte `protobuf:"bytes,3,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
+	// The signed licence token of the viewer's session, a JWT in compact form of at
+	// most 8 KiB. It decides together with the policy: one that is bad refuses
+	// every key, and most categories need one. docs/OPERATIONS.md has its claims.
+	LicenceToken string `protobuf:"bytes,4,opt,name=licence_token,json=licenceToken,proto3" json:"licence_token,omitempty"`
+	// What the caller itself says of the viewer. It never replaces the token.
+	ViewerContext *ViewerContext `protobuf:"bytes,5,opt,name=viewer_context,json=viewerContext,proto3" json:"viewer_context,omitempty"`
+	// Which of the recipient keys that are pinned for the caller the keys are
+	// sealed to. Empty: the first one, where there is one.
+	RecipientKeyId string `protobuf:"bytes,6,opt,name=recipient_key_id,json=recipientKeyId,proto3" json:"recipient_key_id,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *GetContentKeysRequest) Reset() {
@@ -87,6 +96,73 @@ func (x *GetContentKeysRequest) GetContentId() []byte {
 	return nil
 }
 
+func (x *GetContentKeysRequest) GetLicenceToken() string {
+	if x != nil {
+		return x.LicenceToken
+	}
+	return ""
+}
+
+func (x *GetContentKeysRequest) GetViewerContext() *ViewerContext {
+	if x != nil {
+		return x.ViewerContext
+	}
+	return nil
+}
+
+func (x *GetContentKeysRequest) GetRecipientKeyId() string {
+	if x != nil {
+		return x.RecipientKeyId
+	}
+	return ""
+}
+
+// A ViewerContext is what a caller asserts, and nobody has signed.
+type ViewerContext struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The playback session. Where it is given, a licence token must be for it.
+	SessionId     string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ViewerContext) Reset() {
+	*x = ViewerContext{}
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ViewerContext) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ViewerContext) ProtoMessage() {}
+
+func (x *ViewerContext) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ViewerContext.ProtoReflect.Descriptor instead.
+func (*ViewerContext) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ViewerContext) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
 // GetContentKeysResponse has one result for each KID that was asked for.
 type GetContentKeysResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -100,7 +176,7 @@ type GetContentKeysResponse struct {
 
 func (x *GetContentKeysResponse) Reset() {
 	*x = GetContentKeysResponse{}
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[1]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -112,7 +188,7 @@ func (x *GetContentKeysResponse) String() string {
 func (*GetContentKeysResponse) ProtoMessage() {}
 
 func (x *GetContentKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[1]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -125,7 +201,7 @@ func (x *GetContentKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetContentKeysResponse.ProtoReflect.Descriptor instead.
 func (*GetContentKeysResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{1}
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *GetContentKeysResponse) GetResults() []*GetContentKeysResult {
@@ -160,7 +236,7 @@ type GetContentKeysResult struct {
 
 func (x *GetContentKeysResult) Reset() {
 	*x = GetContentKeysResult{}
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[2]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -172,7 +248,7 @@ func (x *GetContentKeysResult) String() string {
 func (*GetContentKeysResult) ProtoMessage() {}
 
 func (x *GetContentKeysResult) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[2]
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -185,7 +261,7 @@ func (x *GetContentKeysResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetContentKeysResult.ProtoReflect.Descriptor instead.
 func (*GetContentKeysResult) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{2}
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *GetContentKeysResult) GetKid() []byte {
@@ -238,17 +314,200 @@ func (*GetContentKeysResult_Key) isGetContentKeysResult_Result() {}
 
 func (*GetContentKeysResult_Error) isGetContentKeysResult_Result() {}
 
+// ListKeyPeriodsRequest names a key.
+type ListKeyPeriodsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Identifies the call in the audit log, 1 to 128 printable ASCII characters.
+	// Empty: the daemon draws one.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The KID, 16 bytes.
+	Kid []byte `protobuf:"bytes,2,opt,name=kid,proto3" json:"kid,omitempty"`
+	// How many periods to name at most, the key's own included: 1 to 64. Zero: 64.
+	Limit         uint32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListKeyPeriodsRequest) Reset() {
+	*x = ListKeyPeriodsRequest{}
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListKeyPeriodsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListKeyPeriodsRequest) ProtoMessage() {}
+
+func (x *ListKeyPeriodsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListKeyPeriodsRequest.ProtoReflect.Descriptor instead.
+func (*ListKeyPeriodsRequest) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ListKeyPeriodsRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *ListKeyPeriodsRequest) GetKid() []byte {
+	if x != nil {
+		return x.Kid
+	}
+	return nil
+}
+
+func (x *ListKeyPeriodsRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+// ListKeyPeriodsResponse is a schedule of crypto periods.
+type ListKeyPeriodsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The periods in their order, the one of the key first. A key without a period
+	// is named alone.
+	Periods []*KeyPeriod `protobuf:"bytes,1,rep,name=periods,proto3" json:"periods,omitempty"`
+	// The request ID that the audit log has.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListKeyPeriodsResponse) Reset() {
+	*x = ListKeyPeriodsResponse{}
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListKeyPeriodsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListKeyPeriodsResponse) ProtoMessage() {}
+
+func (x *ListKeyPeriodsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListKeyPeriodsResponse.ProtoReflect.Descriptor instead.
+func (*ListKeyPeriodsResponse) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ListKeyPeriodsResponse) GetPeriods() []*KeyPeriod {
+	if x != nil {
+		return x.Periods
+	}
+	return nil
+}
+
+func (x *ListKeyPeriodsResponse) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// A KeyPeriod is a crypto period and the KID of its key, for the same content,
+// tracks and scheme as the key that was asked about.
+type KeyPeriod struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The KID, 16 bytes.
+	Kid []byte `protobuf:"bytes,1,opt,name=kid,proto3" json:"kid,omitempty"`
+	// The period. Absent: the key has no period.
+	Period        *Period `protobuf:"bytes,2,opt,name=period,proto3" json:"period,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyPeriod) Reset() {
+	*x = KeyPeriod{}
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyPeriod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyPeriod) ProtoMessage() {}
+
+func (x *KeyPeriod) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_key_retrieval_service_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyPeriod.ProtoReflect.Descriptor instead.
+func (*KeyPeriod) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_key_retrieval_service_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *KeyPeriod) GetKid() []byte {
+	if x != nil {
+		return x.Kid
+	}
+	return nil
+}
+
+func (x *KeyPeriod) GetPeriod() *Period {
+	if x != nil {
+		return x.Period
+	}
+	return nil
+}
+
 var File_custodian_v1_key_retrieval_service_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_key_retrieval_service_proto_rawDesc = "" +
 	"\n" +
-	"(custodian/v1/key_retrieval_service.proto\x12\fcustodian.v1\x1a\x1ecustodian/v1/content_key.proto\"\xa0\x01\n" +
+	"(custodian/v1/key_retrieval_service.proto\x12\fcustodian.v1\x1a\x1ecustodian/v1/content_key.proto\"\xfc\x01\n" +
 	"\x15GetContentKeysRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x12\n" +
 	"\x04kids\x18\x02 \x03(\fR\x04kids\x12\x1d\n" +
 	"\n" +
-	"content_id\x18\x03 \x01(\fR\tcontentIdJ\x04\b\x04\x10\aR\rlicence_tokenR\x0eviewer_contextR\x10recipient_key_id\"u\n" +
+	"content_id\x18\x03 \x01(\fR\tcontentId\x12#\n" +
+	"\rlicence_token\x18\x04 \x01(\tR\flicenceToken\x12B\n" +
+	"\x0eviewer_context\x18\x05 \x01(\v2\x1b.custodian.v1.ViewerContextR\rviewerContext\x12(\n" +
+	"\x10recipient_key_id\x18\x06 \x01(\tR\x0erecipientKeyId\".\n" +
+	"\rViewerContext\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\"u\n" +
 	"\x16GetContentKeysResponse\x12<\n" +
 	"\aresults\x18\x01 \x03(\v2\".custodian.v1.GetContentKeysResultR\aresults\x12\x1d\n" +
 	"\n" +
@@ -257,9 +516,22 @@ const file_custodian_v1_key_retrieval_service_proto_rawDesc = "" +
 	"\x03kid\x18\x01 \x01(\fR\x03kid\x12,\n" +
 	"\x03key\x18\x02 \x01(\v2\x18.custodian.v1.ContentKeyH\x00R\x03key\x12.\n" +
 	"\x05error\x18\x03 \x01(\v2\x16.custodian.v1.KeyErrorH\x00R\x05errorB\b\n" +
-	"\x06result2r\n" +
+	"\x06result\"^\n" +
+	"\x15ListKeyPeriodsRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x10\n" +
+	"\x03kid\x18\x02 \x01(\fR\x03kid\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\"j\n" +
+	"\x16ListKeyPeriodsResponse\x121\n" +
+	"\aperiods\x18\x01 \x03(\v2\x17.custodian.v1.KeyPeriodR\aperiods\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\"K\n" +
+	"\tKeyPeriod\x12\x10\n" +
+	"\x03kid\x18\x01 \x01(\fR\x03kid\x12,\n" +
+	"\x06period\x18\x02 \x01(\v2\x14.custodian.v1.PeriodR\x06period2\xcf\x01\n" +
 	"\x13KeyRetrievalService\x12[\n" +
-	"\x0eGetContentKeys\x12#.custodian.v1.GetContentKeysRequest\x1a$.custodian.v1.GetContentKeysResponseB>Z<github.com/keycustody/custodian/api/custodian/v1;custodianv1b\x06proto3"
+	"\x0eGetContentKeys\x12#.custodian.v1.GetContentKeysRequest\x1a$.custodian.v1.GetContentKeysResponse\x12[\n" +
+	"\x0eListKeyPeriods\x12#.custodian.v1.ListKeyPeriodsRequest\x1a$.custodian.v1.ListKeyPeriodsResponseB>Z<github.com/keycustody/custodian/api/custodian/v1;custodianv1b\x06proto3"
 
 var (
 	file_custodian_v1_key_retrieval_service_proto_rawDescOnce sync.Once
@@ -273,25 +545,35 @@ func file_custodian_v1_key_retrieval_service_proto_rawDescGZIP() []byte {
 	return file_custodian_v1_key_retrieval_service_proto_rawDescData
 }
 
-var file_custodian_v1_key_retrieval_service_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_custodian_v1_key_retrieval_service_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_custodian_v1_key_retrieval_service_proto_goTypes = []any{
 	(*GetContentKeysRequest)(nil),  // 0: custodian.v1.GetContentKeysRequest
-	(*GetContentKeysResponse)(nil), // 1: custodian.v1.GetContentKeysResponse
-	(*GetContentKeysResult)(nil),   // 2: custodian.v1.GetContentKeysResult
-	(*ContentKey)(nil),             // 3: custodian.v1.ContentKey
-	(*KeyError)(nil),               // 4: custodian.v1.KeyError
+	(*ViewerContext)(nil),          // 1: custodian.v1.ViewerContext
+	(*GetContentKeysResponse)(nil), // 2: custodian.v1.GetContentKeysResponse
+	(*GetContentKeysResult)(nil),   // 3: custodian.v1.GetContentKeysResult
+	(*ListKeyPeriodsRequest)(nil),  // 4: custodian.v1.ListKeyPeriodsRequest
+	(*ListKeyPeriodsResponse)(nil), // 5: custodian.v1.ListKeyPeriodsResponse
+	(*KeyPeriod)(nil),              // 6: custodian.v1.KeyPeriod
+	(*ContentKey)(nil),             // 7: custodian.v1.ContentKey
+	(*KeyError)(nil),               // 8: custodian.v1.KeyError
+	(*Period)(nil),                 // 9: custodian.v1.Period
 }
 var file_custodian_v1_key_retrieval_service_proto_depIdxs = []int32{
-	2, // 0: custodian.v1.GetContentKeysResponse.results:type_name -> custodian.v1.GetContentKeysResult
-	3, // 1: custodian.v1.GetContentKeysResult.key:type_name -> custodian.v1.ContentKey
-	4, // 2: custodian.v1.GetContentKeysResult.error:type_name -> custodian.v1.KeyError
-	0, // 3: custodian.v1.KeyRetrievalService.GetContentKeys:input_type -> custodian.v1.GetContentKeysRequest
-	1, // 4: custodian.v1.KeyRetrievalService.GetContentKeys:output_type -> custodian.v1.GetContentKeysResponse
-	4, // [4:5] is the sub-list for method output_type
-	3, // [3:4] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	1, // 0: custodian.v1.GetContentKeysRequest.viewer_context:type_name -> custodian.v1.ViewerContext
+	3, // 1: custodian.v1.GetContentKeysResponse.results:type_name -> custodian.v1.GetContentKeysResult
+	7, // 2: custodian.v1.GetContentKeysResult.key:type_name -> custodian.v1.ContentKey
+	8, // 3: custodian.v1.GetContentKeysResult.error:type_name -> custodian.v1.KeyError
+	6, // 4: custodian.v1.ListKeyPeriodsResponse.periods:type_name -> custodian.v1.KeyPeriod
+	9, // 5: custodian.v1.KeyPeriod.period:type_name -> custodian.v1.Period
+	0, // 6: custodian.v1.KeyRetrievalService.GetContentKeys:input_type -> custodian.v1.GetContentKeysRequest
+	4, // 7: custodian.v1.KeyRetrievalService.ListKeyPeriods:input_type -> custodian.v1.ListKeyPeriodsRequest
+	2, // 8: custodian.v1.KeyRetrievalService.GetContentKeys:output_type -> custodian.v1.GetContentKeysResponse
+	5, // 9: custodian.v1.KeyRetrievalService.ListKeyPeriods:output_type -> custodian.v1.ListKeyPeriodsResponse
+	8, // [8:10] is the sub-list for method output_type
+	6, // [6:8] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_key_retrieval_service_proto_init() }
@@ -300,7 +582,7 @@ func file_custodian_v1_key_retrieval_service_proto_init() {
 		return
 	}
 	file_custodian_v1_content_key_proto_init()
-	file_custodian_v1_key_retrieval_service_proto_msgTypes[2].OneofWrappers = []any{
+	file_custodian_v1_key_retrieval_service_proto_msgTypes[3].OneofWrappers = []any{
 		(*GetContentKeysResult_Key)(nil),
 		(*GetContentKeysResult_Error)(nil),
 	}
@@ -310,7 +592,7 @@ func file_custodian_v1_key_retrieval_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_key_retrieval_service_proto_rawDesc), len(file_custodian_v1_key_retrieval_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   3,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -20,6 +20,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	KeyRetrievalService_GetContentKeys_FullMethodName = "/custodian.v1.KeyRetrievalService/GetContentKeys"
+	KeyRetrievalService_ListKeyPeriods_FullMethodName = "/custodian.v1.KeyRetrievalService/ListKeyPeriods"
 )
 
 // KeyRetrievalServiceClient is the client API for KeyRetrievalService service.
@@ -29,13 +30,18 @@ const (
 // The KeyRetrievalService is the callback of a DRM provider: it hands out
 // existing content keys by KID.
 //
-// Every call is bounded by a hard cap of 250 ms by default, or by the caller's
+// GetContentKeys is bounded by a hard cap of 250 ms by default, or by the caller's
 // own deadline where that is shorter.
 type KeyRetrievalServiceClient interface {
 	// GetContentKeys releases content keys. Each key is decided on its own and is
 	// written to the audit log before it is returned. Where no key could be
 	// released, the call fails with the status of the first result.
 	GetContentKeys(ctx context.Context, in *GetContentKeysRequest, opts ...grpc.CallOption) (*GetContentKeysResponse, error)
+	// ListKeyPeriods names the key with a KID and those of the crypto periods
+	// after its own that exist, so that a provider can get the next period's key
+	// before viewers ask for it. It releases no key, and hears the refusals of
+	// GetContentKeys. It is not bounded by the hard cap.
+	ListKeyPeriods(ctx context.Context, in *ListKeyPeriodsRequest, opts ...grpc.CallOption) (*ListKeyPeriodsResponse, error)
 }
 
 type keyRetrievalServiceClient struct {
@@ -56,6 +62,16 @@ func (c *keyRetrievalServiceClient) GetContentKeys(ctx context.Context, in *GetC
 	return out, nil
 }
 
+func (c *keyRetrievalServiceClient) ListKeyPeriods(ctx context.Context, in *ListKeyPeriodsRequest, opts ...grpc.CallOption) (*ListKeyPeriodsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListKeyPeriodsResponse)
+	err := c.cc.Invoke(ctx, KeyRetrievalService_ListKeyPeriods_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // KeyRetrievalServiceServer is the server API for KeyRetrievalService service.
 // All implementations must embed UnimplementedKeyRetrievalServiceServer
 // for forward compatibility.
@@ -63,13 +79,18 @@ func (c *keyRetrievalServiceClient) GetContentKeys(ctx context.Context, in *GetC
 // The KeyRetrievalService is the callback of a DRM provider: it hands out
 // existing content keys by KID.
 //
-// Every call is bounded by a hard cap of 250 ms by default, or by the caller's
+// GetContentKeys is bounded by a hard cap of 250 ms by default, or by the caller's
 // own deadline where that is shorter.
 type KeyRetrievalServiceServer interface {
 	// GetContentKeys releases content keys. Each key is decided on its own and is
 	// written to the audit log before it is returned. Where no key could be
 	// released, the call fails with the status of the first result.
 	GetContentKeys(context.Context, *GetContentKeysRequest) (*GetContentKeysResponse, error)
+	// ListKeyPeriods names the key with a KID and those of the crypto periods
+	// after its own that exist, so that a provider can get the next period's key
+	// before viewers ask for it. It releases no key, and hears the refusals of
+	// GetContentKeys. It is not bounded by the hard cap.
+	ListKeyPeriods(context.Context, *ListKeyPeriodsRequest) (*ListKeyPeriodsResponse, error)
 	mustEmbedUnimplementedKeyRetrievalServiceServer()
 }
 
@@ -82,6 +103,9 @@ type UnimplementedKeyRetrievalServiceServer struct{}
 
 func (UnimplementedKeyRetrievalServiceServer) GetContentKeys(context.Context, *GetContentKeysRequest) (*GetContentKeysResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetContentKeys not implemented")
+}
+func (UnimplementedKeyRetrievalServiceServer) ListKeyPeriods(context.Context, *ListKeyPeriodsRequest) (*ListKeyPeriodsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListKeyPeriods not implemented")
 }
 func (UnimplementedKeyRetrievalServiceServer) mustEmbedUnimplementedKeyRetrievalServiceServer() {}
 func (UnimplementedKeyRetrievalServiceServer) testEmbeddedByValue()                             {}
@@ -122,6 +146,24 @@ func _KeyRetrievalService_GetContentKeys_Handler(srv interface{}, ctx context.Co
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KeyRetrievalService_ListKeyPeriods_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListKeyPeriodsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyRetrievalServiceServer).ListKeyPeriods(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyRetrievalService_ListKeyPeriods_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyRetrievalServiceServer).ListKeyPeriods(ctx, req.(*ListKeyPeriodsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // KeyRetrievalService_ServiceDesc is the grpc.ServiceDesc for KeyRetrievalService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -132,6 +174,10 @@ var KeyRetrievalService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetContentKeys",
 			Handler:    _KeyRetrievalService_GetContentKeys_Handler,
+		},
+		{
+			MethodName: "ListKeyPeriods",
+			Handler:    _KeyRetrievalService_ListKeyPeriods_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

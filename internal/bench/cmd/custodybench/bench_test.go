@@ -31,7 +31,7 @@ var figures = []string{"callback_per_s_c32", "callback_per_s_c128", "echo_per_s_
 	"callback_p50_us_c32", "callback_p99_us_c128", "callback_vs_echo_c32", "callback_vs_echo_c128", "callback_vs_echo_append_c128", "callback_vs_tuned_echo_c128",
 	"keys_per_s_8kid_vs_1kid", "token_decrypt_per_s", "server_cpu_us_per_key", "client_cpu_us_per_call",
 	"issue_ceks_per_s", "issue_ceks_per_s_batch50", "widevine_ceks_per_s_batch50", "speke_ceks_per_s_batch50", "seed_ceks_per_s", "retrieve_p50_1m_vs_10k", "rss_anon_mb_1m",
-	"callback_p99_kms_hang_vs_quiet", "callback_cold_p99_ms",
+	"callback_p99_kms_hang_vs_quiet", "rewrap_vs_token_rate", "callback_p99_rewrap_vs_quiet", "callback_cold_p99_ms",
 	"audit_entries_per_s_c1", "audit_entries_per_s_c32", "audit_entries_per_s_c128", "audit_verify_entries_per_s",
 	"audit_verify_peak_mb_100k", "audit_verify_peak_mb_1m", "audit_proof_ms_1m", "audit_proof_check_us_1m", "audit_proof_bytes_1m"}
 
@@ -42,7 +42,7 @@ func TestAllSections(t *testing.T) {
 	if _, err := softhsm.FindModule(); err != nil {
 		t.Skip(err)
 	}
-	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 400 * time.Millisecond, rounds: 1, keys: 100, million: 1300, connections: 2}, t.TempDir(), "")
+	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 400 * time.Millisecond, rounds: 1, keys: 100, million: 1300, rotated: 6000, connections: 2}, t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,4 +178,24 @@ func TestProcessTime(t *testing.T) {
 	if used := after - before; used <= 0 || used > time.Minute {
 		t.Errorf("a busy loop of 200 ms (%d turns) used %s of CPU time", sum, used)
 	}
+}
+
+// TestLongRotation moves a million content keys to a new KEK under callbacks.
+func TestLongRotation(t *testing.T) {
+	if os.Getenv("CUSTODIAN_LONG") != "1" {
+		t.Skip("a million content keys, some ten minutes: set CUSTODIAN_LONG=1, or make long")
+	}
+	r, err := newRig(scale{warm: time.Second, time: 30 * time.Second, rounds: 1, rotated: 1_000_000, connections: 4}, t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.rotation(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := r.close(); err != nil {
+		t.Error(err)
+	}
+	var figures bytes.Buffer
+	r.table.print(&figures)
+	t.Logf("\n%s", &figures)
 }

@@ -75,6 +75,7 @@ var roles = map[string]func(context.Context, []string) error{
 	roleEchoAppend: serveEchoAppend,
 	roleCallback:   serveCallback,
 	roleDoors:      serveDoors,
+	roleRotate:     serveRotation,
 	rolePrepare:    prepare,
 	roleLoad:       load,
 	roleToken:      token,
@@ -106,12 +107,13 @@ type scale struct {
 	rounds      int
 	keys        int // content keys behind the callback and in the small store
 	million     int // in the big store
+	rotated     int // that move to another key
 	connections int
 }
 
 var (
-	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, connections: 4}
-	quickScale = scale{warm: 200 * time.Millisecond, time: 600 * time.Millisecond, rounds: 3, keys: 10_000, million: 50_000, connections: 4}
+	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, rotated: 50_000, connections: 4}
+	quickScale = scale{warm: 200 * time.Millisecond, time: 600 * time.Millisecond, rounds: 3, keys: 10_000, million: 50_000, rotated: 10_000, connections: 4}
 )
 
 // sections in the order in which they run.
@@ -125,11 +127,12 @@ var sections = []struct {
 	{"million", (*rig).million},
 	{"kms", (*rig).kms},
 	{"audit", (*rig).audit},
+	{"rotation", (*rig).rotation},
 }
 
 func parent(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("custodybench", flag.ContinueOnError)
-	only := fs.String("sections", "", "comma-separated: callback, issue, doors, million, kms, audit; all if empty")
+	only := fs.String("sections", "", "comma-separated: callback, issue, doors, million, kms, audit, rotation; all if empty")
 	quick := fs.Bool("quick", false, "less of everything, within a minute")
 	out := fs.String("out", "bench.json", "file of the results")
 	dir := fs.String("dir", "bin", "folder, on a real disk, under which data is kept while this runs")

@@ -205,7 +205,7 @@ func (r *rig) serve(ctx context.Context, role, name string, args ...string) (*se
 	if err != nil {
 		return nil, err
 	}
-	if role == roleCallback {
+	if role == roleCallback || role == roleRotate {
 		cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1") // as custodiand
 	}
 	out, err := cmd.StdoutPipe()

@@ -29,7 +29,8 @@ func (b bar) met(v float64) bool {
 	return false
 }
 
-// bars of the custody core, of packagers, of the KMS's bad days and of the audit log.
+// bars of the custody core, of packagers, of the KMS's bad days, of rotations and of the audit
+// log.
 var bars = map[string]bar{
 	"callback_vs_echo_c128":        {">=", 0.4},
 	"callback_vs_echo_append_c128": {">=", 0.6},
@@ -40,6 +41,9 @@ var bars = map[string]bar{
 	"issue_ceks_per_s_batch50": {">=", 4000},
 
 	"callback_p99_kms_hang_vs_quiet": {"<=", 1.2},
+
+	"rewrap_vs_token_rate":         {">=", 0.4},
+	"callback_p99_rewrap_vs_quiet": {"<=", 1.5},
 
 	// Memory while a log is verified does not grow with the log.
 	"audit_verify_peak_1m_vs_100k": {"<=", 1.2},
