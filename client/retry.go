@@ -18,7 +18,14 @@ const transportWait = 100 * time.Millisecond
 
 // once are the calls that may have worked although no answer came in time, and
 // that would then be refused the second time.
-var once = map[string]bool{v1.CustodyService_CreateCategory_FullMethodName: true, v1.RotationService_StartRotation_FullMethodName: true}
+var once = map[string]bool{
+	v1.CustodyService_CreateCategory_FullMethodName:   true,
+	v1.CeremonyService_ProposeCeremony_FullMethodName: true,
+	v1.CeremonyService_ApproveCeremony_FullMethodName: true,
+	v1.CeremonyService_CancelCeremony_FullMethodName:  true,
+	v1.CeremonyService_ExecuteCeremony_FullMethodName: true,
+	v1.RotationService_StartRotation_FullMethodName:   true,
+}
 
 // retries make a refused call again.
 type retries struct{ attempts int }

@@ -198,6 +198,9 @@ func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetMode
 	if d.Allow && req.Mode != CategoryFrozen {
 		// Only a freeze, the break-glass, does not wait for a clock that is believed.
 		err = c.lookAtClock()
+		if c.set.Load().authority != nil {
+			err = refusePlan(ErrQuorum, "a freeze is lifted by a ceremony of kind %s, as the officers' quorum decides", KindUnfreeze)
+		}
 	}
 	if _, ok := set.categories[req.Name]; err == nil && !ok {
 		err = ErrCategoryNotFound

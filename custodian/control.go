@@ -52,6 +52,7 @@ type controlSet struct {
 	rotations  map[string]Rotation // by name
 	exposed    map[CategoryName][]exposure
 	rewraps    map[CategoryName]RewrapJob // those of the helper keys under ""
+	ceremonial
 	// buckets hold the hash of every record, by the first byte of the hash of
 	// its key. The head's digest is the hash of the buckets' hashes, so a
 	// change costs one bucket, not the whole set.
@@ -66,7 +67,8 @@ type helperID struct {
 
 func newControlSet() *controlSet {
 	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
-		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rewraps: map[CategoryName]RewrapJob{}, rotations: map[string]Rotation{}, exposed: map[CategoryName][]exposure{}}
+		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rotations: map[string]Rotation{}, rewraps: map[CategoryName]RewrapJob{}, exposed: map[CategoryName][]exposure{},
+		ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}}
 }
 
 func (s *controlSet) clone() *controlSet {
@@ -75,6 +77,7 @@ func (s *controlSet) clone() *controlSet {
 	n.signers, n.categories, n.exceptions = maps.Clone(s.signers), maps.Clone(s.categories), maps.Clone(s.exceptions)
 	n.rotations, n.exposed = maps.Clone(s.rotations), maps.Clone(s.exposed)
 	n.rewraps = maps.Clone(s.rewraps)
+	n.ceremonies = maps.Clone(s.ceremonies)
 	return &n
 }
 
@@ -189,6 +192,8 @@ func (s *controlSet) decode(r ControlRecord) error {
 		var j RewrapJob
 		j, err = decodeRewrap(r.Body)
 		s.rewraps[j.Category], want = j, rewrapName(j.Category)
+	case ControlAuthority, ControlCeremony:
+		want, err = s.decodeCeremonial(r)
 	default:
 		return fmt.Errorf("control record %q: unknown kind %d: %w", r.Name, r.Kind, ErrRecordCorrupt)
 	}

@@ -129,6 +129,9 @@ type Custodian struct {
 
 	uses *tokenUses // of licence tokens
 
+	joined    atomic.Pointer[joinedPolicy] // what policyOf found last
+	finishing sync.Mutex                   // held while executed ceremonies are finished: nothing is ordered twice
+
 	// budgetMu guards the map below.
 	budgetMu sync.Mutex
 	budgets  map[CategoryName]*budget
@@ -198,9 +201,13 @@ func (c *Custodian) Close() error {
 func (c *Custodian) Arena() *secret.Arena { return c.arena }
 
 // SetPolicy replaces the policy. The digest of what was loaded goes to the
-// audit log first.
+// audit log first. Where there are officers, their bundle stays in force, and
+// another policy is ErrQuorum.
 func (c *Custodian) SetPolicy(ctx context.Context, p *Policy) error {
 	d := p.Digest()
+	if err := c.refusePolicy(ctx, p); err != nil {
+		return err
+	}
 	if _, err := c.record(ctx, audit.Entry{Action: "policy.load", Outcome: audit.Allowed, ControlRevision: c.set.Load().head.Revision, Detail: "policy " + hex.EncodeToString(d[:])}); err != nil {
 		return err
 	}
@@ -274,7 +281,14 @@ func (c *Custodian) record(ctx context.Context, entries ...audit.Entry) ([]audit
 
 // decide asks the policy, and the clock for what changes state.
 func (c *Custodian) decide(who Caller, a Action, r Resource) Decision {
-	return c.policy.Load().Decide(Request{Caller: who, Action: a, Resource: r, Now: c.now()})
+	set := c.set.Load()
+	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Now: c.now()}.under(set))
+}
+
+// under adds what the officers have decided.
+func (r Request) under(set *controlSet) Request {
+	r.Officers, r.Sealed = set.authority != nil, set.sealed()
+	return r
 }
 
 // believesClock says whether anything may be issued or changed at this time.

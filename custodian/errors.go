@@ -52,6 +52,11 @@ var (
 	ErrStarting         error = &refusal{"STARTING", "the daemon is starting"}
 	ErrUninitialised    error = &refusal{"UNINITIALISED", "the daemon is not initialised; run custodiand init"}
 	ErrSealed           error = &refusal{"SEALED", "the daemon is sealed"}
+	ErrQuorum           error = &refusal{"QUORUM", "it needs the officers' quorum"}
+	ErrApproval         error = &refusal{"APPROVAL", "the approval does not count"}
+	ErrPlan             error = &refusal{"PLAN", "the plan cannot be carried out as things are"}
+	ErrCeremonyState    error = &refusal{"CEREMONY_STATE", "the ceremony's state does not permit this"}
+	ErrCeremonyNotFound error = &refusal{"CEREMONY_NOT_FOUND", "no such ceremony"}
 	ErrClock            error = &refusal{"CLOCK_SUSPECT", "the clock disagrees with the highest time seen; nothing is issued until it is confirmed"}
 )
 

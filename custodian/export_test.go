@@ -39,6 +39,10 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeRotation, encodeRotation)
 	case ControlRewrap:
 		return alter(r.Body, decodeRewrap, encodeRewrap)
+	case ControlAuthority:
+		return alter(r.Body, decodeAuthority, encodeAuthority)
+	case ControlCeremony:
+		return alter(r.Body, decodeCeremony, encodeCeremony)
 	}
 	return nil, fmt.Errorf("kind %d has no decoder here", r.Kind)
 }

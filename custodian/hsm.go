@@ -29,6 +29,9 @@ type HSM interface {
 	NewMEKCanary(ctx context.Context, m MEK) ([]byte, error)
 	// CheckMEK verifies the attributes of the token object and its canary.
 	CheckMEK(ctx context.Context, m MEK) error
+	// MEKAttributes are the attributes of the token object that CheckMEK has
+	// found last, by name. They hold no secret.
+	MEKAttributes(ctx context.Context, m MEK) (map[string]string, error)
 	// GenerateKey makes an AES-256 key in the token and returns it wrapped
 	// under m, with a canary bound to identity. The key is in no variable.
 	GenerateKey(ctx context.Context, m MEK, u KeyUse, identity []byte) (inner, canary []byte, err error)

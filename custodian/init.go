@@ -17,6 +17,8 @@ type InitSpec struct {
 	// AuditSigning is the algorithm of the audit log's checkpoints; ECDSA P-256
 	// where empty. Not every token has Ed25519.
 	AuditSigning SigningAlgorithm
+	// Genesis names the officers. Without it, the configuration decides.
+	Genesis *Genesis
 }
 
 // Init makes MEK v1, the helper and signing keys, and the first head, in a
@@ -35,6 +37,12 @@ func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
 	defer c.Close()
 	if cfg.Logged.Revision > 0 {
 		return fmt.Errorf("the audit log is that of a custody at control revision %d; restore its store (custodiand restore), or begin a new log", cfg.Logged.Revision)
+	}
+	if g := spec.Genesis; g != nil {
+		if err := g.verify(c.now()); err != nil {
+			return fmt.Errorf("genesis plan: %w: %w", err, ErrApproval)
+		}
+		spec.Profile = g.Plan.Genesis.MEKProfile
 	}
 	j, err := c.journal(ctx, spec)
 	if err != nil {
@@ -59,7 +67,10 @@ func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
 	if err != nil {
 		return err
 	}
-	return c.firstHead(ctx, j, m, signer)
+	if spec.Genesis != nil && j.Profile != spec.Profile {
+		return fmt.Errorf("an init was interrupted that began with a MEK of the profile %s, and the genesis plan says %s; begin with an empty data_dir", j.Profile, spec.Profile)
+	}
+	return c.firstHead(ctx, j, m, signer, spec.Genesis)
 }
 
 // journal returns the journal of an interrupted init, or writes a new one.
@@ -165,7 +176,7 @@ func (c *Custodian) initSigner(ctx context.Context, j InitJournal, alg SigningAl
 
 // firstHead makes the helper keys and writes every first record, the head and
 // the end of the journal in one transaction.
-func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer Signer) error {
+func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer Signer, g *Genesis) error {
 	set := newControlSet()
 	set.head = Head{StoreID: j.StoreID, HighestNow: c.now()}
 	records := []ControlRecord{mekRecord(m), signerRecord(signer)}
@@ -175,6 +186,11 @@ func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer 
 			return fmt.Errorf("helper key %s: %w", p, err)
 		}
 		records = append(records, helperRecord(Helper{Purpose: p, Version: 1, State: StateActive, CreateTime: j.Start, Wrapped: w, Revision: 1}))
+	}
+	detail := fmt.Sprintf("store %x mek %s id %x profile %s", j.StoreID, m.Label, m.ID, m.Profile)
+	if g != nil {
+		records = append(records, g.records(c.now(), signer.PublicKey)...)
+		detail += fmt.Sprintf("; genesis plan %x, %d officers", g.Plan.Digest(), len(g.Plan.Officers))
 	}
 	for _, r := range records { // decoded first: signing needs the record helper
 		if err := set.decode(r); err != nil {
@@ -190,7 +206,7 @@ func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer 
 		}
 	}
 	set.head.Revision, set.head.Digest = 1, set.digest()
-	e := c.headEntry(set, audit.Entry{Action: "init", Detail: fmt.Sprintf("store %x mek %s id %x profile %s", j.StoreID, m.Label, m.ID, m.Profile)})
+	e := c.headEntry(set, audit.Entry{Action: "init", Detail: detail})
 	pending, err := e.MarshalBinary()
 	if err != nil {
 		return err

@@ -131,9 +131,18 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 			return err
 		}
 	}
+	if err := c.refusePolicy(ctx, c.policy.Load()); err != nil && !errors.Is(err, ErrQuorum) {
+		return err
+	}
 	policy := [32]byte{}
-	if p := c.policy.Load(); p != nil {
+	if p := c.policyOf(set); p != nil {
 		policy = p.Digest()
+	}
+	if !cfg.Restored {
+		// What an earlier run has begun is ended; where it cannot be now, Tick tries again.
+		if err := c.finishCeremonies(ctx); err != nil {
+			c.log.Error("a ceremony has taken effect, and its end is not written down yet", "err", err)
+		}
 	}
 	_, err = c.record(ctx, audit.Entry{Action: "start", Outcome: audit.Allowed, ControlRevision: set.head.Revision, StoreSequence: sequence,
 		Detail: "config " + hex.EncodeToString(cfg.ConfigDigest[:]) + " policy " + hex.EncodeToString(policy[:])})
@@ -320,7 +329,10 @@ func (c *Custodian) lookAtClock() error {
 // it, and keeps the highest time seen up to date. Call it about once a minute; it writes once a day.
 func (c *Custodian) Tick(ctx context.Context) error {
 	c.keys.sweep(c.set.Load(), c.keys.clock.now())
-	err := errors.Join(c.settleNow(ctx), c.notePruned(ctx))
+	if c.set.Load().sealed() {
+		c.dropKeys() // a call that was under way at the seal may have loaded one
+	}
+	err := errors.Join(c.settleNow(ctx), c.notePruned(ctx), c.finishCeremonies(ctx))
 	if c.lookAtClock() != nil || c.now().Sub(c.set.Load().head.HighestNow) < 24*time.Hour {
 		return err
 	}

@@ -58,6 +58,12 @@ const (
 	ActionReencrypt      Action = "category.reencrypt"
 	ActionImport         Action = "keys.import"
 	ActionExport         Action = "keys.export"
+	ActionPropose        Action = "ceremony.propose"
+	ActionApprove        Action = "ceremony.approve"
+	ActionCancel         Action = "ceremony.cancel"
+	ActionExecute        Action = "ceremony.execute"
+	ActionReadCeremonies Action = "ceremony.read"
+	ActionBlastRadius    Action = "blast-radius"
 )
 
 // permits says which roles may do an action at all.
@@ -77,11 +83,21 @@ var permits = map[Action][]Role{
 	ActionReportEvent:    {RolePackager, RoleOfficer},
 	// Who holds the outer layer is decided by those who decide who holds keys;
 	// that its wraps follow a provider's own rotation is housekeeping.
-	ActionSetProviders: {RoleOfficer},
-	ActionReencrypt:    {RoleOfficer, RoleOperator},
-	ActionImport:       {RoleOfficer},
-	ActionExport:       {RoleOfficer},
+	ActionSetProviders:   {RoleOfficer},
+	ActionReencrypt:      {RoleOfficer, RoleOperator},
+	ActionImport:         {RoleOfficer},
+	ActionExport:         {RoleOfficer},
+	ActionPropose:        {RoleOfficer},
+	ActionApprove:        {RoleOfficer},
+	ActionCancel:         {RoleOfficer},
+	ActionExecute:        {RoleOfficer},
+	ActionReadCeremonies: {RoleOfficer, RoleOperator, RoleAuditor},
+	ActionBlastRadius:    {RoleOfficer, RoleAuditor},
 }
+
+// byQuorum are the actions that are one officer's only where there are no
+// officers with a quorum.
+var byQuorum = []Action{ActionRotate, ActionSetProviders, ActionImport, ActionExport}
 
 // A Grant gives one identity one role over categories. AllCategories is only
 // set where the configuration says "*".
@@ -103,6 +119,7 @@ type Policy struct {
 	authority *authority        // nil: nothing is permitted
 	officers  map[[32]byte]bool // public keys that are pinned for officers
 	digest    [32]byte
+	granted   [32]byte     // digest of the grants alone
 	sealing   *sealingRule // nil: nothing is sealed to callers
 	tokens    *Tokens      // nil: no licence token is asked for
 }
@@ -161,7 +178,8 @@ func NewPolicy(grants []Grant) (*Policy, error) {
 		return nil, errors.Join(faults...)
 	}
 	slices.Sort(canonical)
-	p.digest = sha256.Sum256([]byte(strings.Join(canonical, "\n")))
+	p.granted = sha256.Sum256([]byte(strings.Join(canonical, "\n")))
+	p.digest = p.granted
 	return p, nil
 }
 
@@ -194,6 +212,8 @@ type Request struct {
 	Caller   Caller
 	Action   Action
 	Resource Resource
+	Officers bool   // there are officers, whose quorum decides what one officer may not
+	Sealed   bool   // they have sealed the custody
 	Token    *Token // what the caller has shown; nil: none
 	Asserted Viewer // what the caller says of the viewer
 	Now      time.Time
@@ -223,6 +243,12 @@ func (p *Policy) Decide(r Request) Decision {
 	}
 	if d.Err == nil {
 		d.Err = r.unusable()
+	}
+	switch {
+	case r.Officers && slices.Contains(byQuorum, r.Action):
+		d.Err = &CeremonyError{ErrQuorum, "the officers' quorum decides it, and no officer alone"}
+	case r.Sealed && (purposeOf(r.Action) != 0 || r.Action == ActionCreateCategory):
+		d.Err = fmt.Errorf("by the officers: %w", ErrSealed)
 	}
 	d.Allow = d.Err == nil
 	return d

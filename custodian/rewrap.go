@@ -128,15 +128,20 @@ func (c *Custodian) SetProviders(ctx context.Context, who Caller, req SetProvide
 	if req.HelperKeys && d.Allow && !d.KnowIt {
 		d.Allow, d.Err = false, ErrDenied // every category rests on the helper keys
 	}
-	return c.beginRewrap(ctx, who, d, ActionSetProviders, req.Category, req.RequestID, func(job *RewrapJob) (string, error) {
-		if err := c.keys.configured(req.Providers); err != nil {
+	return c.beginRewrap(ctx, who, d, ActionSetProviders, req.Category, req.RequestID, c.toProviders(req.Providers, req.Cause))
+}
+
+// toProviders changes a job to one that moves keys to these providers.
+func (c *Custodian) toProviders(providers []string, cause string) func(*RewrapJob) (string, error) {
+	return func(job *RewrapJob) (string, error) {
+		if err := c.keys.configured(providers); err != nil {
 			return "", err
 		}
 		was := names(job.Providers)
-		job.Providers = req.Providers
-		job.Reencrypt = slices.DeleteFunc(job.Reencrypt, func(p string) bool { return !slices.Contains(req.Providers, p) })
-		return detail(fmt.Sprintf("from %s to %s", was, names(job.Providers)), req.Cause), nil
-	})
+		job.Providers = providers
+		job.Reencrypt = slices.DeleteFunc(job.Reencrypt, func(p string) bool { return !slices.Contains(providers, p) })
+		return detail(fmt.Sprintf("from %s to %s", was, names(job.Providers)), cause), nil
+	}
 }
 
 // Reencrypt begins the job that makes outer wraps anew under the newest version

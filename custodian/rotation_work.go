@@ -47,6 +47,9 @@ func (c *Custodian) RunRotations(ctx context.Context) {
 		} else {
 			pause = rotationPause
 		}
+		if err := c.finishCeremonies(ctx); err != nil && ctx.Err() == nil {
+			c.log.Error("a ceremony is not finished", "err", err)
+		}
 		t := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():

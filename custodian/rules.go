@@ -98,6 +98,14 @@ func (p *Policy) WithRules(files []RulesFile) (*Policy, error) {
 	return &with, nil
 }
 
+// rules are those of the policy that forbid.
+func (p *Policy) rules() []compiled {
+	if p.authority == nil {
+		return nil
+	}
+	return p.authority.rules
+}
+
 // A RulesQuestion is a decision that rules are tried on.
 type RulesQuestion struct {
 	Caller   string

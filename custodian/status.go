@@ -86,7 +86,7 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 		CEKsInClear: c.arena.InUse(), Incidents: c.incidents.Load(), UnknownObjects: c.unknownObjects,
 		Audit: AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked, Full: log.Full,
 			Segments: log.Segments, Pruned: log.Pruned, Bytes: log.Bytes, Limit: log.Limit, Watermark: log.Watermark},
-		Authority: "configuration file (no officers' quorum)", Rewraps: c.rewrapStatuses(set)}
+		Authority: set.authority.describe(), Rewraps: c.rewrapStatuses(set)}
 	for _, m := range set.meks {
 		s.MEKs = append(s.MEKs, MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24)})
 	}
@@ -127,7 +127,8 @@ func (s *controlSet) heldBy(provider string) (all, alone int) {
 }
 
 func (c *Custodian) warnings(set *controlSet, s Status) []string {
-	w := []string{"no officers' quorum: the configuration file decides who may do what"}
+	w := c.ceremonyWarnings(set, s.Time)
+	officers := len(w)
 	for _, m := range s.MEKs {
 		switch left := m.EndTime.Sub(s.Time); {
 		case m.State != StateActive:
@@ -182,13 +183,16 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	if s.Audit.Blocked != "" {
 		w = append(w, "the audit log is blocked, so nothing is released: "+s.Audit.Blocked)
 	}
-	slices.Sort(w[1:])
+	slices.Sort(w[officers:])
 	return w
 }
 
 // Ready says whether keys can be served: nil, or why not. It makes one real
 // token operation.
 func (c *Custodian) Ready(ctx context.Context) error {
+	if c.set.Load().sealed() {
+		return fmt.Errorf("by the officers: %w", ErrSealed)
+	}
 	if b := c.audit.Stats().Blocked; b != "" {
 		return fmt.Errorf("%s: %w", b, ErrAuditBlocked)
 	}

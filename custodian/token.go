@@ -407,8 +407,9 @@ func (t *Token) covers(r Resource) error {
 // decideRelease decides about one key, and counts the call as a use of its
 // token at the first key that is allowed.
 func (c *Custodian) decideRelease(who Caller, r Resource, asserted Viewer, t *Token) Decision {
-	p, now := c.policy.Load(), c.now()
-	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Asserted: asserted, Now: now})
+	set, now := c.set.Load(), c.now()
+	p := c.policyOf(set)
+	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Asserted: asserted, Now: now}.under(set))
 	if !d.Allow || t == nil || t.use != nil {
 		return d
 	}

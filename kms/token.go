@@ -92,6 +92,17 @@ func (t *token) prove(ctx context.Context, m custodian.MEK) (*provenMEK, error) 
 	return proven, nil
 }
 
+func (t *token) MEKAttributes(ctx context.Context, m custodian.MEK) (attributes map[string]string, err error) {
+	err = t.run(ctx, func() error {
+		mek, err := t.mek(ctx, m)
+		if err == nil {
+			attributes = mek.Attributes()
+		}
+		return err
+	})
+	return attributes, err
+}
+
 // mek is a MEK that was proved by the canary that m records.
 func (t *token) mek(ctx context.Context, m custodian.MEK) (*provenMEK, error) {
 	t.mu.Lock()

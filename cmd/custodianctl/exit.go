@@ -181,6 +181,11 @@ var nextSteps = map[string]string{
 	"AUDIT_BLOCKED":          "see to the disk of the audit log: nothing is released that cannot be written down",
 	"RECORD_CORRUPT":         "keep the store as it is, and call somebody: a record was changed",
 	"UNINITIALISED":          "custodiand init -config FILE, on the daemon's machine",
+	"QUORUM":                 "write a plan and propose it: custodianctl ceremony propose PLAN --rehearse (docs/CEREMONY.md)",
+	"APPROVAL":               "custodianctl ceremony show ID, and compare with custodianctl ceremony digest PLAN",
+	"PLAN":                   "mend the plan, and rehearse it: custodianctl ceremony propose PLAN --rehearse",
+	"CEREMONY_STATE":         "custodianctl ceremony show ID",
+	"CEREMONY_NOT_FOUND":     "custodianctl ceremony list",
 	"CLOCK_SUSPECT":          "set the daemon's clock, or start it once with -confirm-time",
 	"INTERNAL":               "the daemon's log has the cause",
 }

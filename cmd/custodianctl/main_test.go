@@ -63,6 +63,13 @@ func TestMain(m *testing.M) {
 //	flip FILE OFFSET         change one byte
 //	checkpoint FILE DIR N    write the first checkpoint of the log in DIR that
 //	                         covers entry N
+//	fill FILE...             put the variables that files name in their place
+//	assemble                 officers anna, ben and cleo, of whom two decide, with
+//	                         their keys in anna.key and so on and their public keys
+//	                         in officers.pem; recovery keys rita and ron; and a
+//	                         custody in ./dev that they have begun together
+//	card NAME                a smart card with the token NAME and the key pair sign;
+//	                         its module is CARD, its PIN is in NAME.pin
 //
 // VECTORS is the folder of DASH-IF's CPIX documents. testscript's own "stop" ends
 // a script in the middle, as a success: it is not used.
@@ -85,6 +92,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"dev": startDev, "halt": haltDev, "reload": reloadDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip,
 			"checkpoint": saveCheckpoint, "await": await,
+			"fill": fill, "assemble": assemble, "card": card,
 		},
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
@@ -95,6 +103,9 @@ func TestScripts(t *testing.T) {
 				return err
 			}
 			e.Setenv("VECTORS", vectors)
+			e.Setenv("CUSTODIAND", daemon)
+			e.Setenv("TOMORROW", time.Now().Add(24*time.Hour).UTC().Format(time.RFC3339))
+			e.Setenv("NEXT_WEEK", time.Now().Add(7*24*time.Hour).UTC().Format(time.RFC3339))
 			e.Values[processKey{}] = new(process)
 			// A signed log of five segments, of which the first is pruned.
 			return os.CopyFS(filepath.Join(e.WorkDir, "golden"), os.DirFS(filepath.Join("..", "..", "internal", "audit", "testdata", "log_v3")))

@@ -38,6 +38,7 @@ func devCommand(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	listen := fs.String("listen", "127.0.0.1:7443", "address of the gRPC listener")
 	admin := fs.String("admin", "127.0.0.1:7480", "address of the health and metrics listener")
 	packagers := fs.String("packagers", "127.0.0.1:7444", "address of the HTTPS listener of packagers; empty for none")
+	provision := fs.Bool("provision", false, "make the folder with token, certificates and configuration, and end: for custodiand init -plan")
 	var categories names
 	fs.Var(&categories, "category", "category to create; may be given several times")
 	if err := parse(fs, args); err != nil {
@@ -57,11 +58,15 @@ func devCommand(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	if err != nil {
 		return fmt.Errorf("dev: %w", err)
 	}
+	if *provision {
+		fmt.Fprintf(stdout, "%s is provisioned; custodiand init -config %s makes the custody, custodiand dev -dir %s serves it\n", abs, dev.configFile(), abs)
+		return nil
+	}
 	log := c.logger(stderr)
 	if have, err := exists(c.storePath()); err != nil {
 		return err
 	} else if !have {
-		if err := initCustody(ctx, c, log); err != nil {
+		if err := initCustody(ctx, c, nil, log); err != nil {
 			return fmt.Errorf("dev: init: %w", err)
 		}
 	}

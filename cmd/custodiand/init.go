@@ -15,8 +15,8 @@ import (
 
 // initCustody makes a new custody: the MEK, the helper and signing keys, an
 // empty store and the first entries of the audit log. Run again after a
-// crash, it goes on where it stopped.
-func initCustody(ctx context.Context, c *Config, log *slog.Logger) (err error) {
+// crash, it goes on where it stopped. Without a genesis there are no officers.
+func initCustody(ctx context.Context, c *Config, genesis *custodian.Genesis, log *slog.Logger) (err error) {
 	policy, err := c.policy(nil)
 	if err != nil {
 		return err
@@ -35,7 +35,7 @@ func initCustody(ctx context.Context, c *Config, log *slog.Logger) (err error) {
 	if err := p.createStore(ctx, c, log); err != nil {
 		return err
 	}
-	return custodian.Init(ctx, p.config(c, policy, log), custodian.InitSpec{Profile: custodian.MEKProfile(c.HSM.MEKProfile), AuditSigning: c.Audit.Signing})
+	return custodian.Init(ctx, p.config(c, policy, log), custodian.InitSpec{Profile: custodian.MEKProfile(c.HSM.MEKProfile), Genesis: genesis, AuditSigning: c.Audit.Signing})
 }
 
 // createStore makes store and audit log, or opens those of an init that was

@@ -36,9 +36,9 @@ var version = "dev"
 
 const usage = `usage:
   custodiand -config FILE [-check-config] [-confirm-time] [-migrate]
-  custodiand init -config FILE
+  custodiand init -config FILE [-plan GENESIS-PLAN -approval FILE -approval FILE...]
   custodiand restore -config FILE -from BACKUP -identity AGE-KEY-FILE
-  custodiand dev [-dir DIR] [-listen ADDR] [-admin ADDR] [-category NAME]...
+  custodiand dev [-dir DIR] [-listen ADDR] [-admin ADDR] [-category NAME]... [-provision]
   custodiand version
 `
 
@@ -188,6 +188,9 @@ func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
 
 func initCommand(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	fs, path := flags("custodiand init", stderr)
+	plan := fs.String("plan", "", "genesis plan: it names the officers, and every one of them has signed it")
+	var approvals names
+	fs.Var(&approvals, "approval", "an officer's approval of the plan; may be given several times")
 	if err := parse(fs, args); err != nil {
 		return err
 	}
@@ -195,7 +198,11 @@ func initCommand(ctx context.Context, args []string, stdout, stderr io.Writer) e
 	if err != nil {
 		return err
 	}
-	if err := initCustody(ctx, c, c.logger(stderr)); err != nil {
+	genesis, err := readGenesis(*plan, approvals)
+	if err != nil {
+		return usageError{err}
+	}
+	if err := initCustody(ctx, c, genesis, c.logger(stderr)); err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
 	fmt.Fprintf(stdout, "initialised: MEK v1 in token %s, store %s, audit log %s\nback the token up now: without its MEK nothing of this store opens\n",

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -88,7 +89,8 @@ func (d *daemon) adopt(ctx context.Context, opened *custodian.Policy) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.policy != opened {
-		if err := d.custody.SetPolicy(ctx, d.policy); err != nil {
+		// Where officers decide, another policy is refused and written down, and theirs stays.
+		if err := d.custody.SetPolicy(ctx, d.policy); err != nil && !errors.Is(err, custodian.ErrQuorum) {
 			return err
 		}
 	}

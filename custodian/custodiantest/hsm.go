@@ -215,6 +215,12 @@ func (h *HSM) CheckMEK(ctx context.Context, m custodian.MEK) error {
 	return h.do(ctx, "CheckMEK", func() error { _, err := h.mek(m); return err })
 }
 
+// MEKAttributes are those that every MEK has.
+func (h *HSM) MEKAttributes(ctx context.Context, m custodian.MEK) (map[string]string, error) {
+	err := h.do(ctx, "MEKAttributes", func() error { _, err := h.mek(m); return err })
+	return map[string]string{"label": m.Label, "extractable": "false"}, err
+}
+
 // mek is the recorded MEK, proved by its canary. The caller holds mu.
 func (h *HSM) mek(m custodian.MEK) (*rootKey, error) {
 	k := h.meks[objectID{m.Label, m.ID}]

@@ -96,7 +96,7 @@ func (s *Server) bound(ctx context.Context, fullMethod string) (context.Context,
 	switch fullMethod {
 	case v1.KeyRetrievalService_GetContentKeys_FullMethodName:
 		return context.WithTimeout(ctx, s.config.RetrieveDeadline)
-	case v1.CustodyService_Backup_FullMethodName:
+	case v1.CustodyService_Backup_FullMethodName, v1.CeremonyService_GetBlastRadius_FullMethodName:
 		return context.WithTimeout(ctx, s.config.BackupDeadline)
 	case healthWatch, v1.AuditService_FollowEntries_FullMethodName:
 		return context.WithCancel(ctx)

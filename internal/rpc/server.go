@@ -54,6 +54,7 @@ type Custody interface {
 	AuditConsistency(ctx context.Context, who custodian.Caller, old, size uint64) ([][32]byte, []byte, error)
 	AuditEntries(context.Context, custodian.Caller, custodian.AuditQuery) ([]custodian.AuditEntry, uint64, error)
 	FollowAudit(context.Context, custodian.Caller, custodian.AuditQuery, func([]custodian.AuditEntry) error) error
+	Ceremonies
 }
 
 // Sizes and limits of the transport.
@@ -209,6 +210,7 @@ func NewServer(c Config) (*Server, error) {
 	s.register(&v1.CustodyService_ServiceDesc, &custodyService{server: s})
 	s.register(&v1.AuditService_ServiceDesc, &auditService{server: s})
 	s.register(&v1.RotationService_ServiceDesc, &rotationService{server: s})
+	s.register(&v1.CeremonyService_ServiceDesc, &ceremonyService{server: s})
 	healthv1.RegisterHealthServer(s.grpc, &health{server: s})
 	return s, nil
 }

@@ -34,8 +34,9 @@ type row struct {
 	reason custodian.Reason
 	code   codes.Code
 	http   int
-	// message is all that the caller hears in words, but for INVALID: an error's
-	// own words may name what the caller is not to know.
+	// message is all that the caller hears in words, but for INVALID and what is
+	// said to officers about a ceremony: an error's own words may name what the
+	// caller is not to know.
 	message string
 	// retry is how long a caller is to wait before it tries again (RetryInfo).
 	// Zero: trying again does not help.
@@ -83,6 +84,11 @@ var table = index(
 	row{reason: reasonOf(custodian.ErrStarting), code: codes.Unavailable, http: 503, message: "the daemon is starting", retry: time.Second},
 	row{reason: reasonOf(custodian.ErrUninitialised), code: codes.Unavailable, http: 503, message: "the daemon is not initialised", retry: 10 * time.Second},
 	row{reason: reasonOf(custodian.ErrSealed), code: codes.Unavailable, http: 503, message: "the daemon is sealed", retry: 10 * time.Second},
+	row{reason: reasonOf(custodian.ErrQuorum), code: codes.FailedPrecondition, http: 409, message: "it needs the officers' quorum"},
+	row{reason: reasonOf(custodian.ErrApproval), code: codes.PermissionDenied, http: 403, message: "the approval does not count"},
+	row{reason: reasonOf(custodian.ErrPlan), code: codes.FailedPrecondition, http: 409, message: "the plan cannot be carried out as things are"},
+	row{reason: reasonOf(custodian.ErrCeremonyState), code: codes.FailedPrecondition, http: 409, message: "the ceremony's state does not permit this"},
+	row{reason: reasonOf(custodian.ErrCeremonyNotFound), code: codes.NotFound, http: 404, message: "no such ceremony"},
 	row{reason: reasonOf(custodian.ErrClock), code: codes.Unavailable, http: 503, message: "the daemon's clock is not believed", retry: 10 * time.Second, ours: true},
 	row{reason: reasonCancelled, code: codes.Canceled, http: 499, message: "the caller went away"},
 	row{reason: reasonInternal, code: codes.Internal, http: 500, message: "internal error; the daemon's log has it under this request ID", ours: true},
@@ -126,6 +132,9 @@ func explain(ctx context.Context, err error) row {
 func (r row) words(err error) string {
 	if invalid, ok := errors.AsType[*custodian.InvalidError](err); ok && r.code == codes.InvalidArgument {
 		return invalid.Error()
+	}
+	if refused, ok := errors.AsType[*custodian.CeremonyError](err); ok && reasonOf(refused) == r.reason {
+		return refused.Error()
 	}
 	return r.message
 }

@@ -62,6 +62,11 @@ var contract = []contractRow{
 	{custodian.ErrStarting, codes.Unavailable, 503, true},
 	{custodian.ErrUninitialised, codes.Unavailable, 503, true},
 	{custodian.ErrSealed, codes.Unavailable, 503, true},
+	{custodian.ErrQuorum, codes.FailedPrecondition, 409, false},
+	{custodian.ErrApproval, codes.PermissionDenied, 403, false},
+	{custodian.ErrPlan, codes.FailedPrecondition, 409, false},
+	{custodian.ErrCeremonyState, codes.FailedPrecondition, 409, false},
+	{custodian.ErrCeremonyNotFound, codes.NotFound, 404, false},
 	{custodian.ErrClock, codes.Unavailable, 503, true},
 }
 
