@@ -48,6 +48,7 @@ var sdks = []string{
 var house = []rule{
 	{pkg: "api/..."},
 	{pkg: "certs"},
+	{pkg: "internal/anchor", ours: []string{"custodian", "internal/checkpoint"}, never: []string{"google.golang.org/grpc/...", "github.com/prometheus/..."}},
 	{pkg: "internal/secret"},
 	{pkg: "internal/checkpoint"},
 	{pkg: "internal/sealing"},
@@ -64,7 +65,7 @@ var house = []rule{
 	{pkg: "internal/packager", ours: []string{"custodian", "internal/rpc"}},
 	{pkg: "internal/bench/...", ours: []string{"*", "custodian/custodiantest", "testservers", "softhsm/fault", "internal/bench"}},
 	{pkg: "cmd/custodiand", ours: []string{"*"}, never: []string{"testing/..."}},
-	{pkg: "cmd/custodianctl", ours: []string{"client", "api/...", "certs", "custodian", "internal/audit", "internal/checkpoint", "internal/packager", "hsm"}, never: []string{"testing/..."}},
+	{pkg: "cmd/custodianctl", ours: []string{"client", "api/...", "certs", "custodian", "internal/anchor", "internal/audit", "internal/checkpoint", "internal/packager", "hsm"}, never: []string{"testing/..."}},
 	{pkg: "testservers/...", ours: []string{"testservers"}},
 }
 

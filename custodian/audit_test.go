@@ -93,13 +93,13 @@ func TestAuditEntries(t *testing.T) {
 		{"release, unknown to who may not know", retrieve(narrow, custodian.KID{9}), custodian.ErrDenied, []string{"release denied DENIED narrow drm-provider"}},
 		{"release, no grant", retrieve(nobody, kid), custodian.ErrDenied, []string{"release denied DENIED nobody movies"}},
 		{"release, malformed", retrieve(provider), custodian.ErrInvalid, nil},
-		{"freeze", mode(officer, "movies", custodian.CategoryFrozen), nil, []string{"category.freeze allowed officer officer movies +"}},
+		{"freeze", mode(officer, "movies", custodian.CategoryFrozen), nil, []string{"category.freeze begun officer officer movies", "category.freeze allowed officer officer movies +"}},
 		{"release, frozen", retrieve(provider, kid), custodian.ErrCategoryFrozen, []string{"release denied CATEGORY_FROZEN provider drm-provider movies"}},
 		{"issue, frozen", issue(packager, ask("movies", "film-3", "SD")), custodian.ErrCategoryFrozen, []string{"issue denied CATEGORY_FROZEN packager packager movies"}},
-		{"lift the freeze", mode(officer, "movies", custodian.CategoryOpen), nil, []string{"category.open allowed officer officer movies +"}},
+		{"lift the freeze", mode(officer, "movies", custodian.CategoryOpen), nil, []string{"category.open begun officer officer movies", "category.open allowed officer officer movies +"}},
 		{"freeze, denied", mode(operator, "movies", custodian.CategoryFrozen), custodian.ErrDenied, []string{"category.mode denied DENIED operator movies"}},
 		{"freeze, unknown category", mode(officer, "none", custodian.CategoryFrozen), custodian.ErrCategoryNotFound, []string{"category.mode failed CATEGORY_NOT_FOUND officer officer none"}},
-		{"create", create(officer, "sports"), nil, []string{"category.create allowed officer officer sports sports/1 +"}},
+		{"create", create(officer, "sports"), nil, []string{"category.create begun officer officer sports", "category.create allowed officer officer sports sports/1 +"}},
 		{"create, exists", create(officer, "sports"), custodian.ErrCategoryExists, []string{"category.create failed CATEGORY_EXISTS officer officer sports"}},
 		{"create, denied", create(packager, "sports"), custodian.ErrDenied, []string{"category.create denied DENIED packager sports"}},
 		{"list keys", func() error {
@@ -111,7 +111,7 @@ func TestAuditEntries(t *testing.T) {
 			return err
 		}, custodian.ErrDenied, []string{"keys.read denied DENIED operator movies"}},
 		{"status, denied", func() error { _, err := w.c.Status(ctx, packager); return err }, custodian.ErrDenied, []string{"status.read denied DENIED packager"}},
-		{"backup", func() error { return w.c.Backup(ctx, operator, id.Recipient().String(), new(bytes.Buffer)) }, nil, []string{"backup allowed operator operator"}},
+		{"backup", func() error { return w.c.Backup(ctx, operator, id.Recipient().String(), new(bytes.Buffer)) }, nil, []string{"backup begun operator operator", "backup allowed operator operator"}},
 		{"backup, denied", func() error { return w.c.Backup(ctx, officer, id.Recipient().String(), nil) }, custodian.ErrDenied, []string{"backup denied DENIED officer"}},
 		{"policy", func() error { return w.c.SetPolicy(ctx, testPolicy(t)) }, nil, []string{"policy.load allowed"}},
 	} {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
 )
@@ -32,12 +33,16 @@ const (
 	AuditAllowed = audit.Allowed
 	AuditDenied  = audit.Denied
 	AuditFailed  = audit.Failed
+	AuditBegun   = audit.Begun
 )
 
 // An AuditQuery asks for a page of the audit log.
 type AuditQuery struct {
 	From     uint64 // index of the first entry to look at
 	PageSize int
+	// SessionID or UserID, of which one may be set, picks entries about that
+	// viewer. That somebody asked is written to the log.
+	SessionID, UserID string
 	AuditFilter
 }
 
@@ -94,24 +99,88 @@ func (c *Custodian) AuditEntries(ctx context.Context, who Caller, q AuditQuery) 
 	if err := c.mayReadAudit(ctx, who, CategoryName(q.Category)); err != nil {
 		return nil, 0, err
 	}
-	size := c.audit.Size()
-	err = audit.Read(c.audit.Dir(), q.From, func(e *audit.Entry) error {
-		if e.Index >= size { // not acknowledged yet
-			return io.EOF
-		}
+	if err := c.lookUp(ctx, who, &q); err != nil {
+		return nil, 0, err
+	}
+	err = c.index.Find(ctx, q.From, &q.AuditFilter, func(e *audit.Entry) error {
 		if len(page) == q.PageSize {
 			next = e.Index
 			return io.EOF
 		}
-		if q.Match(e) {
-			page = append(page, *e)
-		}
-		return ctx.Err()
+		page = append(page, *e)
+		return nil
 	})
 	if errors.Is(err, io.EOF) {
 		err = nil
 	}
 	return page, next, auditError("from_index", err)
+}
+
+// KeepIndex keeps the index of the audit log up to date until ctx ends, so that
+// questions are answered soon.
+func (c *Custodian) KeepIndex(ctx context.Context) { c.index.UpdateEvery(ctx, indexInterval) }
+
+// indexInterval is how often the index takes in what is new. A question does
+// that, too.
+const indexInterval = time.Minute
+
+// followInterval is how often FollowAudit looks for new entries.
+const followInterval = 250 * time.Millisecond
+
+// followBatch is how many entries send gets at most.
+const followBatch = 100
+
+// FollowAudit calls send with the entries that q picks, from q.From on and then
+// as they are written, until ctx ends, send returns an error, or the caller may
+// not read them any more. An entry is shown once it is durable, within a second.
+func (c *Custodian) FollowAudit(ctx context.Context, who Caller, q AuditQuery, send func([]AuditEntry) error) error {
+	if err := c.mayReadAudit(ctx, who, CategoryName(q.Category)); err != nil {
+		return err
+	}
+	if err := c.lookUp(ctx, who, &q); err != nil {
+		return err
+	}
+	tail, err := audit.OpenTail(c.audit.Dir(), q.From)
+	if err != nil {
+		return err
+	}
+	defer tail.Close()
+	tick := time.NewTicker(followInterval)
+	defer tick.Stop()
+	for {
+		var found []AuditEntry
+		flush := func() error {
+			if len(found) == 0 {
+				return nil
+			}
+			part := found
+			found = nil
+			return send(part)
+		}
+		err := tail.Next(c.audit.Size(), func(e *audit.Entry) error {
+			if q.Match(e) {
+				found = append(found, *e)
+			}
+			if len(found) < followBatch {
+				return ctx.Err()
+			}
+			return flush()
+		})
+		if err == nil {
+			err = flush()
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+		if err := c.mayReadAudit(ctx, who, CategoryName(q.Category)); err != nil {
+			return err
+		}
+	}
 }
 
 // auditError makes a fault of the request of what the log does not have.

@@ -31,9 +31,19 @@ func (c *Custodian) Backup(ctx context.Context, who Caller, recipient string, w 
 	}
 	e := c.entry(c.set.Load(), who, d, ActionBackup, "", ref{}, nil)
 	e.Detail = "to " + recipient
-	if _, err := c.record(ctx, e); err != nil {
+	begun, err := c.begin(ctx, e)
+	if err != nil {
 		return err
 	}
+	if err = c.backup(ctx, to, w); err != nil {
+		e.Outcome, e.Reason = audit.Failed, string(ReasonOf(deadline(ctx, err)))
+	}
+	_, aerr := c.record(ctx, begun.end(e))
+	return errors.Join(err, aerr)
+}
+
+// backup writes the store to w for a recipient.
+func (c *Custodian) backup(ctx context.Context, to *age.X25519Recipient, w io.Writer) error {
 	sealed, err := age.Encrypt(w, to)
 	if err != nil {
 		return fmt.Errorf("backup: %w", err)
@@ -79,6 +89,23 @@ func Restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 		return RestoreReport{}, err
 	}
 	defer c.Close()
+	e := audit.Entry{Action: "custody.restore", Outcome: audit.Allowed, ControlRevision: c.set.Load().head.Revision}
+	begun, err := c.begin(ctx, e)
+	if err != nil {
+		return RestoreReport{}, err
+	}
+	rep, err := c.restore(ctx, cfg)
+	if err != nil {
+		e.Outcome, e.Reason = audit.Failed, string(ReasonOf(err))
+	}
+	e.ControlRevision = c.set.Load().head.Revision
+	e.Detail = fmt.Sprintf("%d keys missing, %d control changes lost", len(rep.MissingKIDs), len(rep.LostChanges))
+	_, aerr := c.record(ctx, begun.end(e))
+	return rep, errors.Join(err, aerr)
+}
+
+// restore is Restore in a custody that is open.
+func (c *Custodian) restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 	var rep RestoreReport
 	backup := c.set.Load().head.Revision
 	if err := c.adoptRevision(ctx, cfg.Logged.Revision); err != nil {
@@ -90,7 +117,7 @@ func Restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 	if err := c.freezeAgain(ctx, cfg.Logged, backup, &rep); err != nil {
 		return rep, err
 	}
-	err = c.store.View(ctx, func(tx Tx) error {
+	err := c.store.View(ctx, func(tx Tx) error {
 		for kid, kek := range cfg.Logged.KIDs {
 			if _, err := tx.ContentKey(kid); errors.Is(err, ErrNotFound) {
 				rep.MissingKIDs = append(rep.MissingKIDs, MissingKey{kid, kek})

@@ -40,10 +40,10 @@ func (c *Custodian) CreateCategory(ctx context.Context, who Caller, req CreateCa
 	}
 	d := c.decide(who, ActionCreateCategory, Resource{Category: req.Name})
 	about := ref{category: req.Name}
-	cat, err := c.createCategory(ctx, d, req, c.entry(c.set.Load(), who, d, ActionCreateCategory, req.RequestID, about, nil))
+	cat, begun, err := c.createCategory(ctx, d, req, c.entry(c.set.Load(), who, d, ActionCreateCategory, req.RequestID, about, nil))
 	if err != nil {
 		err = deadline(ctx, err)
-		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionCreateCategory, req.RequestID, about, err)); aerr != nil {
+		if _, aerr := c.record(ctx, c.fail(begun, c.entry(c.set.Load(), who, d, ActionCreateCategory, req.RequestID, about, err))); aerr != nil {
 			return Category{}, errors.Join(aerr, err)
 		}
 		return Category{}, err
@@ -51,30 +51,35 @@ func (c *Custodian) CreateCategory(ctx context.Context, who Caller, req CreateCa
 	return cat, nil
 }
 
-func (c *Custodian) createCategory(ctx context.Context, d Decision, req CreateCategoryRequest, e audit.Entry) (Category, error) {
+// createCategory returns the attempt too, where it came to one.
+func (c *Custodian) createCategory(ctx context.Context, d Decision, req CreateCategoryRequest, e audit.Entry) (Category, *attempt, error) {
 	if !d.Allow {
-		return Category{}, fmt.Errorf("category %s: %w", req.Name, d.Err)
+		return Category{}, nil, fmt.Errorf("category %s: %w", req.Name, d.Err)
 	}
 	if err := c.lookAtClock(); err != nil {
-		return Category{}, err
+		return Category{}, nil, err
 	}
 	set := c.set.Load()
 	if _, exists := set.categories[req.Name]; exists {
-		return Category{}, fmt.Errorf("category %s: %w", req.Name, ErrCategoryExists)
+		return Category{}, nil, fmt.Errorf("category %s: %w", req.Name, ErrCategoryExists)
 	}
 	providers := req.Providers
 	if len(providers) == 0 {
 		providers = c.defaultWraps
 	}
 	if err := c.keys.configured(providers); err != nil {
-		return Category{}, err
+		return Category{}, nil, err
 	}
 	if req.ReissueWindow == 0 && !req.Live {
 		req.ReissueWindow = DefaultReissueWindow
 	}
+	begun, err := c.begin(ctx, e)
+	if err != nil {
+		return Category{}, nil, err
+	}
 	kek, err := c.newKEK(ctx, set, KEKID{req.Name, 1}, providers)
 	if err != nil {
-		return Category{}, err
+		return Category{}, begun, err
 	}
 	cat := Category{Name: req.Name, Mode: CategoryOpen, ActiveKEK: 1, Providers: providers, CreateTime: kek.CreateTime,
 		ReissueWindow: req.ReissueWindow, Live: req.Live, Revision: 1}
@@ -83,9 +88,9 @@ func (c *Custodian) createCategory(ctx context.Context, d Decision, req CreateCa
 			return change{}, fmt.Errorf("category %s: %w", req.Name, ErrCategoryExists)
 		}
 		e.KeyVersion = kek.ID.String()
-		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(kek)}, entry: e}, nil
+		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(kek)}, entry: begun.end(e)}, nil
 	})
-	return cat, err
+	return cat, begun, err
 }
 
 // newKEK makes one KEK version under the active MEK. Nothing is stored yet.
@@ -110,6 +115,30 @@ func (c *Custodian) rotateKEK(ctx context.Context, name CategoryName, from, to u
 	if !ok {
 		return fmt.Errorf("category %s: %w", name, ErrCategoryNotFound)
 	}
+	e := audit.Entry{Action: "kek.rotate", Outcome: audit.Allowed, Category: string(name), KeyVersion: KEKID{name, to}.String(), ControlRevision: set.head.Revision, Detail: cause}
+	begun, err := c.begin(ctx, e)
+	if err != nil {
+		return err
+	}
+	err = c.replaceKEK(ctx, set, cat, from, to, begun.end(e))
+	if err != nil {
+		e.Outcome, e.Reason = audit.Failed, string(ReasonOf(err))
+		if _, aerr := c.record(ctx, c.fail(begun, e)); aerr != nil {
+			return errors.Join(aerr, err)
+		}
+	}
+	if errors.Is(err, errOvertaken) {
+		return nil
+	}
+	return err
+}
+
+// errOvertaken: the category has another KEK version already.
+var errOvertaken = errors.New("another version is active by now")
+
+// replaceKEK makes the KEK version and the change that e tells of.
+func (c *Custodian) replaceKEK(ctx context.Context, set *controlSet, cat Category, from, to uint32, e audit.Entry) error {
+	name := cat.Name
 	kek, err := c.newKEK(ctx, set, KEKID{name, to}, cat.Providers)
 	if err != nil {
 		return err
@@ -117,12 +146,11 @@ func (c *Custodian) rotateKEK(ctx context.Context, name CategoryName, from, to u
 	return c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
 		cat, pred := old.categories[name], old.keks[KEKID{name, from}]
 		if cat.ActiveKEK != from || !slices.Equal(cat.Providers, providersOf(kek.Wrapped)) {
-			return change{}, errNoChange // another was quicker, or it is wrapped by those that were the category's before
+			return change{}, fmt.Errorf("kek %s: %w", kek.ID, errOvertaken) // another was quicker, or it is wrapped by those that were the category's before
 		}
 		cat.ActiveKEK, cat.Revision = kek.ID.Version, cat.Revision+1
 		pred.State, pred.DeactivateTime, pred.Revision = StateDeactivated, now, pred.Revision+1
-		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek)},
-			entry: audit.Entry{Action: "kek.rotate", Category: string(name), KeyVersion: kek.ID.String(), Detail: cause}}, nil
+		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek)}, entry: e}, nil
 	})
 }
 
@@ -162,26 +190,39 @@ func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetMode
 	}
 	d := c.decide(who, ActionSetMode, Resource{Category: req.Name})
 	var cat Category
+	var begun *attempt
+	set := c.set.Load()
+	e := c.entry(set, who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, nil)
+	e.Action, e.Detail = modeActions[req.Mode], req.Cause
 	err := d.Err
 	if d.Allow && req.Mode != CategoryFrozen {
 		// Only a freeze, the break-glass, does not wait for a clock that is believed.
 		err = c.lookAtClock()
 	}
+	if _, ok := set.categories[req.Name]; err == nil && !ok {
+		err = ErrCategoryNotFound
+	}
+	if err == nil {
+		// A freeze is not held up by a log that cannot be written: then nothing is
+		// released either, but it is to hold when that has passed.
+		if begun, err = c.begin(ctx, e); req.Mode == CategoryFrozen {
+			err = nil
+		}
+	}
 	if err == nil {
 		err = c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
-			var ok bool
-			if cat, ok = old.categories[req.Name]; !ok {
-				return change{}, fmt.Errorf("category %s: %w", req.Name, ErrCategoryNotFound)
-			}
+			cat = old.categories[req.Name]
 			cat.Mode, cat.Revision = req.Mode, cat.Revision+1
-			e := c.entry(c.set.Load(), who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, nil)
-			e.Action, e.Detail = modeActions[req.Mode], req.Cause
-			return change{put: []ControlRecord{categoryRecord(cat)}, entry: e, restricts: req.Mode == CategoryFrozen}, nil
+			return change{put: []ControlRecord{categoryRecord(cat)}, entry: begun.end(e), restricts: req.Mode == CategoryFrozen}, nil
 		})
 	}
 	if err != nil {
 		err = deadline(ctx, fmt.Errorf("category %s: %w", req.Name, err))
-		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, err)); aerr != nil {
+		failed := c.entry(c.set.Load(), who, d, ActionSetMode, req.RequestID, ref{category: req.Name}, err)
+		if begun != nil {
+			failed.Action = e.Action
+		}
+		if _, aerr := c.record(ctx, c.fail(begun, failed)); aerr != nil {
 			return Category{}, errors.Join(aerr, err)
 		}
 		return Category{}, err

@@ -67,6 +67,8 @@ type Config struct {
 	OnIncident func(Incident)
 	// MaxReleases is how many CEKs may be in clear at once. Zero: 8192.
 	MaxReleases int
+	// Anchors are held against the audit log at the start. Nil: there are none.
+	Anchors Anchors
 	// ConfirmTime accepts a clock that is far beyond the highest time seen.
 	ConfirmTime bool
 	// ConfigDigest names the configuration in the audit log.
@@ -92,6 +94,7 @@ type Custodian struct {
 	store   Store
 	hsm     HSM
 	audit   *audit.Log
+	index   *audit.Index
 	keys    *keyring
 	rewraps *rewrapping
 	arena   *secret.Arena
@@ -105,6 +108,7 @@ type Custodian struct {
 
 	clock          func() time.Time
 	defaultWraps   []string
+	anchors        Anchors
 	started        time.Time
 	unknownObjects []TokenObject
 
@@ -135,7 +139,7 @@ type Custodian struct {
 //
 // Errors: ErrUninitialised; ErrHSMUnavailable and ErrKMSUnavailable (try
 // again); ErrRecordMAC, ErrControlDigest, ErrStoreRollback, ErrLogRollback,
-// ErrWrongMEK (never served; see docs/OPERATIONS.md).
+// ErrAnchorAhead, ErrAnchorFork, ErrWrongMEK (never served; see docs/OPERATIONS.md).
 func Open(ctx context.Context, cfg Config) (*Custodian, error) {
 	c, err := newCustodian(ctx, cfg)
 	if err != nil {
@@ -173,8 +177,8 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if err != nil {
 		return nil, errors.Join(err, arena.Close())
 	}
-	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events}
+	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events}
 	if cfg.RotationRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)
 	}
@@ -187,7 +191,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 // Close releases the loaded keys and wipes what is left in clear.
 func (c *Custodian) Close() error {
 	c.keys.close()
-	return c.arena.Close()
+	return errors.Join(c.index.Close(), c.arena.Close())
 }
 
 // Arena is where the Secrets of results lie.

@@ -291,8 +291,8 @@ func TestStoreDidIt(t *testing.T) {
 	w.breaker.arm("store.Update", 1, true)
 	_, err := w.c.CreateCategory(t.Context(), officer, custodian.CreateCategoryRequest{Name: "series"})
 	wantErr(t, "create a category", err, nil)
-	if entries := w.entries(from); !w.breaker.disarm() || len(entries) != 1 || entries[0].ControlDigest == nil {
-		t.Errorf("got %d entries, want the one of the change", len(entries))
+	if entries := w.entries(from); !w.breaker.disarm() || len(entries) != 2 || entries[1].ControlDigest == nil {
+		t.Errorf("got %d entries, want the attempt and the change", len(entries))
 	}
 	w.whole()
 	w.consistent()

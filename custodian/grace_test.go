@@ -34,7 +34,7 @@ type badKMS struct {
 	lies     func(custodian.OuterWrap) custodian.OuterWrap
 	misreads bool
 	lost     []byte
-	before   func() // is called before the next wrap is made, once
+	before   func(context.Context) // is called before a wrap is made
 }
 
 func (k *badKMS) Name() string { return k.name }
@@ -90,10 +90,9 @@ func (k *badKMS) answer(ctx context.Context, count *int) error {
 func (k *badKMS) Wrap(ctx context.Context, blob, binding []byte) (custodian.OuterWrap, error) {
 	k.mu.Lock()
 	before := k.before
-	k.before = nil
 	k.mu.Unlock()
 	if before != nil {
-		before()
+		before(ctx)
 	}
 	if err := k.answer(ctx, &k.wraps); err != nil {
 		return custodian.OuterWrap{}, err

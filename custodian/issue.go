@@ -104,6 +104,9 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 	if err := req.Check(); err != nil {
 		return nil, err
 	}
+	if err := c.anchored(); err != nil {
+		return nil, err
+	}
 	if req.Sealable {
 		var err error
 		if req.recipient, err = c.policy.Load().recipient(who, ""); err != nil {

@@ -28,6 +28,8 @@ type Logged struct {
 	KIDs      map[KID]KEKID
 	KEKs      map[CategoryName]uint32 // the highest version that it names
 	Changes   []ControlChange
+	// Begun are the attempts without an end, by index.
+	Begun map[uint64]audit.Entry
 }
 
 // A ControlChange is a change of the control set as the audit log tells it.
@@ -42,6 +44,7 @@ type ControlChange struct {
 // Visit takes one entry in.
 func (l *Logged) Visit(e *audit.Entry) error {
 	l.Entries++
+	l.visitAttempt(e)
 	l.tokens.visit(e)
 	if len(e.ControlDigest) == 32 {
 		l.Revision, l.Digest = e.ControlRevision, [32]byte(e.ControlDigest)
@@ -100,6 +103,9 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	if err := c.signLog(ctx, set); err != nil {
 		return err
 	}
+	if err := c.checkAnchors(ctx, set); err != nil {
+		return err
+	}
 	c.set.Store(set)
 	if !cfg.Restored && cfg.Logged.Revision < set.head.Revision {
 		// The last run ended between the store's commit and the log's.
@@ -110,6 +116,12 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 		if _, err := c.record(ctx, e); err != nil {
 			return err
 		}
+		if e.HasAttempt {
+			delete(cfg.Logged.Begun, e.Attempt)
+		}
+	}
+	if err := c.endAttempts(ctx, cfg.Logged.Begun); err != nil {
+		return err
 	}
 	c.checkClock(set.head.HighestNow, maxAhead, cfg.ConfirmTime)
 	if cfg.ConfirmTime && !cfg.Restored && c.believesClock() == nil {

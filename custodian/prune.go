@@ -22,7 +22,8 @@ type LogRetention struct {
 // against the log, a restore to find the keys that a backup lacks, and an
 // auditor to see who changed what.
 func KeepInLog(e *AuditEntry) bool {
-	return len(e.ControlDigest) > 0 || e.StoreSequence > 0 || e.Outcome == audit.Allowed && e.Action != string(ActionRelease)
+	return len(e.ControlDigest) > 0 || e.StoreSequence > 0 || e.Outcome == audit.Begun || e.HasAttempt ||
+		e.Outcome == audit.Allowed && e.Action != string(ActionRelease)
 }
 
 // PruneLog prunes the audit log as r says. It is in the log before it begins,
@@ -40,17 +41,18 @@ func (c *Custodian) PruneLog(ctx context.Context, r LogRetention) error {
 	if err != nil || len(plan) == 0 {
 		return err
 	}
-	e := audit.Entry{Action: actionPrune, Outcome: audit.Allowed, Detail: "begin: " + describePruned(plan)}
-	if _, err := c.record(ctx, e); err != nil {
+	e := audit.Entry{Action: actionPrune, Outcome: audit.Allowed, Detail: describePruned(plan)}
+	begun, err := c.begin(ctx, e)
+	if err != nil {
 		return err
 	}
 	o.Rehearse = false
 	pruned, err := audit.Prune(ctx, c.audit.Dir(), o)
-	e.Detail = "end: " + describePruned(pruned)
+	e.Detail = describePruned(pruned)
 	if err != nil {
 		e.Outcome, e.Reason = audit.Failed, string(ReasonOf(err))
 	}
-	_, rerr := c.record(ctx, e)
+	_, rerr := c.record(ctx, begun.end(e))
 	if rerr == nil {
 		c.prunedNoted.Store(c.audit.Stats().Pruned)
 	}

@@ -27,6 +27,9 @@ type RetrieveRequest struct {
 	// session is; where it is given, the token's must be the same.
 	LicenceToken string
 	SessionID    string
+	// UserID is what the caller says the viewer is. The audit log has keyed hashes
+	// of session and user.
+	UserID string
 
 	recipient sealing.PublicKey
 	token     *Token
@@ -49,6 +52,15 @@ type RetrieveResult struct {
 	decision Decision
 }
 
+// session is the viewer's, from a licence token that is good where the caller
+// names none.
+func (r RetrieveRequest) session() string {
+	if r.SessionID == "" && r.token != nil && r.token.err == nil {
+		return r.token.session
+	}
+	return r.SessionID
+}
+
 // Check says what is wrong with the request, or nil.
 func (r RetrieveRequest) Check() error {
 	if err := checkText(r.RequestID, MaxRequestIDSize); err != nil {
@@ -61,6 +73,12 @@ func (r RetrieveRequest) Check() error {
 		if err := r.ContentID.Check(); err != nil {
 			return invalid("content_id", err)
 		}
+	}
+	if err := checkViewer("viewer_context.session_id", r.SessionID); err != nil {
+		return err
+	}
+	if err := checkViewer("viewer_context.user_id", r.UserID); err != nil {
+		return err
 	}
 	for i, kid := range r.KIDs {
 		if kid.IsZero() {
@@ -75,6 +93,9 @@ func (r RetrieveRequest) Check() error {
 // log cannot be written; then nothing is released.
 func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveRequest) ([]RetrieveResult, error) {
 	if err := req.Check(); err != nil {
+		return nil, err
+	}
+	if err := c.anchored(); err != nil {
 		return nil, err
 	}
 	var err error
@@ -102,6 +123,10 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	}
 	// The set is loaded after the records, so that it knows their KEKs.
 	set := c.set.Load()
+	viewer, err := c.viewerRefs(ctx, set, req.session(), req.UserID)
+	if err != nil {
+		return nil, deadline(ctx, err)
+	}
 	entries := make([]audit.Entry, len(results))
 	for i := range results {
 		r := &results[i]
@@ -116,6 +141,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 		}
 		entries[i] = c.entry(set, who, r.decision, ActionRelease, req.RequestID, about, r.Err)
 		entries[i].Detail = r.detail(req.token)
+		entries[i].Refs = viewer
 	}
 	receipts, err := c.record(ctx, entries...)
 	if err == nil && ctx.Err() != nil {

@@ -27,7 +27,7 @@ func rewrapWorld(t *testing.T, versions int, names ...string) (*world, []*badKMS
 		w.cfg.Providers = append(w.cfg.Providers, k)
 	}
 	w.cfg.KMS.RewrapRate = 1e6
-	w.cfg.KMS.Deadline = 300 * time.Millisecond
+	w.cfg.KMS.Deadline = 30 * time.Second
 	w.cfg.GCMLimits = custodian.GCMLimits{Block: 1, Soft: 2, Hard: 1 << 20} // each issue makes a new version
 	w.reopen()
 	if _, err := w.c.CreateCategory(t.Context(), officer, custodian.CreateCategoryRequest{Name: "movies", Providers: names[:1]}); err != nil {
@@ -67,6 +67,24 @@ func (w *world) rewraps(enough func([]custodian.RewrapStatus) bool) {
 			w.t.Fatalf("the jobs do not get there: %+v", left)
 		}
 	}
+}
+
+// rewrapsHalf runs a job of 70 keys by k until 32 are stored and 40 wraps made,
+// and ends it there.
+func (w *world) rewrapsHalf(k *badKMS) {
+	w.t.Helper()
+	made := 0
+	k.mu.Lock()
+	k.before = func(ctx context.Context) {
+		if made++; made == 40 {
+			<-ctx.Done()
+		}
+	}
+	k.mu.Unlock()
+	w.rewraps(func(left []custodian.RewrapStatus) bool { return len(left) == 1 && left[0].Done > 0 })
+	k.mu.Lock()
+	k.before = nil
+	k.mu.Unlock()
 }
 
 func (w *world) jobs() []custodian.RewrapStatus {
@@ -182,9 +200,9 @@ func TestMoveWaits(t *testing.T) {
 // A restart at any moment finds the job where it stood. So does one after each
 // part has failed once, before and after it did what was asked.
 func TestMoveGoesOn(t *testing.T) {
-	w, _ := rewrapWorld(t, 70, "vault", "aws")
+	w, kmss := rewrapWorld(t, 70, "vault", "aws")
 	w.moveTo("vault", "aws")
-	w.rewraps(func(left []custodian.RewrapStatus) bool { return len(left) == 1 && left[0].Done > 0 })
+	w.rewrapsHalf(kmss[1])
 	if got := w.jobs(); len(got) != 1 || got[0].Done == got[0].Total {
 		t.Fatalf("the job was not stopped in its middle: %+v", got)
 	}
@@ -216,7 +234,10 @@ func TestMoveDuringARotation(t *testing.T) {
 	w, kmss := rewrapWorld(t, 3, "vault", "aws")
 	reached, held := make(chan struct{}), make(chan struct{})
 	kmss[0].mu.Lock()
-	kmss[0].before = func() { close(reached); <-held }
+	kmss[0].before = func(context.Context) {
+		reached <- struct{}{}
+		<-held
+	}
 	kmss[0].mu.Unlock()
 	versions := len(w.keks("movies"))
 	var issuing sync.WaitGroup
@@ -224,6 +245,9 @@ func TestMoveDuringARotation(t *testing.T) {
 	var err error
 	issuing.Go(func() { issued, err = w.c.Issue(t.Context(), packager, ask("movies", "film-new", "SD")) })
 	<-reached
+	kmss[0].mu.Lock()
+	kmss[0].before = nil
+	kmss[0].mu.Unlock()
 	w.moveTo("vault", "aws")
 	w.rewraps(none)
 	w.wantWraps("after the move", "vault", "aws")
@@ -367,7 +391,7 @@ func TestReencrypt(t *testing.T) {
 		if _, err := w.c.Reencrypt(t.Context(), operator, custodian.ReencryptRequest{Category: "movies", Providers: []string{"vault"}, Cause: "yearly"}); err != nil {
 			t.Fatal(err)
 		}
-		w.rewraps(func(left []custodian.RewrapStatus) bool { return len(left) == 1 && left[0].Done > 0 })
+		w.rewrapsHalf(kmss[0])
 		done := w.jobs()[0].Done
 		w.reopen()
 		made := kmss[0].wrapped()

@@ -28,6 +28,14 @@ func (s *controlSet) auditSigner() (Signer, error) {
 	return latest, nil
 }
 
+// auditOrigin is the origin of the checkpoints that are made now.
+func (c *Custodian) auditOrigin() string {
+	if c.auditName == "" {
+		return checkpoint.Origin(c.audit.ID())
+	}
+	return checkpoint.NamedOrigin(c.auditName, c.audit.ID())
+}
+
 // signLog has the audit log signed by the token, with the recorded key and no
 // other. The last checkpoint of the log must be one that this key has signed.
 func (c *Custodian) signLog(ctx context.Context, set *controlSet) error {
@@ -46,10 +54,7 @@ func (c *Custodian) signLog(ctx context.Context, set *controlSet) error {
 	if same, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !same.Equal(recorded) {
 		return fmt.Errorf("signing key %s: the token has another pair than the one that is recorded: %w", g.Label, ErrWrongMEK)
 	}
-	origin := checkpoint.Origin(c.audit.ID())
-	if c.auditName != "" {
-		origin = checkpoint.NamedOrigin(c.auditName, c.audit.ID())
-	}
+	origin := c.auditOrigin()
 	signer, err := checkpoint.NewSigner(origin, key)
 	if err != nil {
 		return fmt.Errorf("signing key %s: %w", g.Label, err)

@@ -58,6 +58,8 @@ type AuditStatus struct {
 	Bytes     int64  `json:"bytes"`
 	Limit     int64  `json:"limit"`     // bytes that it may have
 	Watermark int    `json:"watermark"` // 80 or 95, in percent of the limit, or 0
+
+	Anchors []AnchorStatus `json:"anchors,omitempty"`
 }
 
 // Status describes the daemon to who may know.
@@ -93,6 +95,12 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 		p := g.describe()
 		p.KeyVersions, p.SoleKeyVersions = set.heldBy(p.Name)
 		s.Providers = append(s.Providers, p)
+	}
+	if c.anchors != nil {
+		s.Audit.Anchors = c.anchors.Status()
+		if err := c.anchors.Blocked(); err != nil && s.Audit.Blocked == "" {
+			s.Audit.Blocked = err.Error()
+		}
 	}
 	s.Warnings = c.warnings(set, s)
 	return s, nil
@@ -163,6 +171,11 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	if err := c.believesClock(); err != nil {
 		w = append(w, err.Error())
 	}
+	for _, a := range s.Audit.Anchors {
+		if !a.Alert.IsZero() {
+			w = append(w, fmt.Sprintf("anchor %s is %d entries behind the audit log, since %s: %s", a.Name, a.Lag, s.Time.Add(-a.LagTime).Format(time.RFC3339), a.LastError))
+		}
+	}
 	if s.Audit.Watermark > 0 {
 		w = append(w, fmt.Sprintf("the audit log is %d%% full: it has %d bytes, and room for %d; when it is full nothing is released", s.Audit.Watermark, s.Audit.Bytes, s.Audit.Limit))
 	}
@@ -178,6 +191,9 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 func (c *Custodian) Ready(ctx context.Context) error {
 	if b := c.audit.Stats().Blocked; b != "" {
 		return fmt.Errorf("%s: %w", b, ErrAuditBlocked)
+	}
+	if err := c.anchored(); err != nil {
+		return err
 	}
 	if err := c.hsm.Health(ctx); err != nil {
 		return err

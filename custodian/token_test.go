@@ -196,6 +196,11 @@ func TestToken(t *testing.T) {
 	wantErr(t, "KIDs instead of track types", w.show(provider, w.sd, w.token(map[string]any{"kids": kids, "track_types": nil})), nil)
 	wantErr(t, "a list of audiences", w.show(provider, w.hd, w.token(map[string]any{"aud": []string{"other", "custodian.test"}})), nil)
 	wantErr(t, "a content ID in base64", w.show(provider, w.hd, w.token(map[string]any{"content_id": nil, "content_id_b64": base64.RawURLEncoding.EncodeToString([]byte("film"))})), nil)
+	from := w.log.Size()
+	wantErr(t, "a session in the token only", w.show(provider, w.hd, w.token(nil)), nil)
+	if e := w.entries(from); len(e[0].Refs) != 1 || e[0].Refs[0].Kind != "session" {
+		t.Errorf("the entry has the references %+v, want that of the token's session", e[0].Refs)
+	}
 	wantErr(t, "the session that the caller says", w.ask(provider, custodian.RetrieveRequest{KIDs: []custodian.KID{w.hd}, LicenceToken: w.token(nil), SessionID: "session-1"}), nil)
 
 	// One token for the keys of one call, of which it allows one.

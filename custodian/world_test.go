@@ -304,6 +304,31 @@ func (w *world) whole() {
 	if _, err := audit.Verify(w.t.Context(), w.auditDir(), audit.VerifyOptions{}); err != nil {
 		w.t.Errorf("audit log: %v", err)
 	}
+	w.attemptsEnd()
+}
+
+// attemptsEnd checks that every attempt in the log has one end, of its action
+// and after it. It is so after a start.
+func (w *world) attemptsEnd() (attempts int) {
+	w.t.Helper()
+	open := map[uint64]string{}
+	for _, e := range w.entries(0) {
+		if e.Outcome == audit.Begun {
+			open[e.Index] = e.Action
+			attempts++
+		}
+		if !e.HasAttempt {
+			continue
+		}
+		if open[e.Attempt] != e.Action {
+			w.t.Errorf("entry %d, %s, ends %d, which is %q", e.Index, line(e), e.Attempt, open[e.Attempt])
+		}
+		delete(open, e.Attempt)
+	}
+	if len(open) > 0 {
+		w.t.Errorf("attempts without an end: %v", open)
+	}
+	return attempts
 }
 
 func (w *world) noneInClear() {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
@@ -28,7 +29,7 @@ func (a *app) auditCmd() *cobra.Command {
 		Short: "Check and read an audit log, without the daemon or from it",
 		Long: `Check and read an audit log from its files: on the daemon's machine while it runs,
 or a copy anywhere.`,
-	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd(), a.auditKeyCmd(), a.auditConsistencyCmd(), a.auditPruneCmd())
+	}, a.auditVerifyCmd(), a.auditListCmd(), a.auditProveCmd(), a.auditExportCmd(), a.auditKeyCmd(), a.auditConsistencyCmd(), a.auditPruneCmd(), a.auditWitnessCmd())
 }
 
 // A reportView is a verified log in JSON.
@@ -326,7 +327,7 @@ type proofView struct {
 	LeafHash   hexBytes   `json:"leaf_hash"`
 	Proof      []hexBytes `json:"inclusion_proof"`
 	Checkpoint string     `json:"checkpoint"`
-	Entry      entryView  `json:"entry"`
+	Entry      *entryView `json:"entry"` // null where it was pruned
 }
 
 func (a *app) auditProveCmd() *cobra.Command {
@@ -343,7 +344,11 @@ hashes that lead from its leaf hash to the root of a checkpoint.`,
 		if err != nil {
 			return fmt.Errorf("prove: %w", err)
 		}
-		v := proofView{Index: index, LeafHash: p.LeafHash[:], Proof: []hexBytes{}, Checkpoint: string(p.Checkpoint), Entry: viewEntry(&p.Entry)}
+		v := proofView{Index: index, LeafHash: p.LeafHash[:], Proof: []hexBytes{}, Checkpoint: string(p.Checkpoint)}
+		if !p.Pruned {
+			e := viewEntry(&p.Entry)
+			v.Entry = &e
+		}
 		for i := range p.Hashes {
 			v.Proof = append(v.Proof, p.Hashes[i][:])
 		}
@@ -387,6 +392,11 @@ func progressOn(w io.Writer) func(done, total int64) {
 type filter struct {
 	kid, caller, action, outcome, category, content, keyVersion, request, since, before string
 
+	// sessionFile and userFile name files: what is in them is nobody's business
+	// who can list processes.
+	sessionFile, userFile string
+	session, user         string
+
 	limit int
 	audit.Filter
 }
@@ -405,7 +415,7 @@ func (f *filter) check() error {
 	if f.outcome != "" {
 		var ok bool
 		if f.Outcome, ok = audit.ParseOutcome(f.outcome); !ok {
-			return fmt.Errorf("--outcome %s: must be allowed, denied or failed", plain(f.outcome))
+			return fmt.Errorf("--outcome %s: must be allowed, denied, failed or begun", plain(f.outcome))
 		}
 	}
 	for _, t := range []struct {
@@ -425,66 +435,193 @@ func (f *filter) check() error {
 	return nil
 }
 
+// readViewer reads the IDs of session and user.
+func (f *filter) readViewer(stdin io.Reader) error {
+	for _, v := range []struct {
+		flag, path string
+		to         *string
+	}{{"session-id-file", f.sessionFile, &f.session}, {"user-id-file", f.userFile, &f.user}} {
+		if v.path == "" {
+			continue
+		}
+		in := stdin
+		if v.path != "-" {
+			file, err := os.Open(v.path)
+			if err != nil {
+				return err
+			}
+			defer file.Close()
+			in = file
+		}
+		b, err := io.ReadAll(io.LimitReader(in, 2*custodian.MaxViewerSize))
+		if err != nil {
+			return err
+		}
+		if *v.to = strings.TrimRight(string(b), "\r\n"); *v.to == "" {
+			return fmt.Errorf("--%s %s: it is empty", v.flag, v.path)
+		}
+	}
+	return nil
+}
+
 func (f *filter) flags(c *cobra.Command) {
 	fl := c.Flags()
 	fl.StringVar(&f.kid, "kid", "", "only entries about this `KID`: who was given this key")
 	fl.StringVar(&f.caller, "caller", "", "only entries of this caller `NAME`: which keys did it get")
 	fl.StringVar(&f.action, "action", "", "only this `ACTION`: issue, release, category.create and so on")
-	fl.StringVar(&f.outcome, "outcome", "", "only this `OUTCOME`: allowed, denied or failed")
+	fl.StringVar(&f.outcome, "outcome", "", "only this `OUTCOME`: allowed, denied, failed or begun")
 	fl.StringVar(&f.category, "category", "", "only entries about this `CATEGORY`")
 	fl.StringVar(&f.content, "content", "", "only entries about this content `ID`")
 	fl.StringVar(&f.keyVersion, "key-version", "", "only entries about keys under this key-encryption key, as `CATEGORY/VERSION`")
 	fl.StringVar(&f.request, "request-id", "", "only entries of this request `ID`")
 	fl.StringVar(&f.since, "since", "", "only entries from this `TIME` on, as 2026-11-22T16:00:00Z")
 	fl.StringVar(&f.before, "before", "", "only entries earlier than this `TIME`")
+	fl.StringVar(&f.sessionFile, "session-id-file", "", "only entries about the session whose ID is in this `FILE`, - for standard input (from the daemon only)")
+	fl.StringVar(&f.userFile, "user-id-file", "", "only entries about the user whose ID is in this `FILE`, - for standard input (from the daemon only)")
 	fl.IntVar(&f.limit, "limit", 100, "the newest `N` of them, 0 for all")
-	completeWords(c, "outcome", "allowed", "denied", "failed")
+	completeWords(c, "outcome", "allowed", "denied", "failed", "begun")
 	completeWords(c, "action", "issue", "reissue", "release", "category.create", "category.freeze", "category.open", "backup")
 }
 
 func (a *app) auditListCmd() *cobra.Command {
 	var dir string
+	var follow bool
 	var f filter
 	c := leaf(&cobra.Command{
 		Use:   "list",
 		Short: "Print the newest entries of a log, oldest first",
 		Long: `Print the newest entries of an audit log, oldest first; with --json one object a
-line. What the log says is not checked: custodianctl audit verify does that.`,
+line. What the log says is not checked: custodianctl audit verify does that. With
+--follow it goes on with those that are written, until it is interrupted.`,
 		Example: `  custodianctl audit list --dir /var/lib/custodian/audit --action release --limit 0 --json
   custodianctl audit list --dir DIR --kid KID --action release --outcome allowed --limit 0     who was given this key
   custodianctl audit list --dir DIR --caller NAME --action release --outcome allowed --limit 0 which keys did it get
-  custodianctl audit list --dir DIR --key-version movies/1 --limit 0                           all under this version`,
+  custodianctl audit list --dir DIR --key-version movies/1 --limit 0                           all under this version
+  custodianctl audit list --session-id-file session.txt                                        what this session got`,
 	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
 		if err := f.check(); err != nil {
 			return invalid(err)
+		}
+		if err := f.readViewer(os.Stdin); err != nil {
+			return invalid(err)
+		}
+		if f.session+f.user != "" && dir != "" {
+			return invalid(errors.New("only the daemon has the key to find a session or a user: leave --dir out"))
+		}
+		if follow {
+			if dir != "" {
+				return invalid(errors.New("--follow asks the daemon: leave --dir out"))
+			}
+			return a.follow(ctx, &f)
 		}
 		read := func(fn func(*audit.Entry) error) error { return audit.Read(dir, 0, fn) }
 		if dir == "" {
 			read = func(fn func(*audit.Entry) error) error { return a.readFromDaemon(ctx, &f, fn) }
 		}
 		entries, err := newest(ctx, read, &f)
+		if err == nil && dir != "" {
+			err = a.notePruned(dir)
+		}
 		if err != nil {
 			return fmt.Errorf("read: %w", err)
 		}
 		if a.json {
-			enc := json.NewEncoder(a.out)
-			enc.SetEscapeHTML(false)
-			for _, e := range entries {
-				if err := enc.Encode(viewEntry(e)); err != nil {
-					return err
-				}
-			}
-			return nil
+			return a.printEntries(entries...)
 		}
 		rows := make([][]string, 0, len(entries))
 		for _, e := range entries {
-			rows = append(rows, []string{strconv.FormatUint(e.Index, 10), stamp(e.Time), outcome(e), plain(e.Action), orDash(e.Caller), about(e)})
+			rows = append(rows, entryRow(e))
 		}
 		return a.printTable([]string{"INDEX", "TIME", "OUTCOME", "ACTION", "CALLER", "ABOUT"}, rows)
 	})
 	c.Flags().StringVar(&dir, "dir", "", "`DIR`ectory of the log; without it the daemon is asked (auditor)")
+	c.Flags().BoolVar(&follow, "follow", false, "go on with the entries that are written (from the daemon only)")
 	f.flags(c)
 	return c
+}
+
+func entryRow(e *audit.Entry) []string {
+	return []string{strconv.FormatUint(e.Index, 10), stamp(e.Time), outcome(e), plain(e.Action), orDash(e.Caller), about(e)}
+}
+
+// printEntries prints entries as lines: of JSON, or without columns, whose
+// widths nobody knows before the last entry.
+func (a *app) printEntries(entries ...*audit.Entry) error {
+	enc := json.NewEncoder(a.out)
+	enc.SetEscapeHTML(false)
+	for _, e := range entries {
+		if !a.json {
+			if err := a.printf("%s\n", strings.Join(entryRow(e), "  ")); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := enc.Encode(viewEntry(e)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// follow prints the newest entries, and then those that are written.
+func (a *app) follow(ctx context.Context, f *filter) error {
+	var size uint64
+	entries, err := newest(ctx, func(fn func(*audit.Entry) error) error {
+		cp, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.GetCheckpointResponse, error) {
+			return cl.GetCheckpoint(ctx)
+		})
+		if err != nil {
+			return err
+		}
+		c, err := checkpoint.Parse(cp.GetCheckpoint())
+		if err != nil {
+			return err
+		}
+		size = c.Size
+		return a.readFromDaemon(ctx, f, func(e *audit.Entry) error {
+			if e.Index >= size {
+				return nil // it comes with those that follow
+			}
+			return fn(e)
+		})
+	}, f)
+	if err == nil {
+		err = a.printEntries(entries...)
+	}
+	if err != nil {
+		return fmt.Errorf("read: %w", err)
+	}
+	cl, err := a.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer cl.Close()
+	req := &v1.FollowEntriesRequest{Query: f.query()}
+	req.Query.FromIndex = size
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 10*time.Second) {
+		err := cl.FollowAuditEntries(ctx, req, func(b []byte) error {
+			pause = 100 * time.Millisecond
+			e, err := audit.UnmarshalEntry(b)
+			if err != nil {
+				return err
+			}
+			req.Query.FromIndex = e.Index + 1
+			return a.printEntries(&e)
+		})
+		if ctx.Err() != nil {
+			return nil // interrupted, as it is meant to end
+		}
+		// What a daemon that stops, or asks for a new connection, has ended, goes on
+		// from where it was.
+		if e, ok := errors.AsType[*client.Error](err); err != nil && (!ok || e.Code != codes.Unavailable) {
+			return fmt.Errorf("follow: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+	}
 }
 
 // newest returns the last entries that f wants, in the order of the log.
@@ -514,15 +651,7 @@ func (a *app) readFromDaemon(ctx context.Context, f *filter, fn func(*audit.Entr
 		return err
 	}
 	defer cl.Close()
-	// The numbers of the outcomes are the same here and there.
-	req := &v1.ListEntriesRequest{PageSize: 1000, Caller: f.Caller, Action: f.Action, Outcome: v1.AuditOutcome(f.Outcome), Category: f.Category,
-		ContentId: f.ContentID, Kid: f.KID, KeyVersion: f.KeyVersion}
-	if !f.Since.IsZero() {
-		req.SinceTime = timestamppb.New(f.Since)
-	}
-	if !f.Before.IsZero() {
-		req.BeforeTime = timestamppb.New(f.Before)
-	}
+	req := f.query()
 	for {
 		bounded, cancel := a.bounded(ctx)
 		resp, err := cl.ListAuditEntries(bounded, req)
@@ -543,6 +672,20 @@ func (a *app) readFromDaemon(ctx context.Context, f *filter, fn func(*audit.Entr
 			return nil
 		}
 	}
+}
+
+// query is the filter for the daemon. The numbers of the outcomes are the same
+// here and there.
+func (f *filter) query() *v1.ListEntriesRequest {
+	req := &v1.ListEntriesRequest{PageSize: 1000, Caller: f.Caller, Action: f.Action, Outcome: v1.AuditOutcome(f.Outcome), Category: f.Category,
+		ContentId: f.ContentID, Kid: f.KID, KeyVersion: f.KeyVersion, SessionId: f.session, UserId: f.user}
+	if !f.Since.IsZero() {
+		req.SinceTime = timestamppb.New(f.Since)
+	}
+	if !f.Before.IsZero() {
+		req.BeforeTime = timestamppb.New(f.Before)
+	}
+	return req
 }
 
 func outcome(e *audit.Entry) string {
@@ -581,6 +724,9 @@ func about(e *audit.Entry) string {
 	if e.KeyVersion != "" {
 		parts = append(parts, "key "+plain(e.KeyVersion))
 	}
+	if e.HasAttempt {
+		parts = append(parts, fmt.Sprintf("ends %d", e.Attempt))
+	}
 	if e.Detail != "" {
 		parts = append(parts, plain(e.Detail))
 	}
@@ -611,7 +757,16 @@ type entryView struct {
 	StoreSequence   uint64    `json:"store_sequence,omitempty"`
 	Count           uint64    `json:"count,omitempty"`
 	Detail          string    `json:"detail,omitempty"`
+	Attempt         *uint64   `json:"attempt,omitempty"` // index of the entry that says that it begins
+	Refs            []refView `json:"refs,omitempty"`
 	Salt            hexBytes  `json:"salt"`
+}
+
+// A refView is a keyed hash in the place of a session or a user, in JSON.
+type refView struct {
+	Kind       string   `json:"kind"`
+	KeyVersion uint32   `json:"key_version"`
+	MAC        hexBytes `json:"mac"`
 }
 
 func viewEntry(e *audit.Entry) entryView {
@@ -620,6 +775,13 @@ func viewEntry(e *audit.Entry) entryView {
 		RequestID: e.RequestID, Category: e.Category, ContentID: readable(e.ContentID), ContentIDHex: e.ContentID, TrackType: e.TrackType,
 		Scheme: e.Scheme, Generation: e.Generation, KID: e.KID, KeyVersion: e.KeyVersion, ControlRevision: e.ControlRevision,
 		ControlDigest: e.ControlDigest, StoreSequence: e.StoreSequence, Count: e.Count, Detail: e.Detail, Salt: e.Salt[:],
+	}
+	for i := range e.Refs {
+		r := &e.Refs[i]
+		v.Refs = append(v.Refs, refView{r.Kind, r.KeyVersion, r.MAC[:]})
+	}
+	if e.HasAttempt {
+		v.Attempt = &e.Attempt
 	}
 	if e.HasPeriod {
 		v.Period = &e.Period

@@ -97,6 +97,19 @@ or audit.keep_for in its configuration it does the same by itself.`,
 	return c
 }
 
+// notePruned says which entries cannot be listed any more, so that nobody takes
+// a list for the whole truth.
+func (a *app) notePruned(dir string) error {
+	pruned, err := audit.ListPruned(dir)
+	if err != nil || len(pruned) == 0 {
+		return err
+	}
+	last := pruned[len(pruned)-1]
+	_, err = fmt.Fprintf(a.err, "note: %s pruned, entries %d to %d: of these, releases, denials and failures are not listed\n",
+		number(uint64(len(pruned)), "segment is", "segments are"), pruned[0].First, last.First+last.Entries-1)
+	return err
+}
+
 func (a *app) printPruned(pruned []audit.Pruned, dry bool) error {
 	if a.json {
 		return a.printJSON(viewPruned(pruned))

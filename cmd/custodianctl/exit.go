@@ -134,7 +134,7 @@ func classify(err error) *failure {
 	switch {
 	case errors.Is(err, checkpoint.ErrMalformed), errors.Is(err, checkpoint.ErrSignature), errors.Is(err, checkpoint.ErrProof):
 		return &failure{reason: reasonDamaged, code: codes.DataLoss, err: err}
-	case errors.Is(err, audit.ErrNoEntry), errors.Is(err, audit.ErrNoCheckpoint):
+	case errors.Is(err, audit.ErrNoEntry), errors.Is(err, audit.ErrNoCheckpoint), errors.Is(err, audit.ErrPruned):
 		return &failure{reason: reasonNotThere, code: codes.NotFound, err: err}
 	case errors.Is(err, fs.ErrNotExist):
 		return &failure{reason: reasonNotThere, code: codes.NotFound, err: err}

@@ -96,7 +96,8 @@ func TestScripts(t *testing.T) {
 			}
 			e.Setenv("VECTORS", vectors)
 			e.Values[processKey{}] = new(process)
-			return nil
+			// A signed log of five segments, of which the first is pruned.
+			return os.CopyFS(filepath.Join(e.WorkDir, "golden"), os.DirFS(filepath.Join("..", "..", "internal", "audit", "testdata", "log_v3")))
 		},
 	})
 }

@@ -112,7 +112,28 @@ func (a *app) printStatus(s *v1.Status) error {
 	if l.GetBlocked() != "" {
 		add("", "BLOCKED: %s", plain(l.GetBlocked()))
 	}
+	for _, n := range l.GetAnchors() {
+		add("anchor", "%s (%s), %s", orDash(n.GetName()), orDash(n.GetKind()), confirmedOf(n))
+		if n.GetLastError() != "" {
+			add("", "%s failed, the last one: %s", number(n.GetFailures(), "try", "tries"), plain(n.GetLastError()))
+		}
+		if n.GetAlertTime() != nil {
+			add("", "ALERT declared %s", stamp(at(n.GetAlertTime())))
+		}
+	}
 	return a.printFields(fields)
+}
+
+// confirmedOf says what an anchor has.
+func confirmedOf(n *v1.AnchorStatus) string {
+	if n.GetConfirmTime() == nil {
+		return "NOTHING CONFIRMED since the start"
+	}
+	s := fmt.Sprintf("has %s since %s", number(n.GetSize(), "entry", "entries"), stamp(at(n.GetConfirmTime())))
+	if n.GetLagEntries() > 0 {
+		s += fmt.Sprintf(", %d behind for %s", n.GetLagEntries(), n.GetLag().AsDuration().Round(time.Second))
+	}
+	return s
 }
 
 func layerOf(p *v1.ProviderStatus) string {

@@ -32,6 +32,9 @@ type Config struct {
 	HTTPListen string `yaml:"http_listen"`
 	// AdminListen serves /livez, /readyz and /metrics in clear; loopback only.
 	AdminListen string `yaml:"admin_listen"`
+	// Mode is production or development. In production the audit log must have
+	// an anchor that can be asked. production where empty.
+	Mode string `yaml:"mode"`
 	// DataDir holds store.db, audit/ and pin.latch; mode 0700.
 	DataDir string `yaml:"data_dir"`
 
@@ -46,6 +49,7 @@ type Config struct {
 	Limits    LimitsConfig    `yaml:"limits"`
 	Events    EventsConfig    `yaml:"events"`
 	Audit     AuditConfig     `yaml:"audit"`
+	Anchors   AnchorsConfig   `yaml:"anchors"`
 	Log       LogConfig       `yaml:"log"`
 
 	digest [32]byte
@@ -176,6 +180,8 @@ func parseConfig(raw []byte) (*Config, error) {
 			*v = def
 		}
 	}
+	set(&c.Mode, modeProduction)
+	c.Anchors.defaults()
 	set(&c.Listen, "127.0.0.1:7443")
 	set(&c.AdminListen, "127.0.0.1:7480")
 	set(&c.HSM.LabelPrefix, "custodian-mek")
@@ -215,6 +221,9 @@ func (c *Config) resolve(dir string) {
 		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile, &c.Audit.ArchiveDir}
 	paths = append(paths, c.Packagers.paths()...)
 	paths = append(paths, c.CPIX.paths()...)
+	for i := range c.Anchors.List {
+		c.Anchors.List[i].Resolve(dir)
+	}
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
@@ -264,6 +273,7 @@ func (c *Config) check() error {
 	} else if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
 		fault("admin_listen", "%s: must be a loopback address; it speaks in clear", c.AdminListen)
 	}
+	faults = append(faults, c.checkAnchors()...)
 	need("data_dir", c.DataDir)
 	need("hsm.module", c.HSM.Module)
 	if _, err := os.Stat(c.HSM.Module); c.HSM.Module != "" && err != nil {

@@ -175,14 +175,26 @@ func (c *custody) checkAtRest(l *ledger) {
 	if _, err := audit.Verify(t.Context(), c.config.auditDir(), audit.VerifyOptions{}); err != nil {
 		t.Errorf("audit verify: %v", err)
 	}
-	logged := map[custodian.KID]bool{}
+	logged, begun := map[custodian.KID]bool{}, map[uint64]string{}
 	if err := audit.Read(c.config.auditDir(), 0, func(e *audit.Entry) error {
+		if e.Outcome == audit.Begun {
+			begun[e.Index] = e.Action
+		}
+		if e.HasAttempt && begun[e.Attempt] != e.Action {
+			t.Errorf("entry %d ends %s at %d, which is %q", e.Index, e.Action, e.Attempt, begun[e.Attempt])
+		}
+		if e.HasAttempt {
+			delete(begun, e.Attempt)
+		}
 		if len(e.KID) == custodian.KIDSize && e.Outcome == audit.Allowed && e.Action == string(custodian.ActionRelease) {
 			logged[custodian.KID(e.KID)] = true
 		}
 		return nil
 	}); err != nil {
 		t.Errorf("audit read: %v", err)
+	}
+	if len(begun) > 0 {
+		t.Errorf("attempts without an end: %v", begun)
 	}
 	for kid := range l.released {
 		if !logged[kid] {
@@ -342,6 +354,7 @@ func TestCrashCreateCategory(t *testing.T) {
 				t.Fatalf("creating a category has only %d durable steps; the kill does not reach it", step-1)
 			}
 			t.Logf("creating a category has %d durable steps", step-1)
+			c.wantInterrupted()
 			break
 		}
 		trace.Wait()
@@ -359,6 +372,21 @@ func TestCrashCreateCategory(t *testing.T) {
 		t.Errorf("stop: exit %d", code)
 	}
 	c.checkAtRest(&ledger{})
+}
+
+// wantInterrupted checks that the log has an attempt that a kill cut off, and
+// whose end a start has written.
+func (c *custody) wantInterrupted() {
+	c.t.Helper()
+	n := 0
+	if err := audit.Read(c.config.auditDir(), 0, func(e *audit.Entry) error {
+		if e.HasAttempt && e.Outcome == audit.Failed && e.Reason == "INTERRUPTED" {
+			n++
+		}
+		return nil
+	}); err != nil || n == 0 {
+		c.t.Errorf("%d attempts were interrupted, %v, want some", n, err)
+	}
 }
 
 // injectKill attaches strace to the daemon, which will kill it before its

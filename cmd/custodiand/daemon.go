@@ -19,6 +19,7 @@ import (
 	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/internal/anchor"
 	"github.com/keycustody/custodian/internal/packager"
 	"github.com/keycustody/custodian/internal/rpc"
 	"github.com/keycustody/custodian/store"
@@ -41,6 +42,7 @@ type daemon struct {
 	packagerAddr net.Addr
 	exports      *packager.Exports
 	webhook      *webhook // nil: nobody is told of incidents
+	anchors      *anchor.Set
 	custody      *custodian.Custodian
 	parts        parts
 	// tokenKeys of the issuers of licence tokens; a reload keeps them.
@@ -184,6 +186,8 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
 	g.Go(func() error { d.custody.RunRewraps(gctx); return nil })
+	g.Go(func() error { return d.anchors.Run(gctx) })
+	g.Go(func() error { d.custody.KeepIndex(gctx); return nil })
 	return g.Wait()
 }
 
@@ -238,6 +242,10 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 	cfg := d.parts.config(d.config, policy, d.log)
 	cfg.ConfirmTime = d.confirmTime
 	cfg.Outages = d.outages
+	if d.anchors, err = d.newAnchors(); err != nil {
+		return err
+	}
+	cfg.Anchors = d.anchors
 	if d.custody, err = custodian.Open(ctx, cfg); err != nil {
 		return err
 	}

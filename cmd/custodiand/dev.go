@@ -100,7 +100,7 @@ func (v devDir) provision(ctx context.Context) (*Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := Config{Listen: v.listen, AdminListen: v.admin, DataDir: filepath.Join(v.dir, "data"),
+	c := Config{Mode: modeDevelopment, Listen: v.listen, AdminListen: v.admin, DataDir: filepath.Join(v.dir, "data"),
 		HSM: HSMConfig{Module: token.Module, Token: token.Label, PINFile: token.PINFile, SoftHSMConf: token.ConfigFile},
 		KMS: KMSConfig{Default: []string{"local"}, Providers: []kms.Config{{Name: "local", Kind: "local"}}},
 		TLS: TLSConfig{CertFile: server.CertFile, KeyFile: server.KeyFile,

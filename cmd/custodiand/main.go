@@ -114,6 +114,7 @@ func report(err error, stderr io.Writer) int {
 // isIntegrity tells the faults that no restart mends.
 func isIntegrity(err error) bool {
 	for _, fault := range []error{custodian.ErrRecordCorrupt, custodian.ErrWrongMEK, custodian.ErrNoObject, custodian.ErrLogRollback,
+		custodian.ErrAnchorAhead, custodian.ErrAnchorFork,
 		hsm.ErrUnfit, hsm.ErrDuplicate,
 		store.ErrForeign, store.ErrTruncated, store.ErrDamaged, store.ErrNewerSchema, store.ErrOlderSchema} {
 		if errors.Is(err, fault) {

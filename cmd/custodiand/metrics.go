@@ -48,6 +48,10 @@ var (
 	descWatermark   = desc("audit_watermark_percent", "80 or 95 where the audit log has passed that much of its limit, else 0.")
 	descSegments    = desc("audit_segments", "Segments of the audit log.")
 	descPruned      = desc("audit_pruned_entries", "Entries of the audit log in pruned segments.")
+	descAnchorLag   = desc("audit_anchor_lag_entries", "Entries of the audit log that the anchor's newest checkpoint does not cover.", "anchor", "kind")
+	descAnchorTime  = desc("audit_anchor_lag_seconds", "Since when the anchor has not had the newest checkpoint, in seconds.", "anchor", "kind")
+	descAnchorFail  = desc("audit_anchor_failures_total", "Checkpoints that the anchor did not take.", "anchor", "kind")
+	descAnchorAlert = desc("audit_anchor_alert", "1 while the anchor is further behind than anchors.alert_after.", "anchor", "kind")
 	descClear       = desc("ceks_in_clear", "CEKs that are in clear at this moment.")
 	descLoads       = desc("kek_loads_total", "KEKs that were unwrapped by KMS and token.")
 	descAbandoned   = desc("hsm_abandoned_calls", "Calls to the token that were given up and have not ended.")
@@ -110,6 +114,12 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	gauge(descWatermark, float64(s.Audit.Watermark))
 	gauge(descSegments, float64(s.Audit.Segments))
 	gauge(descPruned, float64(s.Audit.Pruned))
+	for _, a := range s.Audit.Anchors {
+		gauge(descAnchorLag, float64(a.Lag), a.Name, a.Kind)
+		gauge(descAnchorTime, a.LagTime.Seconds(), a.Name, a.Kind)
+		counter(descAnchorFail, a.Failures, a.Name, a.Kind)
+		gauge(descAnchorAlert, number(!a.Alert.IsZero()), a.Name, a.Kind)
+	}
 	gauge(descClear, float64(s.CEKsInClear))
 	counter(descLoads, s.KEKLoads)
 	gauge(descAbandoned, float64(s.HSM.Abandoned))

@@ -530,6 +530,36 @@ func TestShakaAgain(t *testing.T) {
 	}
 }
 
+// TestShakaPlayReady: by the PlayReady packaging server, with one key for the
+// whole program.
+func TestShakaPlayReady(t *testing.T) {
+	needShaka(t)
+	s := newShaka(t, provision(t), false)
+	clip := s.clip()
+	pki := filepath.Join(s.dev.dir, "pki")
+	s.mustPack(clip, "--enable_playready_encryption", "--playready_server_url", strings.Replace(s.url, "/widevine", "/playready", 1), "--program_identifier", "asset-42",
+		"--clear_lead", "0", "--mpd_output", "out.mpd",
+		"--ca_file", filepath.Join(pki, "ca.pem"), "--client_cert_file", filepath.Join(pki, "packager.pem"), "--client_cert_private_key_file", filepath.Join(pki, "packager.key"))
+	key := s.keys(boxKID(t, s.read("out.mp4"), "tenc", 8))[0]
+	if key.TrackType != "ALL" || key.Scheme != "cenc" || string(key.ContentId) != "asset-42" {
+		t.Errorf("the key is of %s, %s, %q", key.TrackType, key.Scheme, key.ContentId)
+	}
+	if got, want := s.frames("out.mp4", key.GetKey()), s.frames("clip.mp4", nil); !slices.Equal(got, want) {
+		t.Error("the decrypted frames are not the clear ones")
+	}
+	sum, err := packager.PlayReadyChecksum(custodian.KID(key.Kid), key.GetKey())
+	if err != nil {
+		t.Fatal(err)
+	}
+	object, err := packager.PlayReadyObject(custodian.SchemeCENC, custodian.KID(key.Kid), sum)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(s.read("out.mpd")), base64.StdEncoding.EncodeToString(packager.PlayReadyPSSH(object))) {
+		t.Error("the manifest does not have the PlayReady box of the key")
+	}
+}
+
 // TestShakaTokenAway: the token fails while the packager asks. It is back before
 // the packager's patience ends, and the packager has noticed nothing.
 func TestShakaTokenAway(t *testing.T) {

@@ -112,6 +112,7 @@ type webhook struct {
 	config WebhookConfig
 	client *http.Client
 	book   *incidentBook // has the messages
+	alerts chan anchorMessage
 	log    *slog.Logger
 	pause  time.Duration // after the first try
 }
@@ -125,7 +126,7 @@ func newWebhook(c WebhookConfig, book *incidentBook, log *slog.Logger) (*webhook
 	if err != nil {
 		return nil, fmt.Errorf("kms.webhook.ca_file: %w", err)
 	}
-	return &webhook{config: c, book: book, log: log, pause: webhookPause, client: &http.Client{
+	return &webhook{config: c, book: book, alerts: make(chan anchorMessage, 64), log: log, pause: webhookPause, client: &http.Client{
 		Timeout: webhookTimeout,
 		// No proxy of the environment, and what answers with another place is
 		// not the one that was configured.
@@ -142,7 +143,7 @@ func (h *webhook) run(ctx context.Context) {
 			if !ok {
 				break
 			}
-			if !h.deliver(ctx, m) {
+			if !h.deliver(ctx, m.Event, m.ID, m) {
 				return
 			}
 			h.book.done()
@@ -151,14 +152,37 @@ func (h *webhook) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-h.book.poke:
+		case m := <-h.alerts:
+			if !h.deliver(ctx, m.Event, m.ID, m) {
+				return
+			}
 		}
 	}
 }
 
-// A message is the body of a webhook.
+// A message is the body of a webhook about a KMS.
 type message struct {
 	Event string `json:"event"`
 	custodian.Incident
+}
+
+// An anchorMessage is the body of a webhook about an anchor.
+type anchorMessage struct {
+	Event string `json:"event"` // audit.anchor.behind or audit.anchor.caught_up
+	custodian.AnchorAlert
+}
+
+// tellAnchor queues the message about an anchor and does not wait.
+func (h *webhook) tellAnchor(a custodian.AnchorAlert) {
+	m := anchorMessage{"audit.anchor.behind", a}
+	if !a.Closed.IsZero() {
+		m.Event = "audit.anchor.caught_up"
+	}
+	select {
+	case h.alerts <- m:
+	default:
+		h.log.Error("the webhook takes nothing; a message is not sent", "event", m.Event, "id", a.ID)
+	}
 }
 
 // messageOf names the event: kms.incident.declared and .closed, or for a login
@@ -176,27 +200,27 @@ func messageOf(i custodian.Incident) message {
 
 // deliver sends one message until it is taken or given up, with full jitter
 // between the tries. It reports false where ctx ended first.
-func (h *webhook) deliver(ctx context.Context, m message) bool {
+func (h *webhook) deliver(ctx context.Context, event, id string, m any) bool {
 	body, err := json.Marshal(m)
 	if err != nil {
-		h.log.Error("webhook", "incident", m.ID, "err", err)
+		h.log.Error("webhook", "event", event, "id", id, "err", err)
 		return true
 	}
 	began := time.Now()
 	for pause := h.pause; ; pause = min(2*pause, maxWebhookPause) {
 		err := h.send(ctx, body)
 		if err == nil {
-			h.log.Info("the webhook was told", "incident", m.ID, "event", m.Event)
+			h.log.Info("the webhook was told", "event", event, "id", id)
 			return true
 		}
 		if ctx.Err() != nil {
 			return false
 		}
 		if time.Since(began) > webhookGiveUp {
-			h.log.Error("the webhook is given up", "incident", m.ID, "event", m.Event, "err", err)
+			h.log.Error("the webhook is given up", "event", event, "id", id, "err", err)
 			return true
 		}
-		h.log.Warn("the webhook did not take a message; it is sent again", "incident", m.ID, "event", m.Event, "err", err)
+		h.log.Warn("the webhook did not take a message; it is sent again", "event", event, "id", id, "err", err)
 		if !sleep(ctx, rand.N(pause)) {
 			return false
 		}

@@ -120,10 +120,14 @@ func TestWebhook(t *testing.T) {
 			t.Fatalf("%s did not come", want.Event)
 		}
 	}
+	h.tellAnchor(custodian.AnchorAlert{ID: "a1", Anchor: "studio", Since: time.Unix(1, 0).UTC(), Lag: 7})
+	if got := <-r.got; got.Event != "audit.anchor.behind" || got.ID != "a1" {
+		t.Errorf("got %+v, want the anchor's alert", got)
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.tries != 6 {
-		t.Errorf("got %d tries for 2 messages with 4 refusals, want 6", r.tries)
+	if r.tries != 7 {
+		t.Errorf("got %d tries for 3 messages with 4 refusals, want 7", r.tries)
 	}
 }
 

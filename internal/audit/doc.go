@@ -29,7 +29,7 @@
 //	signed batch as a batch, with the magic "batch/2\n" and another payload
 //	  payload    entries, as above · checkpoint · its length (2)
 //	seal         magic "batch/s\n" (8) · segment (4) · zero (4) · entries so far (8) ·
-//	             root (32) · zero (4) · CRC of log ID and seal (4)
+//	             root (32) · zero (4) · CRC of log ID and seal (4) · trailer (8)
 //	tail         zeros, room that is allocated ahead; nothing behind a seal
 //
 // A segment from number 1 on begins with what is before it, so that it can be

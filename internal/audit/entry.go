@@ -18,6 +18,7 @@ const (
 	Allowed Outcome = 1 // it was decided to do it
 	Denied  Outcome = 2 // a rule said no
 	Failed  Outcome = 3 // it was allowed but did not work
+	Begun   Outcome = 4 // it was decided to do it, and an entry with the end follows
 )
 
 func (o Outcome) String() string {
@@ -28,6 +29,8 @@ func (o Outcome) String() string {
 		return "denied"
 	case Failed:
 		return "failed"
+	case Begun:
+		return "begun"
 	}
 	return fmt.Sprintf("outcome(%d)", uint8(o))
 }
@@ -73,6 +76,9 @@ type Entry struct {
 	Count  uint64 // above 1: the entry stands for that many like it
 	Detail string // of administrative actions
 	Refs   []Ref  // up to 16
+
+	HasAttempt bool
+	Attempt    uint64 // where HasAttempt, the index of the entry that says that this begins
 
 	// Priority lets an entry use the room that is kept back, as entries with
 	// the outcome Allowed do anyway, and a denial with it is always written.
@@ -124,6 +130,7 @@ const (
 	tagCount
 	tagDetail
 	tagRef
+	tagAttempt
 
 	tagLater = 128
 )
@@ -152,7 +159,7 @@ func (e *Entry) check() error {
 	if e.Action == "" {
 		return fmt.Errorf("action is empty: %w", ErrInvalidEntry)
 	}
-	if e.Outcome < Allowed || e.Outcome > Failed {
+	if e.Outcome < Allowed || e.Outcome > Begun {
 		return fmt.Errorf("outcome is %d: %w", uint8(e.Outcome), ErrInvalidEntry)
 	}
 	if y := e.Time.UTC().Year(); y < 1 || y > 9999 {
@@ -178,6 +185,9 @@ func (e *Entry) check() error {
 	}
 	if e.Period != 0 && !e.HasPeriod {
 		return fmt.Errorf("period is %d, but there is none: %w", e.Period, ErrInvalidEntry)
+	}
+	if e.HasAttempt && e.Outcome == Begun || !e.HasAttempt && e.Attempt != 0 {
+		return fmt.Errorf("outcome %s with attempt %d: %w", e.Outcome, e.Attempt, ErrInvalidEntry)
 	}
 	if n := len(e.Refs); n > maxRefs {
 		return fmt.Errorf("%d references, the limit is %d: %w", n, maxRefs, ErrInvalidEntry)
@@ -247,6 +257,9 @@ func (e *Entry) encode(b []byte) []byte {
 		b = binary.BigEndian.AppendUint32(b, r.KeyVersion)
 		b = append(b, r.MAC[:]...)
 		b = append(b, r.Kind...)
+	}
+	if e.HasAttempt {
+		b = appendNumber(b, tagAttempt, e.Attempt)
 	}
 	return append(b, e.later...)
 }
@@ -340,7 +353,7 @@ func (d *decoder) fields() error {
 // field sets the field of tag from own[at:end].
 func (d *decoder) field(tag, at, end int) (err error) {
 	e, value := &d.entry, d.own[at:end:end]
-	if len(value) == 0 && tag != tagPeriod {
+	if len(value) == 0 && tag != tagPeriod && tag != tagAttempt {
 		return errors.New("is empty")
 	}
 	switch tag {
@@ -391,6 +404,9 @@ func (d *decoder) field(tag, at, end int) (err error) {
 		e.Detail = d.text[at:end]
 	case tagRef:
 		err = d.ref(at, end)
+	case tagAttempt:
+		e.HasAttempt = true
+		e.Attempt, err = decodeNumber[uint64](value, 8)
 	default:
 		return errors.New("is not known, and may not be passed over")
 	}

@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bytes"
+	"slices"
 	"time"
 )
 
@@ -17,6 +18,7 @@ type Filter struct {
 	KID           []byte
 	KeyVersion    string // of the KEK, for example "movies/4"
 	RequestID     string
+	Refs          []Ref // the entry has one of them
 }
 
 // Match reports whether the filter picks the entry.
@@ -31,12 +33,13 @@ func (f *Filter) Match(e *Entry) bool {
 		(len(f.ContentID) == 0 || bytes.Equal(f.ContentID, e.ContentID)) &&
 		(len(f.KID) == 0 || bytes.Equal(f.KID, e.KID)) &&
 		is(f.KeyVersion, e.KeyVersion) &&
-		is(f.RequestID, e.RequestID)
+		is(f.RequestID, e.RequestID) &&
+		(len(f.Refs) == 0 || slices.ContainsFunc(f.Refs, func(r Ref) bool { return slices.Contains(e.Refs, r) }))
 }
 
 // ParseOutcome is the inverse of String.
 func ParseOutcome(s string) (Outcome, bool) {
-	for _, o := range []Outcome{Allowed, Denied, Failed} {
+	for _, o := range []Outcome{Allowed, Denied, Failed, Begun} {
 		if o.String() == s {
 			return o, true
 		}

@@ -432,7 +432,7 @@ func TestGroupCommit(t *testing.T) {
 // acknowledged before they began.
 func TestReadBesideWriter(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "audit")
-	l := create(t, dir, audit.Options{})
+	l := create(t, dir, audit.Options{SegmentSize: 32 << 10, Reserve: 64 << 10})
 	appendTo(t, l, release(0))
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
@@ -555,7 +555,7 @@ func TestKilled(t *testing.T) {
 }
 
 func writeUntilKilled(t *testing.T, dir string) {
-	l := open(t, dir, audit.Options{SegmentSize: 16 << 10, Reserve: 64 << 10})
+	l := open(t, dir, audit.Options{SegmentSize: 4 << 10, Reserve: 64 << 10})
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for range 8 {

@@ -45,6 +45,7 @@ func ProveInclusion(ctx context.Context, dir string, index, size uint64) (Proof,
 		return Proof{}, fmt.Errorf("entry %d of %d: %w", index, w.size, ErrNoEntry)
 	}
 	p := Proof{Entry: Entry{Index: index}, Pruned: true}
+	w.v.decode = func(i uint64) bool { return i == index }
 	prove := func(r tlog.HashReader) ([]tlog.Hash, error) { return tlog.ProveRecord(int64(w.size), int64(index), r) }
 	w.want(node{0, index})
 	hashes, err := w.prove(ctx, prove, func(e *Entry) error {
@@ -108,6 +109,7 @@ func openWalk(dir string, size uint64) (*walk, error) {
 		return nil, err
 	}
 	w := &walk{v: v, size: size, nodes: map[node]tlog.Hash{}}
+	v.decode = func(uint64) bool { return false } // the root says that they are what was signed
 	w.v.tree.keep = func(n node, h tlog.Hash) {
 		if _, wanted := w.nodes[n]; wanted {
 			w.nodes[n] = h

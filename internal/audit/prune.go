@@ -71,6 +71,27 @@ func Prune(ctx context.Context, dir string, o PruneOptions) (pruned []Pruned, er
 	return pruned, nil
 }
 
+// ListPruned returns which segments of the log in dir are pruned, from their
+// beginnings alone; how many entries of them are kept it does not know.
+func ListPruned(dir string) ([]Pruned, error) {
+	numbers, err := segments(dir)
+	if err != nil {
+		return nil, err
+	}
+	var pruned []Pruned
+	for _, n := range numbers {
+		f, h, err := openSegment(dir, n)
+		if err != nil {
+			return nil, err
+		}
+		f.Close()
+		if r := h.pruned; r != nil {
+			pruned = append(pruned, Pruned{Segment: n, First: h.first, Entries: r.entries, From: r.first, To: r.last, At: r.at})
+		}
+	}
+	return pruned, nil
+}
+
 // lockPruning takes a lock that ends when the result is closed.
 func lockPruning(dir string) (*os.File, error) {
 	info, err := os.Stat(dir)

@@ -51,6 +51,15 @@ func TestPruned(t *testing.T) {
 		}
 		gone += p.Entries
 	}
+	listed, err := audit.ListPruned(dir)
+	if err != nil || len(listed) != len(r.Pruned) {
+		t.Fatalf("%d pruned segments are listed, want %d, %v", len(listed), len(r.Pruned), err)
+	}
+	for i, p := range r.Pruned {
+		if p.Kept = 0; listed[i] != p {
+			t.Errorf("listed %+v, want %+v", listed[i], p)
+		}
+	}
 	newest, err := checkpoint.Verify(receipts[59].Checkpoint, k.key.Public())
 	if err != nil || gone < 20 || gone > 50 {
 		t.Fatalf("%d entries are pruned, %v", gone, err)
@@ -283,7 +292,7 @@ func TestPruneBesideWriter(t *testing.T) {
 	wantBlocked(t, l, nil, release(61))
 	shut(t, l)
 
-	dir, _, k = prunedLog(t)
+	dir, _, _ = prunedLog(t)
 	files := segmentFiles(t, dir)
 	path = filepath.Join(dir, files[len(files)-4]) // the newest that is sealed
 	b, err = os.ReadFile(path)

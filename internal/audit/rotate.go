@@ -55,7 +55,7 @@ func (s *fileState) read(f *os.File) error {
 // before the old one is sealed, and the old one is sealed and cut to its length
 // before a batch is written to the new one.
 func (l *Log) rotate(need int64) {
-	full := l.end+need+headerSize > l.size && l.tree.size > l.segment.first
+	full := l.end+need+sealSize > l.size && l.tree.size > l.segment.first
 	if !full || l.latched != nil || l.cannot != nil || l.full != nil {
 		return
 	}
@@ -64,7 +64,7 @@ func (l *Log) rotate(need int64) {
 	h.body = int64(len(start))
 	h.edge = nil // add changes it
 	room := h.body + l.reserve + growth
-	if l.cannot = l.allowed(room - (l.alloc - l.end - headerSize)); l.cannot != nil {
+	if l.cannot = l.allowed(room - (l.alloc - l.end - sealSize)); l.cannot != nil {
 		return
 	}
 	path := filepath.Join(l.dir, segmentName(h.number))
@@ -110,7 +110,7 @@ func sealSegment(f *os.File, file File, end int64, id logID, h segmentHead, entr
 		return s, fmt.Errorf("seal segment %d: %w", h.number, err)
 	}
 	// The room behind it is given back.
-	if err := f.Truncate(end + headerSize); err != nil {
+	if err := f.Truncate(end + sealSize); err != nil {
 		return s, fmt.Errorf("seal segment %d: %w", h.number, err)
 	}
 	if err := file.Sync(); err != nil {

@@ -55,7 +55,9 @@ type scanner struct {
 	sealed bool   // a signed batch was there, so all that follow are signed
 	torn   int64  // after io.EOF: how many bytes of a torn batch follow
 	passed int64  // bytes of the segments before
+	later  bool   // a batch follows what is not one
 	buf    []byte
+	chunk  []byte // for tail
 
 	sealRoot *tlog.Hash // what the seal of this segment says, nil before it was there
 
@@ -172,7 +174,7 @@ func (s *scanner) next() (batchHeader, []byte, error) {
 			s.step(&h)
 			return h, payload, nil
 		case err == errSealed:
-			s.off += headerSize
+			s.off += sealSize
 			if s.isLast() {
 				return batchHeader{}, nil, io.EOF
 			}
@@ -207,7 +209,7 @@ func (s *scanner) follow() error {
 // unsealed returns errUnsealed for a segment that another one follows and that
 // has no seal yet.
 func (s *scanner) unsealed() error {
-	if s.torn > headerSize { // more than a seal
+	if s.torn > sealSize {
 		return s.damage(errors.New("the batch is not what was written, and another segment follows"))
 	}
 	s.loose, s.sealRoot = s.off, nil
@@ -216,11 +218,12 @@ func (s *scanner) unsealed() error {
 
 // lookAgain looks at s.off. A writer may have been half-way in what was read.
 // If so, another look shows more; a few are enough, because a writer is never
-// slower than the copy of one batch.
+// slower than the copy of one batch, and one where a later batch is there.
 func (s *scanner) lookAgain() (h batchHeader, payload []byte, err error) {
 	for look := 0; ; look++ {
+		s.later = false
 		h, payload, err = s.look()
-		if err == nil || err == errSealed || !s.live || look == 3 || err == io.EOF && s.torn == 0 {
+		if err == nil || err == errSealed || !s.live || look == 3 || s.later && look == 1 || err == io.EOF && s.torn == 0 {
 			return h, payload, err
 		}
 		time.Sleep(time.Millisecond)
@@ -264,7 +267,7 @@ func (s *scanner) header() (batchHeader, [headerSize]byte, error) {
 	}
 	h, ok := decodeBatchHeader(b[:], s.id)
 	if !ok && isFrame(b[:], s.id) && string(b[:8]) == sealMagic {
-		return batchHeader{}, b, s.seal(b[:])
+		return batchHeader{}, b, s.seal()
 	}
 	if !ok {
 		return batchHeader{}, b, s.stop(sectorLost(b[:], s.off), "the header of the batch is not what was written")
@@ -282,12 +285,19 @@ func (s *scanner) header() (batchHeader, [headerSize]byte, error) {
 }
 
 // seal checks the seal at s.off, and returns errSealed if it is good.
-func (s *scanner) seal(b []byte) error {
+func (s *scanner) seal() error {
+	b := make([]byte, sealSize)
+	if _, err := s.readAt(b, s.off); err != nil {
+		return err
+	}
+	if string(b[headerSize:]) != batchTrailer {
+		return s.stop(b[sealSize-1] == 0 || sectorLost(b, s.off), "the seal of the segment is not what was written")
+	}
 	if string(b) != string(sealOf(s.id, s.head.number, s.index, tlog.Hash(b[24:56]))) {
 		return s.damage(errors.New("the seal of another segment is here"))
 	}
 	root := tlog.Hash(b[24:56])
-	last, _, err := s.tail(s.off + headerSize)
+	last, _, err := s.tail(s.off + sealSize)
 	if err != nil {
 		return err
 	}
@@ -301,7 +311,7 @@ func (s *scanner) seal(b []byte) error {
 	if err := s.tighten(); err != nil {
 		return err
 	}
-	if info.Size() > s.off+headerSize {
+	if info.Size() > s.off+sealSize {
 		s.loose = s.off
 	}
 	s.sealRoot = &root
@@ -319,12 +329,12 @@ func (s *scanner) tighten() error {
 		return err
 	}
 	defer f.Close()
-	b := make([]byte, headerSize+1)
+	b := make([]byte, sealSize+1)
 	n, err := f.ReadAt(b, s.loose)
 	if err != nil && err != io.EOF {
 		return err
 	}
-	if h.pruned == nil && (n != headerSize || !isFrame(b, s.id) || string(b[:8]) != sealMagic) {
+	if h.pruned == nil && (n != sealSize || !isFrame(b, s.id) || string(b[:8]) != sealMagic || string(b[headerSize:sealSize]) != batchTrailer) {
 		return &DamageError{Path: f.Name(), Segment: h.number, Offset: s.loose, Index: s.head.first,
 			Problem: errors.New("the next segment has entries, and this one does not end with its seal here")}
 	}
@@ -355,7 +365,7 @@ func (s *scanner) stop(lost bool, problem string) error {
 	if err != nil {
 		return err
 	}
-	if later >= 0 {
+	if s.later = later >= 0; s.later {
 		return s.damage(fmt.Errorf("%s, and a later one is at offset %d", problem, later))
 	}
 	if last >= s.off+headerSize && !lost {
@@ -369,7 +379,10 @@ func (s *scanner) stop(lost bool, problem string) error {
 // and where a batch header or a seal is behind it; -1 where there is none.
 func (s *scanner) tail(from int64) (last, later int64, err error) {
 	const chunk = 32 << 10
-	b := make([]byte, chunk+headerSize)
+	if s.chunk == nil {
+		s.chunk = make([]byte, chunk+headerSize)
+	}
+	b := s.chunk
 	last = -1
 	for off := from; ; off += chunk {
 		n, err := s.readAt(b, off)
@@ -419,6 +432,7 @@ type verifier struct {
 	lastBatch   int64                     // offset of the last batch of this segment, 0 while there is none
 	check       func(signed []byte) error // of each checkpoint; nil: their signatures are not looked at
 	since       *checkpoint.Checkpoint    // nil, or what the log must contain
+	decode      func(index uint64) bool   // which entries are looked into; nil: all. The others are only hashed
 	checkpoint  []byte                    // the last one, nil while there is none
 	origin      string                    // of the checkpoints
 	checkpoints uint64
@@ -460,7 +474,7 @@ func (v *verifier) enter() error {
 // leave checks the seal of a segment, and notes what the segment was.
 func (v *verifier) leave() error {
 	if v.sealRoot != nil && *v.sealRoot != v.tree.root() {
-		return v.damageAt(v.off-headerSize, v.index, errors.New("the root of the tree is not the one that the seal carries"))
+		return v.damageAt(v.off-sealSize, v.index, errors.New("the root of the tree is not the one that the seal carries"))
 	}
 	is := sealedSegment{number: v.head.number, first: v.head.first, end: v.index, root: v.tree.root(), pruned: v.head.pruned != nil}
 	if err := is.stat(v.file); err != nil {
@@ -492,6 +506,9 @@ func (v *verifier) next(visit func(*Entry) error) error {
 		return v.damageAt(at, index, err)
 	}
 	err = h.entries(entries, func(b []byte) error {
+		if v.decode != nil && !v.decode(v.tree.size) {
+			return v.add(tlog.RecordHash(b))
+		}
 		e, err := UnmarshalEntry(b)
 		if err != nil {
 			return err

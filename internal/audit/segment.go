@@ -36,15 +36,6 @@ func segmentName(number uint32) string {
 	return fmt.Sprintf("audit-%08d.log", number)
 }
 
-// Exists reports whether dir has a log.
-func Exists(dir string) (bool, error) {
-	_, err := os.Lstat(filepath.Join(dir, fileName))
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
-	}
-	return err == nil, err
-}
-
 // segments returns the numbers of the segments in dir, in order.
 func segments(dir string) ([]uint32, error) {
 	files, err := os.ReadDir(dir)
@@ -204,6 +195,10 @@ func readHead(f *os.File) (segmentHead, error) {
 	return h, h.setStart(start[:size])
 }
 
+// sealSize is more than a header, so that a version that knows no seals takes it
+// for damage and not for a batch that was torn.
+const sealSize = headerSize + trailerSize
+
 // sealOf returns what ends a segment: the tree with all its entries.
 func sealOf(id logID, number uint32, entries uint64, root tlog.Hash) []byte {
 	b := make([]byte, headerSize)
@@ -212,5 +207,5 @@ func sealOf(id logID, number uint32, entries uint64, root tlog.Hash) []byte {
 	binary.BigEndian.PutUint64(b[16:], entries)
 	copy(b[24:], root[:])
 	binary.BigEndian.PutUint32(b[60:], headerSum(b, id))
-	return b
+	return append(b, batchTrailer...)
 }

@@ -391,6 +391,8 @@ func TestSegmentsTampered(t *testing.T) {
 			if tt.active {
 				path = filepath.Join(dir, files[len(files)-2])
 			}
+			backup := filepath.Join(t.TempDir(), "backup")
+			copyLog(t, dir, backup)
 			time.Sleep(20 * time.Millisecond) // the kernel's clock for files has ticks
 			if err := tt.do(path); err != nil {
 				t.Fatal(err)
@@ -400,6 +402,21 @@ func TestSegmentsTampered(t *testing.T) {
 				t.Errorf("blocked = %q, want %q", got, tt.want)
 			}
 			wantBlocked(t, l, nil, release(62))
+
+			// Once the files are what they were, it goes on, and nothing is lost.
+			shut(t, l)
+			if err := os.RemoveAll(dir); err != nil {
+				t.Fatal(err)
+			}
+			copyLog(t, backup, dir)
+			l = open(t, dir, small)
+			if got := appendTo(t, l, release(60))[0].Index; got != 60 {
+				t.Errorf("index = %d, want 60", got)
+			}
+			shut(t, l)
+			if r := verify(t, dir); r.Entries != 61 {
+				t.Errorf("%d entries, want 61", r.Entries)
+			}
 		})
 	}
 }

@@ -85,7 +85,7 @@ func readSegment(b []byte) victimSegment {
 		at = to
 	}
 	if bytes.HasPrefix(b[at:], []byte("batch/s\n")) {
-		at += 64
+		at += 64 + 8
 	}
 	s.file = b[:at]
 	return s
@@ -488,6 +488,45 @@ func checkTornFirst(t *testing.T, dir string, k *testKey, file []byte, cut int, 
 	}
 	if r, err := verifySigned(dir, k); err != nil || r.Entries != want+1 || r.Torn != 0 {
 		t.Errorf("cut at %d: report = %+v, %v", cut, r, err)
+	}
+}
+
+// A rotation is cut off at every byte of the seal, while the new segment is
+// empty: the next start ends it. With a batch in the new segment it is damage.
+func TestTornSeal(t *testing.T) {
+	const seal = 72
+	v := newVictim(t, newTestKey(t), 60, 5, 4<<10)
+	n := len(v.segments)
+	before, last := &v.segments[n-2], &v.segments[n-1]
+	empty := last.file[:last.batches[0].from]
+	dir := fastDir(t)
+	v.write(t, dir)
+	for cut := range seal + 1 {
+		whole := before.file[:len(before.file)-seal+cut]
+		for _, file := range [][]byte{whole, append(bytes.Clone(whole), make([]byte, 4096)...)} {
+			v.put(t, dir, n-2, file)
+			v.put(t, dir, n-1, last.file)
+			var damage *audit.DamageError
+			if len(file) != len(before.file) || cut < seal { // else it is what it was
+				if _, err := audit.Open(dir, small); !errors.As(err, &damage) || int(damage.Segment) != n-2 || damage.Index != last.first {
+					t.Errorf("cut at %d, with a batch behind: error = %v, want damage at the seal", cut, err)
+				}
+			}
+			v.put(t, dir, n-1, empty)
+			r, err := verifySigned(dir, v.key)
+			if err != nil || r.Entries != last.first || r.Torn != 0 {
+				t.Errorf("cut at %d: report = %+v, %v, want %d entries", cut, r, err, last.first)
+			}
+			l := open(t, dir, small)
+			signWith(t, l, v.key)
+			if got := appendTo(t, l, release(0))[0].Index; got != last.first {
+				t.Errorf("cut at %d: index = %d, want %d", cut, got, last.first)
+			}
+			shut(t, l)
+			if got := readFile(t, dir, before.name); !bytes.Equal(got, before.file) {
+				t.Errorf("cut at %d: the segment before is not what it was", cut)
+			}
+		}
 	}
 }
 

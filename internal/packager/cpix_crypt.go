@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 
 	josecipher "github.com/go-jose/go-jose/v4/cipher"
 
@@ -136,6 +137,9 @@ func (s *sealer) close() {
 func (s *sealer) deliver(delivery *element, to Recipient, version string) error {
 	delivery.remove(nsCPIX, "DocumentKey")
 	delivery.remove(nsCPIX, "MACMethod")
+	rest := slices.DeleteFunc(slices.Clone(delivery.children), func(c *element) bool { return c.is(nsCPIX, "DeliveryKey") })
+	delivery.children = slices.DeleteFunc(delivery.children, func(c *element) bool { return !c.is(nsCPIX, "DeliveryKey") })
+	defer func() { delivery.children = append(delivery.children, rest...) }() // the schema's order
 	document := delivery.add(nsCPIX, "DocumentKey")
 	if version != "2.4" { // which has no such attribute
 		document.setAttr("Algorithm", algAES256CBC)

@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"maps"
 	"math/big"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -176,12 +177,13 @@ func TestSPEKEEncrypted(t *testing.T) {
 			s := packager.NewSPEKE(packager.SPEKEConfig{Encrypted: map[custodian.CategoryName]bool{"movies": true},
 				Recipients: map[string][]packager.Recipient{encoder.ID: {pinned(t, der, test.wrap), pinned(t, otherDER, "")}}})
 			request := withRecipients(small, test.certs...)
+			request = bytes.Replace(request, []byte("</cpix:DeliveryKey>"), []byte("</cpix:DeliveryKey><cpix:Description>x</cpix:Description>"), 1)
 			if test.version == "2.1" {
 				request = bytes.ReplaceAll(request, []byte(`version="2.3"`), []byte(`version="2.4"`))
 			}
 			r := mustAsk(t, s, core, test.version, request)
 			if got, want := outline(t, r.raw), outline(t, request); fmt.Sprint(got) != fmt.Sprint(want) {
-				t.Errorf("elements: got %s, want %s", got, want)
+				t.Errorf("elements: got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 			}
 			if bytes.Contains(r.raw, []byte("PlainValue")) {
 				t.Error("the reply has a key in clear")
@@ -213,6 +215,10 @@ func TestSPEKEEncrypted(t *testing.T) {
 				}
 			}
 			checkSignalling(t, r)
+			// The schema has an order: what is in the request comes last.
+			if order := regexp.MustCompile(`(?s)<cpix:DeliveryKey>.*<cpix:DocumentKey.*<cpix:MACMethod.*<cpix:Description>`); !order.Match(r.raw) {
+				t.Error("DeliveryKey, DocumentKey, MACMethod, Description are not in this order")
+			}
 		})
 	}
 }

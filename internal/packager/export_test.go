@@ -10,3 +10,6 @@ func ParseForFuzz(body []byte) (tracks, periods int, err error) {
 	r, err := parseWidevine(e.Request)
 	return len(r.Tracks), len(r.Periods), err
 }
+
+// ParseSOAPForFuzz reads a request to the PlayReady packaging server.
+var ParseSOAPForFuzz = parseAcquirePackagingData

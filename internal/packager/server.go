@@ -86,6 +86,7 @@ func NewServer(c Config) (*Server, error) {
 	mux := http.NewServeMux()
 	for _, d := range []door{
 		{name: "widevine", answer: s.widevine, refuse: refuseWidevine},
+		{name: "playready", answer: s.playReady, refuse: refusePlayReady},
 		{name: "speke", answer: s.speke, refuse: refuseSPEKE},
 	} {
 		mux.Handle("POST /v1/categories/{category}/"+d.name, s.handler(d))

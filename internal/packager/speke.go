@@ -85,6 +85,10 @@ func (s *Server) speke(ctx context.Context, c *call) (reply, error) {
 	version := c.header.Get(headerSPEKEVersion)
 	body, err := s.spekes.Load().Answer(ctx, c.issue, SPEKERequest{Caller: c.Caller().ID, Category: c.category, Header: c.header, Body: c.body})
 	if err != nil {
+		// The domain was not asked, so the audit log does not have it.
+		if errors.Is(err, errRecipient) {
+			s.config.Log.Warn("SPEKE refused", "caller", c.Caller().ID, "category", string(c.category), "request_id", c.RequestID(), "err", err)
+		}
 		return reply{}, &spekeRefusal{version, err}
 	}
 	return reply{contentType: spekeContentType, header: spekeHeaders(version), body: body}, nil
@@ -323,15 +327,22 @@ func (d *CPIX) specs() ([]custodian.KeySpec, error) {
 	return specs, nil
 }
 
+// errRecipient: there is nobody to encrypt to, who would have to be pinned.
+var errRecipient = errors.New("it needs a pinned recipient")
+
+func unpinned(text string) error {
+	return fmt.Errorf("%w: %w", errRecipient, &SPEKEError{http.StatusForbidden, text})
+}
+
 // recipients finds for each DeliveryData the pinned certificate that it
 // names. Only a caller with pinned certificates hears that a category wants
 // them: to others the category need not even exist.
 func (s *SPEKE) recipients(d *CPIX, r SPEKERequest) ([]Recipient, error) {
 	if len(d.Deliveries) == 0 && s.config.Encrypted[r.Category] {
 		if len(s.config.Recipients[r.Caller]) == 0 {
-			return nil, fmt.Errorf("speke: category %s wants encrypted documents, and no recipient is pinned for %s: %w", r.Category, r.Caller, custodian.ErrDenied)
+			return nil, fmt.Errorf("category %s: %w, and none is pinned for %s: %w", r.Category, errRecipient, r.Caller, custodian.ErrDenied)
 		}
-		return nil, &SPEKEError{http.StatusForbidden, "Keys of this category leave only in encrypted documents: send DeliveryDataList with your certificate"}
+		return nil, unpinned("Keys of this category leave only in encrypted documents: send DeliveryDataList with your certificate")
 	}
 	to := make([]Recipient, len(d.Deliveries))
 	for i, delivery := range d.Deliveries {
@@ -342,7 +353,7 @@ func (s *SPEKE) recipients(d *CPIX, r SPEKERequest) ([]Recipient, error) {
 			}
 		}
 		if !found {
-			return nil, &SPEKEError{http.StatusForbidden, fmt.Sprintf("DeliveryData[%d]: the certificate with SHA-256 %s is not pinned for this caller", i, certFingerprint(delivery.Certificate))}
+			return nil, unpinned(fmt.Sprintf("DeliveryData[%d]: the certificate with SHA-256 %s is not pinned for this caller", i, certFingerprint(delivery.Certificate)))
 		}
 	}
 	return to, nil

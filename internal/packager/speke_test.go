@@ -603,6 +603,13 @@ func TestSPEKEDoor(t *testing.T) {
 			}
 		})
 	}
+	_, stolen := newRSA(t, 2048)
+	if res, text := ask(doorPackager, "movies", "2.0", withRecipients(small, stolen)); res.StatusCode != 403 || !strings.HasPrefix(text, "DeliveryData[0]: the certificate with SHA-256 ") {
+		t.Errorf("a certificate that is not pinned: got %d, %q", res.StatusCode, text)
+	}
+	if log := k.log.String(); !strings.Contains(log, "SPEKE refused") || !strings.Contains(log, encoder.ID) {
+		t.Errorf("the log does not say who asked for a certificate that is not pinned: %s", log)
+	}
 	k.rpc.SetUnavailable(custodian.ErrStarting)
 	if res, text := ask(doorPackager, "movies", "2.0", small); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || text != "the daemon is starting" {
 		t.Errorf("no domain yet: got %d, %v, %q", res.StatusCode, res.Header, text)

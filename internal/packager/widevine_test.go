@@ -465,11 +465,11 @@ func TestDoorTLS(t *testing.T) {
 		c := k.client(t, doorPackager)
 		return c, c.Transport.(*http.Transport)
 	}
-	c, tr := good()
+	c, _ := good()
 	if err := try(c); err != nil {
 		t.Errorf("TLS 1.2: %v", err)
 	}
-	c, tr = good()
+	c, tr := good()
 	tr.TLSClientConfig.MaxVersion = 0
 	if err := try(c); err != nil {
 		t.Errorf("TLS 1.3: %v", err)

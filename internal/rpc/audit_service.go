@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
@@ -71,15 +72,46 @@ func (s *auditService) ListEntries(ctx context.Context, req *v1.ListEntriesReque
 	if err != nil {
 		return nil, err
 	}
-	resp := &v1.ListEntriesResponse{NextIndex: next}
+	encoded, err := encodeEntries(entries)
+	return &v1.ListEntriesResponse{Entries: encoded, NextIndex: next}, err
+}
+
+func encodeEntries(entries []custodian.AuditEntry) ([][]byte, error) {
+	out := make([][]byte, len(entries))
 	for i := range entries {
-		b, err := entries[i].MarshalBinary()
-		if err != nil {
+		var err error
+		if out[i], err = entries[i].MarshalBinary(); err != nil {
 			return nil, err
 		}
-		resp.Entries = append(resp.Entries, b)
 	}
-	return resp, nil
+	return out, nil
+}
+
+func (s *auditService) FollowEntries(req *v1.FollowEntriesRequest, stream grpc.ServerStreamingServer[v1.FollowEntriesResponse]) error {
+	custody, err := s.server.custody()
+	if err != nil {
+		return err
+	}
+	q, err := decodeAuditQuery(req.GetQuery())
+	if err != nil {
+		return err
+	}
+	ctx, cancel := s.server.untilDrain(stream.Context())
+	defer cancel()
+	err = custody.FollowAudit(ctx, callOf(ctx).caller, q, func(entries []custodian.AuditEntry) error {
+		encoded, err := encodeEntries(entries)
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(&v1.FollowEntriesResponse{Entries: encoded}); err != nil {
+			return &sendError{err}
+		}
+		return nil
+	})
+	if ctx.Err() != nil && stream.Context().Err() == nil {
+		return custodian.ErrStarting // the daemon stops: another one, or the next, goes on
+	}
+	return err
 }
 
 var outcomes = map[v1.AuditOutcome]custodian.AuditOutcome{
@@ -87,6 +119,7 @@ var outcomes = map[v1.AuditOutcome]custodian.AuditOutcome{
 	v1.AuditOutcome_AUDIT_OUTCOME_ALLOWED:     custodian.AuditAllowed,
 	v1.AuditOutcome_AUDIT_OUTCOME_DENIED:      custodian.AuditDenied,
 	v1.AuditOutcome_AUDIT_OUTCOME_FAILED:      custodian.AuditFailed,
+	v1.AuditOutcome_AUDIT_OUTCOME_BEGUN:       custodian.AuditBegun,
 }
 
 func decodeAuditQuery(req *v1.ListEntriesRequest) (custodian.AuditQuery, error) {
@@ -98,6 +131,7 @@ func decodeAuditQuery(req *v1.ListEntriesRequest) (custodian.AuditQuery, error) 
 	case q.PageSize == 0:
 		q.PageSize = defaultPage
 	}
+	q.SessionID, q.UserID = req.GetSessionId(), req.GetUserId()
 	var known bool
 	if q.Outcome, known = outcomes[req.GetOutcome()]; !known {
 		return q, &custodian.InvalidError{Field: "outcome", Err: fmt.Errorf("%d: not known", req.GetOutcome())}

@@ -161,6 +161,113 @@ func TestListEntries(t *testing.T) {
 	}
 }
 
+// What a caller says of the viewer is found by it, and is not in the entry.
+func TestViewerContext(t *testing.T) {
+	k := newKit(t, options{})
+	k.createCategory(t, "movies")
+	key := k.issue(t, "film-1", "SD")[0]
+	ctx := t.Context()
+	if _, err := k.dial(t, provider).GetContentKeys(ctx, &v1.GetContentKeysRequest{Kids: [][]byte{key.GetKid()},
+		ViewerContext: &v1.ViewerContext{SessionId: "session-1", UserId: "user-1"}}); err != nil {
+		t.Fatal(err)
+	}
+	c := k.dial(t, auditor)
+	for want, req := range map[int]*v1.ListEntriesRequest{
+		1: {SessionId: "session-1", Action: "release"},
+		2: {UserId: "user-1"}, // with the entry of this search
+		0: {SessionId: "user-1", Action: "release"},
+	} {
+		got, err := c.ListAuditEntries(ctx, req)
+		if err != nil || len(got.GetEntries()) != want {
+			t.Fatalf("%v: %d entries, %v, want %d", req, len(got.GetEntries()), err, want)
+		}
+		for _, b := range got.GetEntries() {
+			if bytes.Contains(b, []byte("session-1")) || bytes.Contains(b, []byte("user-1")) {
+				t.Errorf("the entry %q has an ID in clear", b)
+			}
+		}
+	}
+	if _, err := c.ListAuditEntries(ctx, &v1.ListEntriesRequest{SessionId: "a", UserId: "b"}); codeOf(err) != codes.InvalidArgument {
+		t.Errorf("session and user: %v, want INVALID_ARGUMENT", err)
+	}
+}
+
+// A follower gets what there is, and then what is written, in order, and with a
+// filter only what that picks; when the daemon stops it hears so at once.
+func TestFollowEntries(t *testing.T) {
+	k := newKit(t, options{})
+	k.createCategory(t, "movies")
+	k.issue(t, "film-1", "SD")
+	c := k.dial(t, auditor)
+	type follower struct {
+		got   chan audit.Entry
+		ended chan error
+	}
+	follow := func(q *v1.ListEntriesRequest) follower {
+		f := follower{make(chan audit.Entry, 1000), make(chan error, 1)}
+		go func() {
+			f.ended <- c.FollowAuditEntries(t.Context(), &v1.FollowEntriesRequest{Query: q}, func(b []byte) error {
+				e, err := audit.UnmarshalEntry(b)
+				f.got <- e
+				return err
+			})
+		}()
+		return f
+	}
+	next := func(f follower) audit.Entry {
+		t.Helper()
+		select {
+		case e := <-f.got:
+			return e
+		case err := <-f.ended:
+			t.Fatalf("the stream ended: %v", err)
+		case <-time.After(10 * time.Second):
+			t.Fatal("nothing came for ten seconds")
+		}
+		return audit.Entry{}
+	}
+	all, issues := follow(nil), follow(&v1.ListEntriesRequest{Action: "issue"})
+	if e := next(issues); string(e.ContentID) != "film-1" {
+		t.Errorf("the first issue is %+v", e)
+	}
+	k.issue(t, "film-2", "SD", "HD")
+	for _, track := range []string{"SD", "HD"} {
+		if e := next(issues); string(e.ContentID) != "film-2" || e.TrackType != track {
+			t.Errorf("the next issue is %+v", e)
+		}
+	}
+	for want := uint64(0); ; want++ {
+		e := next(all)
+		if e.Index != want {
+			t.Fatalf("entry %d came, want %d", e.Index, want)
+		}
+		if string(e.ContentID) == "film-2" && e.TrackType == "HD" {
+			break
+		}
+	}
+	if err := k.dial(t, operator).FollowAuditEntries(t.Context(), &v1.FollowEntriesRequest{}, func([]byte) error { return nil }); codeOf(err) != codes.PermissionDenied {
+		t.Errorf("an operator: %v, want PERMISSION_DENIED", err)
+	}
+	if err := c.FollowAuditEntries(t.Context(), &v1.FollowEntriesRequest{Query: &v1.ListEntriesRequest{Kid: []byte{1}}}, nil); codeOf(err) != codes.InvalidArgument {
+		t.Errorf("half a KID: %v, want INVALID_ARGUMENT", err)
+	}
+	began := time.Now()
+	k.stop()
+	for _, f := range []follower{all, issues} {
+		select {
+		case err := <-f.ended:
+			if codeOf(err) != codes.Unavailable {
+				t.Errorf("when the daemon stops: %v, want UNAVAILABLE", err)
+			}
+		case <-time.After(5 * time.Second):
+			t.Error("a follower does not hear that the daemon stops")
+		}
+	}
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("it took %s; followers hold the daemon up", took)
+	}
+}
+
 // Only auditors read the audit log.
 func TestAuditIsForAuditors(t *testing.T) {
 	k := newKit(t, options{})

@@ -90,14 +90,15 @@ func (s *Server) begin(ctx context.Context, fullMethod string, req any) (context
 	return ctx, c, cancel, err
 }
 
-// bound gives the call its deadline. Watching health has none.
+// bound gives the call its deadline. Watching health and following the audit log
+// have none.
 func (s *Server) bound(ctx context.Context, fullMethod string) (context.Context, context.CancelFunc) {
 	switch fullMethod {
 	case v1.KeyRetrievalService_GetContentKeys_FullMethodName:
 		return context.WithTimeout(ctx, s.config.RetrieveDeadline)
 	case v1.CustodyService_Backup_FullMethodName:
 		return context.WithTimeout(ctx, s.config.BackupDeadline)
-	case healthWatch:
+	case healthWatch, v1.AuditService_FollowEntries_FullMethodName:
 		return context.WithCancel(ctx)
 	}
 	return context.WithTimeout(ctx, s.config.Deadline)

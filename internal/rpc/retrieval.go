@@ -27,7 +27,7 @@ func (r *retrieval) GetContentKeys(ctx context.Context, req *v1.GetContentKeysRe
 	}
 	c := callOf(ctx)
 	results, err := custody.Retrieve(ctx, c.caller, custodian.RetrieveRequest{RequestID: c.requestID, ContentID: req.GetContentId(), KIDs: kids,
-		RecipientKeyID: req.GetRecipientKeyId(), LicenceToken: req.GetLicenceToken(), SessionID: req.GetViewerContext().GetSessionId()})
+		RecipientKeyID: req.GetRecipientKeyId(), LicenceToken: req.GetLicenceToken(), SessionID: req.GetViewerContext().GetSessionId(), UserID: req.GetViewerContext().GetUserId()})
 	if err != nil {
 		return nil, err
 	}

@@ -53,6 +53,7 @@ type Custody interface {
 	AuditInclusion(ctx context.Context, who custodian.Caller, index, size uint64) (custodian.AuditProof, error)
 	AuditConsistency(ctx context.Context, who custodian.Caller, old, size uint64) ([][32]byte, []byte, error)
 	AuditEntries(context.Context, custodian.Caller, custodian.AuditQuery) ([]custodian.AuditEntry, uint64, error)
+	FollowAudit(context.Context, custodian.Caller, custodian.AuditQuery, func([]custodian.AuditEntry) error) error
 }
 
 // Sizes and limits of the transport.
@@ -145,7 +146,9 @@ type Server struct {
 	grpc    *grpc.Server
 	codec   *codec
 	metrics *metrics
-	primers *primers
+	// draining is closed when no new calls are taken.
+	draining chan struct{}
+	primers  *primers
 
 	// serving is replaced as a whole.
 	serving atomic.Pointer[serving]
@@ -169,7 +172,7 @@ func NewServer(c Config) (*Server, error) {
 		return nil, errors.New("rpc server: GRPC_BINARY_LOG_FILTER is set: it would write keys to a file; unset it")
 	}
 	c.setDefaults()
-	s := &Server{config: c, codec: newCodec()}
+	s := &Server{config: c, codec: newCodec(), draining: make(chan struct{})}
 	var err error
 	if s.metrics, err = newMetrics(c.Metrics); err != nil {
 		return nil, fmt.Errorf("rpc server: %w", err)
@@ -254,6 +257,20 @@ func (s *Server) custody() (Custody, error) {
 	return now.custody, now.err
 }
 
+// untilDrain ends with ctx, and when no new calls are taken: for calls that do
+// not end by themselves.
+func (s *Server) untilDrain(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() {
+		select {
+		case <-s.draining:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
+}
+
 // Serve serves on l until ctx ends. Then it takes no new calls, waits up to
 // drain for those under way, cancels the others, and closes all connections. It
 // closes l. When it returns no call is left, nor a look at the readiness, so
@@ -268,6 +285,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener, drain time.Duration)
 		return err
 	case <-ctx.Done():
 	}
+	close(s.draining)
 	force := time.AfterFunc(drain, s.grpc.Stop)
 	defer force.Stop()
 	s.grpc.GracefulStop()

@@ -52,6 +52,10 @@ func encodeStatus(s custodian.Status) *v1.Status {
 		Store: &v1.StoreStatus{Engine: s.Store.Engine, Path: s.Store.Path, Schema: s.Store.Schema, SizeBytes: s.Store.Bytes, ContentKeys: s.Store.ContentKeys, Sequence: s.Store.Sequence},
 		Audit: &v1.AuditStatus{Entries: s.Audit.Entries, Root: s.Audit.Root, Blocked: s.Audit.Blocked},
 	}
+	for _, a := range s.Audit.Anchors {
+		out.Audit.Anchors = append(out.Audit.Anchors, &v1.AnchorStatus{Name: a.Name, Kind: a.Kind, Size: a.Size, ConfirmTime: timestamp(a.Time),
+			LagEntries: a.Lag, Lag: durationpb.New(a.LagTime), LastError: a.LastError, Failures: a.Failures, AlertTime: timestamp(a.Alert)})
+	}
 	for _, m := range s.MEKs {
 		out.Meks = append(out.Meks, &v1.MekStatus{Version: m.Version, Label: m.Label, State: states[m.State], Profile: string(m.Profile),
 			CreateTime: timestamp(m.CreateTime), EndTime: timestamp(m.EndTime), DaysLeft: int32(m.DaysLeft)})

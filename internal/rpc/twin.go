@@ -157,6 +157,7 @@ type twinRequest struct {
 
 type twinContext struct {
 	SessionID string `json:"session_id"`
+	UserID    string `json:"user_id"`
 }
 
 func decodeTwin(raw []byte) (*v1.GetContentKeysRequest, error) {
@@ -174,7 +175,7 @@ func decodeTwin(raw []byte) (*v1.GetContentKeysRequest, error) {
 		return nil, bad("content_id_b64", errors.New("content_id is there too"))
 	}
 	req := &v1.GetContentKeysRequest{RequestId: in.RequestID, ContentId: in.ContentIDB64, LicenceToken: in.LicenceToken, RecipientKeyId: in.RecipientKeyID,
-		ViewerContext: &v1.ViewerContext{SessionId: in.ViewerContext.SessionID}}
+		ViewerContext: &v1.ViewerContext{SessionId: in.ViewerContext.SessionID, UserId: in.ViewerContext.UserID}}
 	if in.ContentID != "" {
 		req.ContentId = []byte(in.ContentID)
 	}

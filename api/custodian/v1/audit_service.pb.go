@@ -34,6 +34,8 @@ const (
 	AuditOutcome_AUDIT_OUTCOME_DENIED AuditOutcome = 2
 	// It was allowed but did not work.
 	AuditOutcome_AUDIT_OUTCOME_FAILED AuditOutcome = 3
+	// It was decided to do it, and an entry with the end follows.
+	AuditOutcome_AUDIT_OUTCOME_BEGUN AuditOutcome = 4
 )
 
 // Enum value maps for AuditOutcome.
@@ -43,12 +45,14 @@ var (
 		1: "AUDIT_OUTCOME_ALLOWED",
 		2: "AUDIT_OUTCOME_DENIED",
 		3: "AUDIT_OUTCOME_FAILED",
+		4: "AUDIT_OUTCOME_BEGUN",
 	}
 	AuditOutcome_value = map[string]int32{
 		"AUDIT_OUTCOME_UNSPECIFIED": 0,
 		"AUDIT_OUTCOME_ALLOWED":     1,
 		"AUDIT_OUTCOME_DENIED":      2,
 		"AUDIT_OUTCOME_FAILED":      3,
+		"AUDIT_OUTCOME_BEGUN":       4,
 	}
 )
 
@@ -517,7 +521,13 @@ type ListEntriesRequest struct {
 	// The KID, 16 bytes.
 	Kid []byte `protobuf:"bytes,10,opt,name=kid,proto3" json:"kid,omitempty"`
 	// The version of the key-encryption key, such as movies/4.
-	KeyVersion    string `protobuf:"bytes,11,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
+	KeyVersion string `protobuf:"bytes,11,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
+	// The playback session, as the caller of the release named it. The daemon
+	// computes what the log has in its place; the search is itself written to the
+	// log.
+	SessionId string `protobuf:"bytes,12,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// The user, likewise; not together with session_id.
+	UserId        string `protobuf:"bytes,13,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -629,6 +639,112 @@ func (x *ListEntriesRequest) GetKeyVersion() string {
 	return ""
 }
 
+func (x *ListEntriesRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *ListEntriesRequest) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+// FollowEntriesRequest picks entries.
+type FollowEntriesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which entries, and from which on. The page size is of no meaning.
+	Query         *ListEntriesRequest `protobuf:"bytes,1,opt,name=query,proto3" json:"query,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowEntriesRequest) Reset() {
+	*x = FollowEntriesRequest{}
+	mi := &file_custodian_v1_audit_service_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowEntriesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowEntriesRequest) ProtoMessage() {}
+
+func (x *FollowEntriesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_audit_service_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowEntriesRequest.ProtoReflect.Descriptor instead.
+func (*FollowEntriesRequest) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_audit_service_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *FollowEntriesRequest) GetQuery() *ListEntriesRequest {
+	if x != nil {
+		return x.Query
+	}
+	return nil
+}
+
+// FollowEntriesResponse has one or more entries.
+type FollowEntriesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The canonical encodings of the entries, in the order of the log.
+	Entries       [][]byte `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowEntriesResponse) Reset() {
+	*x = FollowEntriesResponse{}
+	mi := &file_custodian_v1_audit_service_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowEntriesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowEntriesResponse) ProtoMessage() {}
+
+func (x *FollowEntriesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_audit_service_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowEntriesResponse.ProtoReflect.Descriptor instead.
+func (*FollowEntriesResponse) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_audit_service_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *FollowEntriesResponse) GetEntries() [][]byte {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
 // ListEntriesResponse has one page.
 type ListEntriesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -642,7 +758,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_custodian_v1_audit_service_proto_msgTypes[8]
+	mi := &file_custodian_v1_audit_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -654,7 +770,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_audit_service_proto_msgTypes[8]
+	mi := &file_custodian_v1_audit_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -667,7 +783,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_audit_service_proto_rawDescGZIP(), []int{8}
+	return file_custodian_v1_audit_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListEntriesResponse) GetEntries() [][]byte {
@@ -724,7 +840,7 @@ const file_custodian_v1_audit_service_proto_rawDesc = "" +
 	"\x06hashes\x18\x01 \x03(\fR\x06hashes\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x02 \x01(\fR\n" +
-	"checkpoint\"\x9c\x03\n" +
+	"checkpoint\"\xd4\x03\n" +
 	"\x12ListEntriesRequest\x12\x1d\n" +
 	"\n" +
 	"from_index\x18\x01 \x01(\x04R\tfromIndex\x12\x1b\n" +
@@ -742,21 +858,30 @@ const file_custodian_v1_audit_service_proto_rawDesc = "" +
 	"\x03kid\x18\n" +
 	" \x01(\fR\x03kid\x12\x1f\n" +
 	"\vkey_version\x18\v \x01(\tR\n" +
-	"keyVersion\"N\n" +
+	"keyVersion\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\f \x01(\tR\tsessionId\x12\x17\n" +
+	"\auser_id\x18\r \x01(\tR\x06userId\"N\n" +
+	"\x14FollowEntriesRequest\x126\n" +
+	"\x05query\x18\x01 \x01(\v2 .custodian.v1.ListEntriesRequestR\x05query\"1\n" +
+	"\x15FollowEntriesResponse\x12\x18\n" +
+	"\aentries\x18\x01 \x03(\fR\aentries\"N\n" +
 	"\x13ListEntriesResponse\x12\x18\n" +
 	"\aentries\x18\x01 \x03(\fR\aentries\x12\x1d\n" +
 	"\n" +
-	"next_index\x18\x02 \x01(\x04R\tnextIndex*|\n" +
+	"next_index\x18\x02 \x01(\x04R\tnextIndex*\x95\x01\n" +
 	"\fAuditOutcome\x12\x1d\n" +
 	"\x19AUDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15AUDIT_OUTCOME_ALLOWED\x10\x01\x12\x18\n" +
 	"\x14AUDIT_OUTCOME_DENIED\x10\x02\x12\x18\n" +
-	"\x14AUDIT_OUTCOME_FAILED\x10\x032\x8e\x03\n" +
+	"\x14AUDIT_OUTCOME_FAILED\x10\x03\x12\x17\n" +
+	"\x13AUDIT_OUTCOME_BEGUN\x10\x042\xea\x03\n" +
 	"\fAuditService\x12X\n" +
 	"\rGetCheckpoint\x12\".custodian.v1.GetCheckpointRequest\x1a#.custodian.v1.GetCheckpointResponse\x12d\n" +
 	"\x11GetInclusionProof\x12&.custodian.v1.GetInclusionProofRequest\x1a'.custodian.v1.GetInclusionProofResponse\x12j\n" +
 	"\x13GetConsistencyProof\x12(.custodian.v1.GetConsistencyProofRequest\x1a).custodian.v1.GetConsistencyProofResponse\x12R\n" +
-	"\vListEntries\x12 .custodian.v1.ListEntriesRequest\x1a!.custodian.v1.ListEntriesResponseB>Z<github.com/keycustody/custodian/api/custodian/v1;custodianv1b\x06proto3"
+	"\vListEntries\x12 .custodian.v1.ListEntriesRequest\x1a!.custodian.v1.ListEntriesResponse\x12Z\n" +
+	"\rFollowEntries\x12\".custodian.v1.FollowEntriesRequest\x1a#.custodian.v1.FollowEntriesResponse0\x01B>Z<github.com/keycustody/custodian/api/custodian/v1;custodianv1b\x06proto3"
 
 var (
 	file_custodian_v1_audit_service_proto_rawDescOnce sync.Once
@@ -771,7 +896,7 @@ func file_custodian_v1_audit_service_proto_rawDescGZIP() []byte {
 }
 
 var file_custodian_v1_audit_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_custodian_v1_audit_service_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_custodian_v1_audit_service_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_custodian_v1_audit_service_proto_goTypes = []any{
 	(AuditOutcome)(0),                   // 0: custodian.v1.AuditOutcome
 	(*SigningKey)(nil),                  // 1: custodian.v1.SigningKey
@@ -782,28 +907,33 @@ var file_custodian_v1_audit_service_proto_goTypes = []any{
 	(*GetConsistencyProofRequest)(nil),  // 6: custodian.v1.GetConsistencyProofRequest
 	(*GetConsistencyProofResponse)(nil), // 7: custodian.v1.GetConsistencyProofResponse
 	(*ListEntriesRequest)(nil),          // 8: custodian.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),         // 9: custodian.v1.ListEntriesResponse
-	(*timestamppb.Timestamp)(nil),       // 10: google.protobuf.Timestamp
+	(*FollowEntriesRequest)(nil),        // 9: custodian.v1.FollowEntriesRequest
+	(*FollowEntriesResponse)(nil),       // 10: custodian.v1.FollowEntriesResponse
+	(*ListEntriesResponse)(nil),         // 11: custodian.v1.ListEntriesResponse
+	(*timestamppb.Timestamp)(nil),       // 12: google.protobuf.Timestamp
 }
 var file_custodian_v1_audit_service_proto_depIdxs = []int32{
-	10, // 0: custodian.v1.SigningKey.create_time:type_name -> google.protobuf.Timestamp
+	12, // 0: custodian.v1.SigningKey.create_time:type_name -> google.protobuf.Timestamp
 	1,  // 1: custodian.v1.GetCheckpointResponse.signing_key:type_name -> custodian.v1.SigningKey
-	10, // 2: custodian.v1.ListEntriesRequest.since_time:type_name -> google.protobuf.Timestamp
-	10, // 3: custodian.v1.ListEntriesRequest.before_time:type_name -> google.protobuf.Timestamp
+	12, // 2: custodian.v1.ListEntriesRequest.since_time:type_name -> google.protobuf.Timestamp
+	12, // 3: custodian.v1.ListEntriesRequest.before_time:type_name -> google.protobuf.Timestamp
 	0,  // 4: custodian.v1.ListEntriesRequest.outcome:type_name -> custodian.v1.AuditOutcome
-	2,  // 5: custodian.v1.AuditService.GetCheckpoint:input_type -> custodian.v1.GetCheckpointRequest
-	4,  // 6: custodian.v1.AuditService.GetInclusionProof:input_type -> custodian.v1.GetInclusionProofRequest
-	6,  // 7: custodian.v1.AuditService.GetConsistencyProof:input_type -> custodian.v1.GetConsistencyProofRequest
-	8,  // 8: custodian.v1.AuditService.ListEntries:input_type -> custodian.v1.ListEntriesRequest
-	3,  // 9: custodian.v1.AuditService.GetCheckpoint:output_type -> custodian.v1.GetCheckpointResponse
-	5,  // 10: custodian.v1.AuditService.GetInclusionProof:output_type -> custodian.v1.GetInclusionProofResponse
-	7,  // 11: custodian.v1.AuditService.GetConsistencyProof:output_type -> custodian.v1.GetConsistencyProofResponse
-	9,  // 12: custodian.v1.AuditService.ListEntries:output_type -> custodian.v1.ListEntriesResponse
-	9,  // [9:13] is the sub-list for method output_type
-	5,  // [5:9] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	8,  // 5: custodian.v1.FollowEntriesRequest.query:type_name -> custodian.v1.ListEntriesRequest
+	2,  // 6: custodian.v1.AuditService.GetCheckpoint:input_type -> custodian.v1.GetCheckpointRequest
+	4,  // 7: custodian.v1.AuditService.GetInclusionProof:input_type -> custodian.v1.GetInclusionProofRequest
+	6,  // 8: custodian.v1.AuditService.GetConsistencyProof:input_type -> custodian.v1.GetConsistencyProofRequest
+	8,  // 9: custodian.v1.AuditService.ListEntries:input_type -> custodian.v1.ListEntriesRequest
+	9,  // 10: custodian.v1.AuditService.FollowEntries:input_type -> custodian.v1.FollowEntriesRequest
+	3,  // 11: custodian.v1.AuditService.GetCheckpoint:output_type -> custodian.v1.GetCheckpointResponse
+	5,  // 12: custodian.v1.AuditService.GetInclusionProof:output_type -> custodian.v1.GetInclusionProofResponse
+	7,  // 13: custodian.v1.AuditService.GetConsistencyProof:output_type -> custodian.v1.GetConsistencyProofResponse
+	11, // 14: custodian.v1.AuditService.ListEntries:output_type -> custodian.v1.ListEntriesResponse
+	10, // 15: custodian.v1.AuditService.FollowEntries:output_type -> custodian.v1.FollowEntriesResponse
+	11, // [11:16] is the sub-list for method output_type
+	6,  // [6:11] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_audit_service_proto_init() }
@@ -817,7 +947,7 @@ func file_custodian_v1_audit_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_audit_service_proto_rawDesc), len(file_custodian_v1_audit_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   9,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

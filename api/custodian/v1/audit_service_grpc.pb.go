@@ -23,14 +23,16 @@ const (
 	AuditService_GetInclusionProof_FullMethodName   = "/custodian.v1.AuditService/GetInclusionProof"
 	AuditService_GetConsistencyProof_FullMethodName = "/custodian.v1.AuditService/GetConsistencyProof"
 	AuditService_ListEntries_FullMethodName         = "/custodian.v1.AuditService/ListEntries"
+	AuditService_FollowEntries_FullMethodName       = "/custodian.v1.AuditService/FollowEntries"
 )
 
 // AuditServiceClient is the client API for AuditService service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// The AuditService reads the audit log and proves what it says, for auditors.
-// Each call reads the log from its file; a proof reads all of it.
+// The AuditService reads the audit log and proves what it says, for auditors. A
+// proof reads all of the log; a list uses an index, and is checked against
+// nothing: a proof or an export shows that an entry is genuine.
 type AuditServiceClient interface {
 	// GetCheckpoint returns the newest checkpoint and the public key that
 	// verifies it.
@@ -42,6 +44,11 @@ type AuditServiceClient interface {
 	GetConsistencyProof(ctx context.Context, in *GetConsistencyProofRequest, opts ...grpc.CallOption) (*GetConsistencyProofResponse, error)
 	// ListEntries returns entries in the order of the log, page by page.
 	ListEntries(ctx context.Context, in *ListEntriesRequest, opts ...grpc.CallOption) (*ListEntriesResponse, error)
+	// FollowEntries returns entries in the order of the log, and then those that
+	// are written, as they are durable, until the caller ends it. When the daemon
+	// stops or asks for a new connection it ends with UNAVAILABLE: follow again
+	// from behind the last entry.
+	FollowEntries(ctx context.Context, in *FollowEntriesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FollowEntriesResponse], error)
 }
 
 type auditServiceClient struct {
@@ -92,12 +99,32 @@ func (c *auditServiceClient) ListEntries(ctx context.Context, in *ListEntriesReq
 	return out, nil
 }
 
+func (c *auditServiceClient) FollowEntries(ctx context.Context, in *FollowEntriesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FollowEntriesResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &AuditService_ServiceDesc.Streams[0], AuditService_FollowEntries_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[FollowEntriesRequest, FollowEntriesResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AuditService_FollowEntriesClient = grpc.ServerStreamingClient[FollowEntriesResponse]
+
 // AuditServiceServer is the server API for AuditService service.
 // All implementations must embed UnimplementedAuditServiceServer
 // for forward compatibility.
 //
-// The AuditService reads the audit log and proves what it says, for auditors.
-// Each call reads the log from its file; a proof reads all of it.
+// The AuditService reads the audit log and proves what it says, for auditors. A
+// proof reads all of the log; a list uses an index, and is checked against
+// nothing: a proof or an export shows that an entry is genuine.
 type AuditServiceServer interface {
 	// GetCheckpoint returns the newest checkpoint and the public key that
 	// verifies it.
@@ -109,6 +136,11 @@ type AuditServiceServer interface {
 	GetConsistencyProof(context.Context, *GetConsistencyProofRequest) (*GetConsistencyProofResponse, error)
 	// ListEntries returns entries in the order of the log, page by page.
 	ListEntries(context.Context, *ListEntriesRequest) (*ListEntriesResponse, error)
+	// FollowEntries returns entries in the order of the log, and then those that
+	// are written, as they are durable, until the caller ends it. When the daemon
+	// stops or asks for a new connection it ends with UNAVAILABLE: follow again
+	// from behind the last entry.
+	FollowEntries(*FollowEntriesRequest, grpc.ServerStreamingServer[FollowEntriesResponse]) error
 	mustEmbedUnimplementedAuditServiceServer()
 }
 
@@ -130,6 +162,9 @@ func (UnimplementedAuditServiceServer) GetConsistencyProof(context.Context, *Get
 }
 func (UnimplementedAuditServiceServer) ListEntries(context.Context, *ListEntriesRequest) (*ListEntriesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListEntries not implemented")
+}
+func (UnimplementedAuditServiceServer) FollowEntries(*FollowEntriesRequest, grpc.ServerStreamingServer[FollowEntriesResponse]) error {
+	return status.Error(codes.Unimplemented, "method FollowEntries not implemented")
 }
 func (UnimplementedAuditServiceServer) mustEmbedUnimplementedAuditServiceServer() {}
 func (UnimplementedAuditServiceServer) testEmbeddedByValue()                      {}
@@ -224,6 +259,17 @@ func _AuditService_ListEntries_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AuditService_FollowEntries_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(FollowEntriesRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AuditServiceServer).FollowEntries(m, &grpc.GenericServerStream[FollowEntriesRequest, FollowEntriesResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AuditService_FollowEntriesServer = grpc.ServerStreamingServer[FollowEntriesResponse]
+
 // AuditService_ServiceDesc is the grpc.ServiceDesc for AuditService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -248,6 +294,12 @@ var AuditService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _AuditService_ListEntries_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "FollowEntries",
+			Handler:       _AuditService_FollowEntries_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "custodian/v1/audit_service.proto",
 }

@@ -117,11 +117,16 @@ func (x *GetContentKeysRequest) GetRecipientKeyId() string {
 	return ""
 }
 
-// A ViewerContext is what a caller asserts, and nobody has signed.
+// A ViewerContext is what a caller asserts, and nobody has signed. The audit log
+// has keyed hashes of it: who has an ID finds the releases for it, and nobody
+// can list the IDs.
 type ViewerContext struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The playback session. Where it is given, a licence token must be for it.
-	SessionId     string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// The playback session, up to 256 bytes. Where it is given, a licence token must
+	// be for it.
+	SessionId string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// The user, up to 256 bytes: best a name that means nothing elsewhere.
+	UserId        string `protobuf:"bytes,2,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -159,6 +164,13 @@ func (*ViewerContext) Descriptor() ([]byte, []int) {
 func (x *ViewerContext) GetSessionId() string {
 	if x != nil {
 		return x.SessionId
+	}
+	return ""
+}
+
+func (x *ViewerContext) GetUserId() string {
+	if x != nil {
+		return x.UserId
 	}
 	return ""
 }
@@ -504,10 +516,11 @@ const file_custodian_v1_key_retrieval_service_proto_rawDesc = "" +
 	"content_id\x18\x03 \x01(\fR\tcontentId\x12#\n" +
 	"\rlicence_token\x18\x04 \x01(\tR\flicenceToken\x12B\n" +
 	"\x0eviewer_context\x18\x05 \x01(\v2\x1b.custodian.v1.ViewerContextR\rviewerContext\x12(\n" +
-	"\x10recipient_key_id\x18\x06 \x01(\tR\x0erecipientKeyId\".\n" +
+	"\x10recipient_key_id\x18\x06 \x01(\tR\x0erecipientKeyId\"G\n" +
 	"\rViewerContext\x12\x1d\n" +
 	"\n" +
-	"session_id\x18\x01 \x01(\tR\tsessionId\"u\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x17\n" +
+	"\auser_id\x18\x02 \x01(\tR\x06userId\"u\n" +
 	"\x16GetContentKeysResponse\x12<\n" +
 	"\aresults\x18\x01 \x03(\v2\".custodian.v1.GetContentKeysResultR\aresults\x12\x1d\n" +
 	"\n" +

@@ -1099,8 +1099,11 @@ type AuditStatus struct {
 	Entries uint64 `protobuf:"varint,1,opt,name=entries,proto3" json:"entries,omitempty"`
 	// Its Merkle root (RFC 6962), 32 bytes in hexadecimal.
 	Root string `protobuf:"bytes,2,opt,name=root,proto3" json:"root,omitempty"`
-	// Why nothing can be written. Empty: it can.
-	Blocked       string `protobuf:"bytes,3,opt,name=blocked,proto3" json:"blocked,omitempty"`
+	// Why nothing can be written, or why nothing may be released for want of an
+	// anchor. Empty: it can.
+	Blocked string `protobuf:"bytes,3,opt,name=blocked,proto3" json:"blocked,omitempty"`
+	// Where its checkpoints lie outside of the machine.
+	Anchors       []*AnchorStatus `protobuf:"bytes,20,rep,name=anchors,proto3" json:"anchors,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1154,6 +1157,132 @@ func (x *AuditStatus) GetBlocked() string {
 		return x.Blocked
 	}
 	return ""
+}
+
+func (x *AuditStatus) GetAnchors() []*AnchorStatus {
+	if x != nil {
+		return x.Anchors
+	}
+	return nil
+}
+
+// An AnchorStatus says how far an anchor of the audit log is behind.
+type AnchorStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name in the configuration.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The kind: witness, directory or syslog.
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// How many entries the newest checkpoint covers that it took since the
+	// daemon started. 0: it took none.
+	Size uint64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// When it took that.
+	ConfirmTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=confirm_time,json=confirmTime,proto3" json:"confirm_time,omitempty"`
+	// How many entries the log has beyond it.
+	LagEntries uint64 `protobuf:"varint,5,opt,name=lag_entries,json=lagEntries,proto3" json:"lag_entries,omitempty"`
+	// Since when.
+	Lag *durationpb.Duration `protobuf:"bytes,6,opt,name=lag,proto3" json:"lag,omitempty"`
+	// Why the last try failed. Empty: it did not.
+	LastError string `protobuf:"bytes,7,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	// Tries that failed since the daemon started.
+	Failures uint64 `protobuf:"varint,8,opt,name=failures,proto3" json:"failures,omitempty"`
+	// When it was found to be too far behind. Absent: it is not.
+	AlertTime     *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=alert_time,json=alertTime,proto3" json:"alert_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AnchorStatus) Reset() {
+	*x = AnchorStatus{}
+	mi := &file_custodian_v1_status_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AnchorStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AnchorStatus) ProtoMessage() {}
+
+func (x *AnchorStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_status_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AnchorStatus.ProtoReflect.Descriptor instead.
+func (*AnchorStatus) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_status_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *AnchorStatus) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AnchorStatus) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *AnchorStatus) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *AnchorStatus) GetConfirmTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ConfirmTime
+	}
+	return nil
+}
+
+func (x *AnchorStatus) GetLagEntries() uint64 {
+	if x != nil {
+		return x.LagEntries
+	}
+	return 0
+}
+
+func (x *AnchorStatus) GetLag() *durationpb.Duration {
+	if x != nil {
+		return x.Lag
+	}
+	return nil
+}
+
+func (x *AnchorStatus) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
+func (x *AnchorStatus) GetFailures() uint64 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *AnchorStatus) GetAlertTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AlertTime
+	}
+	return nil
 }
 
 var File_custodian_v1_status_proto protoreflect.FileDescriptor
@@ -1259,11 +1388,25 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12!\n" +
 	"\fcontent_keys\x18\x05 \x01(\x04R\vcontentKeys\x12\x1a\n" +
-	"\bsequence\x18\x06 \x01(\x04R\bsequence\"U\n" +
+	"\bsequence\x18\x06 \x01(\x04R\bsequence\"\x8b\x01\n" +
 	"\vAuditStatus\x12\x18\n" +
 	"\aentries\x18\x01 \x01(\x04R\aentries\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x18\n" +
-	"\ablocked\x18\x03 \x01(\tR\ablocked*\x9f\x01\n" +
+	"\ablocked\x18\x03 \x01(\tR\ablocked\x124\n" +
+	"\aanchors\x18\x14 \x03(\v2\x1a.custodian.v1.AnchorStatusR\aanchors\"\xcd\x02\n" +
+	"\fAnchorStatus\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x04R\x04size\x12=\n" +
+	"\fconfirm_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\vconfirmTime\x12\x1f\n" +
+	"\vlag_entries\x18\x05 \x01(\x04R\n" +
+	"lagEntries\x12+\n" +
+	"\x03lag\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x03lag\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\a \x01(\tR\tlastError\x12\x1a\n" +
+	"\bfailures\x18\b \x01(\x04R\bfailures\x129\n" +
+	"\n" +
+	"alert_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\talertTime*\x9f\x01\n" +
 	"\fServingState\x12\x1d\n" +
 	"\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16SERVING_STATE_STARTING\x10\x01\x12\x1f\n" +
@@ -1284,7 +1427,7 @@ func file_custodian_v1_status_proto_rawDescGZIP() []byte {
 }
 
 var file_custodian_v1_status_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_custodian_v1_status_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_custodian_v1_status_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_custodian_v1_status_proto_goTypes = []any{
 	(ServingState)(0),             // 0: custodian.v1.ServingState
 	(*Status)(nil),                // 1: custodian.v1.Status
@@ -1296,14 +1439,15 @@ var file_custodian_v1_status_proto_goTypes = []any{
 	(*ProviderCalls)(nil),         // 7: custodian.v1.ProviderCalls
 	(*StoreStatus)(nil),           // 8: custodian.v1.StoreStatus
 	(*AuditStatus)(nil),           // 9: custodian.v1.AuditStatus
-	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
-	(KeyState)(0),                 // 11: custodian.v1.KeyState
-	(*durationpb.Duration)(nil),   // 12: google.protobuf.Duration
+	(*AnchorStatus)(nil),          // 10: custodian.v1.AnchorStatus
+	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
+	(KeyState)(0),                 // 12: custodian.v1.KeyState
+	(*durationpb.Duration)(nil),   // 13: google.protobuf.Duration
 }
 var file_custodian_v1_status_proto_depIdxs = []int32{
 	0,  // 0: custodian.v1.Status.state:type_name -> custodian.v1.ServingState
-	10, // 1: custodian.v1.Status.time:type_name -> google.protobuf.Timestamp
-	10, // 2: custodian.v1.Status.start_time:type_name -> google.protobuf.Timestamp
+	11, // 1: custodian.v1.Status.time:type_name -> google.protobuf.Timestamp
+	11, // 2: custodian.v1.Status.start_time:type_name -> google.protobuf.Timestamp
 	4,  // 3: custodian.v1.Status.meks:type_name -> custodian.v1.MekStatus
 	5,  // 4: custodian.v1.Status.hsm:type_name -> custodian.v1.HsmStatus
 	3,  // 5: custodian.v1.Status.unknown_objects:type_name -> custodian.v1.TokenObject
@@ -1311,22 +1455,26 @@ var file_custodian_v1_status_proto_depIdxs = []int32{
 	8,  // 7: custodian.v1.Status.store:type_name -> custodian.v1.StoreStatus
 	9,  // 8: custodian.v1.Status.audit:type_name -> custodian.v1.AuditStatus
 	2,  // 9: custodian.v1.Status.rewraps:type_name -> custodian.v1.Rewrap
-	10, // 10: custodian.v1.Rewrap.begin_time:type_name -> google.protobuf.Timestamp
-	11, // 11: custodian.v1.MekStatus.state:type_name -> custodian.v1.KeyState
-	10, // 12: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
-	10, // 13: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
-	10, // 14: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
-	10, // 15: custodian.v1.ProviderStatus.away_since_time:type_name -> google.protobuf.Timestamp
-	12, // 16: custodian.v1.ProviderStatus.grace_left:type_name -> google.protobuf.Duration
-	10, // 17: custodian.v1.ProviderStatus.incident_time:type_name -> google.protobuf.Timestamp
+	11, // 10: custodian.v1.Rewrap.begin_time:type_name -> google.protobuf.Timestamp
+	12, // 11: custodian.v1.MekStatus.state:type_name -> custodian.v1.KeyState
+	11, // 12: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
+	11, // 13: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
+	11, // 14: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
+	11, // 15: custodian.v1.ProviderStatus.away_since_time:type_name -> google.protobuf.Timestamp
+	13, // 16: custodian.v1.ProviderStatus.grace_left:type_name -> google.protobuf.Duration
+	11, // 17: custodian.v1.ProviderStatus.incident_time:type_name -> google.protobuf.Timestamp
 	7,  // 18: custodian.v1.ProviderStatus.calls_by_reason:type_name -> custodian.v1.ProviderCalls
-	10, // 19: custodian.v1.ProviderStatus.next_renewal_time:type_name -> google.protobuf.Timestamp
-	10, // 20: custodian.v1.ProviderStatus.login_end_time:type_name -> google.protobuf.Timestamp
-	21, // [21:21] is the sub-list for method output_type
-	21, // [21:21] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	11, // 19: custodian.v1.ProviderStatus.next_renewal_time:type_name -> google.protobuf.Timestamp
+	11, // 20: custodian.v1.ProviderStatus.login_end_time:type_name -> google.protobuf.Timestamp
+	10, // 21: custodian.v1.AuditStatus.anchors:type_name -> custodian.v1.AnchorStatus
+	11, // 22: custodian.v1.AnchorStatus.confirm_time:type_name -> google.protobuf.Timestamp
+	13, // 23: custodian.v1.AnchorStatus.lag:type_name -> google.protobuf.Duration
+	11, // 24: custodian.v1.AnchorStatus.alert_time:type_name -> google.protobuf.Timestamp
+	25, // [25:25] is the sub-list for method output_type
+	25, // [25:25] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_status_proto_init() }
@@ -1341,7 +1489,7 @@ func file_custodian_v1_status_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_status_proto_rawDesc), len(file_custodian_v1_status_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
