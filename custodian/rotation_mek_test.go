@@ -65,6 +65,9 @@ func TestRotateMEK(t *testing.T) {
 			}
 			w.whole()
 			w.wantMEK(2)
+			if _, _, err := w.c.AuditEntries(t.Context(), auditor, custodian.AuditQuery{UserID: "viewer", PageSize: 10}); err != nil {
+				t.Errorf("look for a viewer under the pseudonym keys of both: %v", err)
+			}
 			born := w.births()
 			version := map[custodian.MEKProfile]uint32{custodian.ProfileSealed: 3, custodian.ProfileRotatable: 2}[p]
 			w.wantUnder("movies", version, born)
