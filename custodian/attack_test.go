@@ -185,7 +185,7 @@ func TestControlRecordBytes(t *testing.T) {
 	w.reopen()
 	stride := 11
 	if testing.Short() {
-		stride = 61
+		stride = 37
 	}
 	flips := 0
 	for _, r := range w.controls() {

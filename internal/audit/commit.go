@@ -169,6 +169,7 @@ func (l *Log) admit(batch []*request) []*request {
 	}
 	l.rotate(frameSize(total) + l.checkpointRoom())
 	l.grow(frameSize(total) + l.checkpointRoom())
+	l.tellRoom() // before those hear of it who are refused
 	admitted, size := batch[:0], 0
 	for _, r := range batch {
 		if !r.state.CompareAndSwap(waiting, taken) {
@@ -181,7 +182,6 @@ func (l *Log) admit(batch []*request) []*request {
 		size += len(r.entries)
 		admitted = append(admitted, r)
 	}
-	l.tellRoom()
 	return admitted
 }
 

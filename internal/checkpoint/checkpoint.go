@@ -151,6 +151,12 @@ func Open(signed []byte, v note.Verifier) (Checkpoint, error) {
 	if err != nil {
 		return Checkpoint{}, fmt.Errorf("checkpoint: %v: %w", err, ErrSignature)
 	}
+	for _, sig := range n.Sigs {
+		// The note package lets bits pass that base64 does not use.
+		if _, err := base64.StdEncoding.Strict().DecodeString(sig.Base64); err != nil {
+			return Checkpoint{}, fmt.Errorf("checkpoint: signature of %s: %w: %w", sig.Name, err, ErrSignature)
+		}
+	}
 	c, err := parseText(n.Text)
 	if err == nil && c.Origin != v.Name() {
 		err = fmt.Errorf("its origin is %q, its signer %q: %w", c.Origin, v.Name(), ErrMalformed)
