@@ -60,7 +60,7 @@ func (c Config) Check() []error {
 	if c.Kind != "" && (c.Interval < time.Second || c.Interval > 24*time.Hour) {
 		fault("interval", "%s: must be 1s to 24h", c.Interval)
 	}
-	used := map[string]string{} // by key
+	var used map[string]string // by key
 	switch c.Kind {
 	case Witness:
 		used = map[string]string{"url": c.URL, "key": c.Key, "ca_file": c.CAFile}

@@ -52,7 +52,7 @@ type pace struct {
 
 const (
 	busyRequests = 8
-	busyInterval = 2 * time.Millisecond
+	busyInterval = 3 * time.Millisecond
 )
 
 func (p *pace) began(requests int) { p.last, p.busy = time.Now(), requests >= busyRequests }
