@@ -38,8 +38,8 @@ type rotationCase struct {
 
 var rotationCases = []rotationCase{
 	{"kek", "sealed", 1, 1, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_KEK, Category: "movies"}},
-	{"mek sealed", "sealed", 1, 4, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_MEK}},
-	{"mek rotatable", "rotatable", 3, 4, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_MEK}},
+	{"mek sealed", "sealed", 1, 7, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_MEK}},
+	{"mek rotatable", "rotatable", 3, 7, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_MEK}},
 }
 
 // custodyOf is newCustody with a MEK profile, a category and some keys.
