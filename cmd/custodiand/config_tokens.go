@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/anchor"
 )
 
 // TokensConfig says which licence tokens are believed and which releases need
@@ -105,7 +106,7 @@ func (c *TokensConfig) check() []error {
 				fault("jwks_url", err)
 			}
 		}
-		if _, err := (WebhookConfig{CAFile: issuer.CAFile}).roots(); err != nil {
+		if _, err := anchor.Roots(issuer.CAFile); err != nil {
 			fault("ca_file", err)
 		}
 		if issuer.Refresh != 0 && (issuer.Refresh < time.Second || issuer.Refresh > 24*time.Hour) {
@@ -150,7 +151,7 @@ func newTokenSources(ctx context.Context, c *TokensConfig, reg prometheus.Regist
 	sets := tokenKeySets{}
 	var sources []*tokenSource
 	for _, ic := range c.Issuers {
-		roots, err := (WebhookConfig{CAFile: ic.CAFile}).roots()
+		roots, err := anchor.Roots(ic.CAFile)
 		if err != nil {
 			return nil, nil, err
 		}

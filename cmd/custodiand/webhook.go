@@ -6,7 +6,6 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -17,11 +16,11 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"strconv"
 	"time"
 
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/anchor"
 )
 
 // signatureHeader carries "t=SECONDS,v1=HEX": the time of sending since 1970,
@@ -57,7 +56,7 @@ func (c WebhookConfig) check() []error {
 	} else if _, err := readWebhookSecret(c.SecretFile); err != nil {
 		faults = append(faults, fmt.Errorf("kms.webhook.secret_file: %w", err))
 	}
-	if _, err := c.roots(); err != nil {
+	if _, err := anchor.Roots(c.CAFile); err != nil {
 		faults = append(faults, fmt.Errorf("kms.webhook.ca_file: %w", err))
 	}
 	return faults
@@ -90,22 +89,6 @@ func readWebhookSecret(path string) ([]byte, error) {
 	return secret, nil
 }
 
-// roots are the CAs of the webhook's server; nil: the system's.
-func (c WebhookConfig) roots() (*x509.CertPool, error) {
-	if c.CAFile == "" {
-		return nil, nil
-	}
-	raw, err := os.ReadFile(c.CAFile)
-	if err != nil {
-		return nil, err
-	}
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(raw) {
-		return nil, fmt.Errorf("%s: no certificate in it", c.CAFile)
-	}
-	return roots, nil
-}
-
 // A webhook tells somebody of incidents, one message after the other, each
 // until it is taken: a closed incident is never told before it was declared.
 type webhook struct {
@@ -122,7 +105,7 @@ func newWebhook(c WebhookConfig, book *incidentBook, log *slog.Logger) (*webhook
 	if c.URL == "" {
 		return nil, nil
 	}
-	roots, err := c.roots()
+	roots, err := anchor.Roots(c.CAFile)
 	if err != nil {
 		return nil, fmt.Errorf("kms.webhook.ca_file: %w", err)
 	}

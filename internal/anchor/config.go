@@ -70,7 +70,7 @@ func (c Config) Check() []error {
 		if _, err := parseWitnessKey(c.Key); c.Key != "" && err != nil {
 			fault("key", "%w", err)
 		}
-		if _, err := c.roots(); err != nil {
+		if _, err := Roots(c.CAFile); err != nil {
 			fault("ca_file", "%w", err)
 		}
 	case Directory:
@@ -119,18 +119,18 @@ func checkURL(s string) error {
 	return fmt.Errorf("scheme %q: must be https, or http to a loopback address", u.Scheme)
 }
 
-// roots are the CAs of the witness's server; nil: the system's.
-func (c Config) roots() (*x509.CertPool, error) {
-	if c.CAFile == "" {
+// Roots are the CAs in a PEM file; nil, the system's, where there is no file.
+func Roots(file string) (*x509.CertPool, error) {
+	if file == "" {
 		return nil, nil
 	}
-	raw, err := os.ReadFile(c.CAFile)
+	raw, err := os.ReadFile(file)
 	if err != nil {
 		return nil, err
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(raw) {
-		return nil, fmt.Errorf("%s: no certificate in it", c.CAFile)
+		return nil, fmt.Errorf("%s: no certificate in it", file)
 	}
 	return roots, nil
 }

@@ -33,7 +33,7 @@ type witness struct {
 }
 
 func newWitness(c Config) (*witness, error) {
-	roots, err := c.roots()
+	roots, err := Roots(c.CAFile)
 	if err != nil {
 		return nil, err
 	}

@@ -140,7 +140,7 @@ func appendPerSecond(ctx context.Context, log *audit.Log, inFlight int, warm, le
 }
 
 // auditMake makes a log that a key signs which is then forgotten.
-func auditMake(_ context.Context, args []string) (err error) {
+func auditMake(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet(roleAuditMake, flag.ContinueOnError)
 	dir := fs.String("dir", "", "folder of the log, which must not exist")
 	n := fs.Int("entries", 0, "how many")
@@ -182,7 +182,7 @@ func auditMake(_ context.Context, args []string) (err error) {
 		for j := range entries {
 			entries[j] = auditEntry(i + j)
 		}
-		if _, err := log.Append(context.Background(), entries); err != nil {
+		if _, err := log.Append(ctx, entries); err != nil {
 			return err
 		}
 	}
