@@ -74,8 +74,8 @@ func TestAttempts(t *testing.T) {
 			t.Errorf("%s: the end is of %d, want of %d", test.what, entries[1].Attempt, entries[0].Index)
 		}
 	}
-	if n := w.attemptsEnd(); n != 6 { // with the first category
-		t.Errorf("%d attempts, want 6", n)
+	if n := w.attemptsEnd(); n != 7 { // with init and the first category
+		t.Errorf("%d attempts, want 7", n)
 	}
 }
 

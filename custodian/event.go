@@ -70,21 +70,47 @@ func (c *Custodian) ReportEvent(ctx context.Context, who Caller, ev Event) (Even
 		return EventResult{}, err
 	}
 	d := c.decide(who, ActionReportEvent, Resource{Category: ev.Category})
-	about := ref{category: ev.Category}
+	e := c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, ref{category: ev.Category}, nil)
 	var res EventResult
 	err := d.Err
 	if d.Allow {
 		err = c.lookAtClock()
 	}
 	if err == nil {
-		res, err = c.newBatch(ctx, ev, c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, nil))
+		res, err = c.weigh(ev)
 	}
-	if err != nil {
-		err = deadline(ctx, err)
-		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, err)); aerr != nil {
-			return EventResult{}, errors.Join(aerr, err)
+	if err == nil && res.Reason != "" {
+		e.Detail = "no new version: " + res.Reason
+		_, err := c.record(ctx, e)
+		return res, err
+	}
+	if err == nil {
+		if res.Rotated {
+			return res, nil
 		}
+		e.Action, e.Detail = actionRotateKEK, string(ev.Kind)
+	}
+	err = c.administer(ctx, d, e, err, func(e audit.Entry) (err error) {
+		res, err = c.newBatch(ctx, ev, e)
+		return err
+	})
+	if err != nil {
 		return EventResult{}, err
+	}
+	return res, nil
+}
+
+// weigh says whether an event calls for a new version: where not, it was
+// reported before, or there is a reason.
+func (c *Custodian) weigh(ev Event) (EventResult, error) {
+	set := c.set.Load()
+	cat, ok := set.categories[ev.Category]
+	if !ok {
+		return EventResult{}, fmt.Errorf("category %s: %w", ev.Category, ErrCategoryNotFound)
+	}
+	res := EventResult{KEK: KEKID{cat.Name, cat.ActiveKEK}}
+	if _, res.Rotated = set.ordered(ev.ID); !res.Rotated {
+		res.Reason = set.holdsBack(c.events, cat, c.now())
 	}
 	return res, nil
 }
@@ -93,23 +119,10 @@ func (c *Custodian) ReportEvent(ctx context.Context, who Caller, ev Event) (Even
 // event is known by when it is repeated.
 func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (EventResult, error) {
 	set := c.set.Load()
-	cat, ok := set.categories[ev.Category]
-	if !ok {
-		return EventResult{}, fmt.Errorf("category %s: %w", ev.Category, ErrCategoryNotFound)
-	}
-	res := EventResult{KEK: KEKID{cat.Name, cat.ActiveKEK}}
-	if _, done := set.ordered(ev.ID); done {
-		res.Rotated = true
-		return res, nil
-	}
-	if res.Reason = set.holdsBack(c.events, cat, c.now()); res.Reason != "" {
-		e.Detail = "no new version: " + res.Reason
-		_, err := c.record(ctx, e)
-		return res, err
-	}
+	cat := set.categories[ev.Category]
 	kek, err := c.newKEK(ctx, set, KEKID{cat.Name, set.nextKEK(cat.Name)}, cat.Providers)
 	if err != nil {
-		return res, err
+		return EventResult{}, err
 	}
 	err = c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
 		cat := old.categories[ev.Category]
@@ -124,13 +137,10 @@ func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (Even
 			RequestID: ev.ID, StartTime: now, StepTime: now, HoldUntil: now, Revision: 1}
 		pred.State, pred.DeactivateTime, pred.Revision = StateDeactivated, now, pred.Revision+1
 		cat.ActiveKEK, cat.Revision = r.To, cat.Revision+1
-		e.Action, e.KeyVersion, e.Detail = "kek.rotate", kek.ID.String(), string(ev.Kind)
+		e.KeyVersion = kek.ID.String()
 		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek), rotationRecord(r)}, entry: e}, nil
 	})
-	if err == nil {
-		res.KEK, res.Rotated = kek.ID, true
-	}
-	return res, err
+	return EventResult{KEK: kek.ID, Rotated: true}, err
 }
 
 // holdsBack says why the standing approval does not cover one more version of
