@@ -53,6 +53,7 @@ type controlSet struct {
 	exposed    map[CategoryName][]exposure
 	rewraps    map[CategoryName]RewrapJob // those of the helper keys under ""
 	ceremonial
+	revoked
 	// buckets hold the hash of every record, by the first byte of the hash of
 	// its key. The head's digest is the hash of the buckets' hashes, so a
 	// change costs one bucket, not the whole set.
@@ -68,7 +69,7 @@ type helperID struct {
 func newControlSet() *controlSet {
 	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
 		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rotations: map[string]Rotation{}, rewraps: map[CategoryName]RewrapJob{}, exposed: map[CategoryName][]exposure{},
-		ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}}
+		ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}, revoked: newRevoked()}
 }
 
 func (s *controlSet) clone() *controlSet {
@@ -78,6 +79,7 @@ func (s *controlSet) clone() *controlSet {
 	n.rotations, n.exposed = maps.Clone(s.rotations), maps.Clone(s.exposed)
 	n.rewraps = maps.Clone(s.rewraps)
 	n.ceremonies = maps.Clone(s.ceremonies)
+	n.revoked = s.revoked.clone()
 	return &n
 }
 
@@ -123,6 +125,8 @@ func (s *controlSet) remove(k controlKey) {
 		}
 	case ControlRewrap:
 		maps.DeleteFunc(s.rewraps, func(name CategoryName, _ RewrapJob) bool { return rewrapName(name) == k.name })
+	case ControlRevocation:
+		s.revoked.drop(k.name)
 	}
 }
 
@@ -194,6 +198,8 @@ func (s *controlSet) decode(r ControlRecord) error {
 		s.rewraps[j.Category], want = j, rewrapName(j.Category)
 	case ControlAuthority, ControlCeremony:
 		want, err = s.decodeCeremonial(r)
+	case ControlRevocation:
+		want, err = s.decodeRevocation(r.Body)
 	default:
 		return fmt.Errorf("control record %q: unknown kind %d: %w", r.Name, r.Kind, ErrRecordCorrupt)
 	}

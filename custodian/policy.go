@@ -64,6 +64,10 @@ const (
 	ActionExecute        Action = "ceremony.execute"
 	ActionReadCeremonies Action = "ceremony.read"
 	ActionBlastRadius    Action = "blast-radius"
+
+	ActionRevoke          Action = "revoke"
+	ActionLiftRevocation  Action = "revocation.lift"
+	ActionReadRevocations Action = "revocation.read"
 )
 
 // permits says which roles may do an action at all.
@@ -93,6 +97,11 @@ var permits = map[Action][]Role{
 	ActionExecute:        {RoleOfficer},
 	ActionReadCeremonies: {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionBlastRadius:    {RoleOfficer, RoleAuditor},
+	// Whoever runs the daemon says in its configuration which issuers there are,
+	// so that he may lift a revocation gives him nothing.
+	ActionRevoke:          {RoleOperator, RoleOfficer},
+	ActionLiftRevocation:  {RoleOperator, RoleOfficer},
+	ActionReadRevocations: {RoleOperator, RoleOfficer, RoleAuditor},
 }
 
 // byQuorum are the actions that are one officer's only where there are no
