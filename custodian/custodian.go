@@ -285,9 +285,10 @@ func (c *Custodian) decide(who Caller, a Action, r Resource) Decision {
 	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Now: c.now()}.under(set))
 }
 
-// under adds what the officers have decided.
+// under adds what the control set says beside the resource.
 func (r Request) under(set *controlSet) Request {
 	r.Officers, r.Sealed = set.authority != nil, set.sealed()
+	_, r.Frozen = set.frozenCallers[r.Caller.ID]
 	return r
 }
 
