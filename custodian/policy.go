@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/cedar-policy/cedar-go/types"
+
+	"github.com/keycustody/custodian/internal/sealing"
 )
 
 // A Role is what a caller acts as. The zero Role may do nothing.
@@ -207,6 +209,9 @@ type Resource struct {
 	Key      *ContentKey  // it is one that exists
 }
 
+// known says whether the resource is what is there, and not only its name.
+func (r Resource) known() bool { return r.Mode != 0 || r.IsKey }
+
 // A Request is one question to Decide.
 type Request struct {
 	Caller   Caller
@@ -217,6 +222,9 @@ type Request struct {
 	Token    *Token // what the caller has shown; nil: none
 	Asserted Viewer // what the caller says of the viewer
 	Now      time.Time
+	// Recipient is the caller's public key that the keys leave sealed to; the
+	// zero key: they would leave in clear.
+	Recipient sealing.PublicKey
 }
 
 // A Decision answers a Request. The zero Decision refuses.
@@ -229,7 +237,8 @@ type Decision struct {
 }
 
 // Decide is the one place where an action is allowed or refused: authority
-// first, then the licence token, the category's mode, the key's state.
+// first, then the licence token, the category's mode, the key's state, and the
+// form in which a key would leave.
 func (p *Policy) Decide(r Request) Decision {
 	if p == nil || p.authority == nil {
 		return Decision{Err: ErrDenied}
@@ -243,6 +252,9 @@ func (p *Policy) Decide(r Request) Decision {
 	}
 	if d.Err == nil {
 		d.Err = r.unusable()
+	}
+	if d.Err == nil {
+		d.Err = p.mayLeave(r)
 	}
 	switch {
 	case r.Officers && slices.Contains(byQuorum, r.Action):
@@ -261,8 +273,7 @@ func (r Request) unusable() error {
 	if purpose == 0 {
 		return nil
 	}
-	known := r.Resource.Mode != 0 || r.Resource.IsKey
-	if known && r.Resource.Mode != CategoryOpen {
+	if r.Resource.known() && r.Resource.Mode != CategoryOpen {
 		return ErrCategoryFrozen
 	}
 	if !r.Resource.IsKey {
@@ -270,6 +281,9 @@ func (r Request) unusable() error {
 	}
 	return Usable(r.Resource.State, purpose, r.Resource.Decided)
 }
+
+// leaving are the actions that let keys out.
+var leaving = []Action{ActionIssue, ActionReissue, ActionRelease, ActionExport}
 
 // purposeOf is what an action uses keys for; zero where it uses none.
 func purposeOf(a Action) Purpose {
