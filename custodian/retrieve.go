@@ -205,13 +205,9 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		c.decideUnread(who, r)
 		return
 	}
-	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req.Asserted, req.token)
+	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req)
 	if !r.decision.Allow {
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
-		return
-	}
-	if r.Err = c.policy.Load().mayLeave(k.Key.Category, req.recipient); r.Err != nil {
-		r.decision.Allow = false
 		return
 	}
 	if r.Key, r.Grace, r.Err = c.openCEK(ctx, set, *k); r.Err == nil {
@@ -242,6 +238,9 @@ func (c *Custodian) decideUnknown(who Caller, contentCategory CategoryName) (Dec
 	}
 	if d.Allow && know {
 		return d, ErrKeyNotFound
+	}
+	if errors.Is(d.Err, ErrCallerFrozen) { // as of a key that exists
+		return d, d.Err
 	}
 	d.Allow = false
 	return d, ErrDenied

@@ -17,8 +17,9 @@ import (
 
 // What is revoked is a control record each.
 const (
-	ControlRevocation ControlKind = 20
-	formRevocation                = 20
+	ControlRevocation ControlKind = 12
+
+	formRevocation = 14
 )
 
 const (
@@ -85,9 +86,9 @@ func (r RevokeRequest) Check() error {
 		return invalid("issuer", err)
 	}
 	if r.Issuer != "" && !r.Until.IsZero() {
-		return invalid("until", errors.New("an issuer is revoked until that is lifted"))
+		return invalid("until_time", errors.New("an issuer is revoked until that is lifted"))
 	}
-	if err := checkText(r.Cause, MaxCauseSize); err != nil {
+	if err := printable(r.Cause, MaxCauseSize); err != nil {
 		return invalid("cause", err)
 	}
 	return nil
@@ -237,7 +238,7 @@ func (c *Custodian) completeRevocation(ctx context.Context, set *controlSet, req
 	case r.Until.IsZero():
 		r.Until = r.Time.Add(MaxTokenLifetime + 2*MaxTokenSkew)
 	case !r.Until.After(r.Time) || r.Until.After(r.Time.Add(MaxRevocation)):
-		return invalid("until", fmt.Errorf("%s: must lie ahead, %d days at most", r.Until.UTC().Format(time.RFC3339), MaxRevocation/(24*time.Hour)))
+		return invalid("until_time", fmt.Errorf("%s: must lie ahead, %d days at most", r.Until.UTC().Format(time.RFC3339), MaxRevocation/(24*time.Hour)))
 	}
 	r.Until = r.Until.UTC()
 	refs, err := c.viewerRefs(ctx, set, req.SessionID, "")
@@ -332,7 +333,7 @@ func (r LiftRequest) Check() error {
 	if err := checkViewer("session_id", r.SessionID); err != nil {
 		return err
 	}
-	if err := checkText(r.Cause, MaxCauseSize); err != nil {
+	if err := printable(r.Cause, MaxCauseSize); err != nil {
 		return invalid("cause", err)
 	}
 	return nil

@@ -14,6 +14,9 @@ import (
 
 func (w *world) revoke(req custodian.RevokeRequest) custodian.Revocation {
 	w.t.Helper()
+	if req.Cause == "" {
+		req.Cause = "a test"
+	}
 	r, err := w.c.Revoke(w.t.Context(), operator, req)
 	if err != nil {
 		w.t.Fatal(err)
@@ -170,8 +173,12 @@ func TestRevokeRefuses(t *testing.T) {
 		"an end in the past":  {operator, custodian.RevokeRequest{SessionID: "s", Until: w.now()}, custodian.ErrInvalid},
 		"an end in two years": {operator, custodian.RevokeRequest{SessionID: "s", Until: w.now().Add(2 * custodian.MaxRevocation)}, custodian.ErrInvalid},
 		"a long session":      {operator, custodian.RevokeRequest{SessionID: strings.Repeat("s", 257)}, custodian.ErrInvalid},
+		"no cause":            {operator, custodian.RevokeRequest{SessionID: "s"}, custodian.ErrInvalid},
 		"a long cause":        {operator, custodian.RevokeRequest{SessionID: "s", Cause: strings.Repeat("c", 1001)}, custodian.ErrInvalid},
 	} {
+		if test.req.Cause == "" && name != "no cause" {
+			test.req.Cause = "a test"
+		}
 		_, err := w.c.Revoke(t.Context(), test.who, test.req)
 		wantErr(t, name, err, test.want)
 	}
@@ -187,7 +194,7 @@ func TestRevokeRefuses(t *testing.T) {
 func TestRevokedSessionIsNowhere(t *testing.T) {
 	w := newTokenWorld(t, nil)
 	w.revoke(custodian.RevokeRequest{SessionID: "mary-had-a-little-lamb"})
-	wantErr(t, "lift by the session", w.c.LiftRevocation(t.Context(), officer, custodian.LiftRequest{SessionID: "mary-had-a-little-lamb"}), nil)
+	wantErr(t, "lift by the session", w.c.LiftRevocation(t.Context(), officer, custodian.LiftRequest{SessionID: "mary-had-a-little-lamb", Cause: "found"}), nil)
 	w.revoke(custodian.RevokeRequest{SessionID: "mary-had-a-little-lamb"})
 	for _, r := range w.controls() {
 		if bytes.Contains(append(r.Body, r.Name...), []byte("mary")) {
@@ -217,7 +224,7 @@ func TestRevocationOfAnOldHash(t *testing.T) {
 		wantErr(t, "another", w.show(provider, w.hd, w.token(map[string]any{"sid": "session-3"})), nil)
 		w.reopen()
 	}
-	wantErr(t, "lift", w.c.LiftRevocation(t.Context(), operator, custodian.LiftRequest{SessionID: "session-1"}), nil)
+	wantErr(t, "lift", w.c.LiftRevocation(t.Context(), operator, custodian.LiftRequest{SessionID: "session-1", Cause: "over"}), nil)
 	wantErr(t, "after that", w.show(provider, w.hd, w.token(nil)), nil)
 }
 

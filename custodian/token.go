@@ -418,12 +418,12 @@ func (t *Token) covers(r Resource) error {
 	return nil
 }
 
-// decideRelease decides about one key, and counts the call as a use of its
-// token at the first key that is allowed.
-func (c *Custodian) decideRelease(who Caller, r Resource, asserted Viewer, t *Token) Decision {
-	set, now := c.set.Load(), c.now()
+// decideRelease decides about one key of a call, and counts the call as a use
+// of its token at the first key that is allowed.
+func (c *Custodian) decideRelease(who Caller, r Resource, call RetrieveRequest) Decision {
+	set, now, t := c.set.Load(), c.now(), call.token
 	p := c.policyOf(set)
-	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Asserted: asserted, Now: now}.under(set))
+	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Asserted: call.Asserted, Recipient: call.recipient, Now: now}.under(set))
 	if !d.Allow || t == nil || t.use != nil {
 		return d
 	}
