@@ -137,6 +137,7 @@ type call struct {
 	category custodian.CategoryName
 	header   http.Header // of the request
 	body     []byte
+	asked    bool // the domain, which writes down what it answers
 	// began and hold bound the wait for trouble that may pass.
 	began time.Time
 	hold  time.Duration
@@ -172,6 +173,9 @@ func (s *Server) handler(d door) http.Handler {
 		var answer reply
 		if err == nil {
 			answer, err = s.answer(ctx, d, c, w, r)
+			if err != nil && !c.asked && !mayPass(err) { // else the domain has written it down, or there was no place
+				err = c.Refused(ctx, c.category, err)
+			}
 		}
 		refusal := c.End(ctx, err)
 		switch {
@@ -222,8 +226,9 @@ func (s *Server) answer(ctx context.Context, d door, c *call, w http.ResponseWri
 func (c *call) issue(ctx context.Context, req custodian.IssueRequest) ([]custodian.IssuedKey, error) {
 	req.Category = c.category
 	if err := req.Check(); err != nil {
-		return nil, err // nothing to write down, and no field of the domain's to name twice
+		return nil, err
 	}
+	c.asked = true
 	ctx, cancel := context.WithDeadline(ctx, c.began.Add(c.hold))
 	defer cancel()
 	var last error // the trouble

@@ -85,7 +85,6 @@ func (s *Server) speke(ctx context.Context, c *call) (reply, error) {
 	version := c.header.Get(headerSPEKEVersion)
 	body, err := s.spekes.Load().Answer(ctx, c.issue, SPEKERequest{Caller: c.Caller().ID, Category: c.category, Header: c.header, Body: c.body})
 	if err != nil {
-		// The domain was not asked, so the audit log does not have it.
 		if errors.Is(err, errRecipient) {
 			s.config.Log.Warn("SPEKE refused", "caller", c.Caller().ID, "category", string(c.category), "request_id", c.RequestID(), "err", err)
 		}
@@ -331,7 +330,7 @@ func (d *CPIX) specs() ([]custodian.KeySpec, error) {
 var errRecipient = errors.New("it needs a pinned recipient")
 
 func unpinned(text string) error {
-	return fmt.Errorf("%w: %w", errRecipient, &SPEKEError{http.StatusForbidden, text})
+	return fmt.Errorf("%w: %w: %w", errRecipient, custodian.ErrDenied, &SPEKEError{http.StatusForbidden, text})
 }
 
 // recipients finds for each DeliveryData the pinned certificate that it
