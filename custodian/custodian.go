@@ -291,9 +291,10 @@ func (c *Custodian) decideLeaving(who Caller, a Action, r Resource, to sealing.P
 	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Recipient: to, Now: c.now()}.under(set))
 }
 
-// under adds what the officers have decided.
+// under adds what the control set says beside the resource.
 func (r Request) under(set *controlSet) Request {
 	r.Officers, r.Sealed = set.authority != nil, set.sealed()
+	_, r.Frozen = set.frozenCallers[r.Caller.ID]
 	return r
 }
 

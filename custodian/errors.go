@@ -23,6 +23,7 @@ var (
 	ErrKeyNotFound      error = &refusal{"KEY_NOT_FOUND", "no such content key"}
 	ErrCategoryNotFound error = &refusal{"CATEGORY_NOT_FOUND", "no such category"}
 	ErrDenied           error = &refusal{"DENIED", "not granted"}
+	ErrCallerFrozen     error = &refusal{"CALLER_FROZEN", "the caller is frozen; the officers can say why"}
 	ErrTokenMissing     error = &refusal{"TOKEN_MISSING", "a licence token is needed"}
 	ErrTokenInvalid     error = &refusal{"TOKEN_INVALID", "the licence token is not accepted"}
 	ErrTokenExpired     error = &refusal{"TOKEN_EXPIRED", "the licence token is not valid at this time"}

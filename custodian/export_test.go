@@ -39,6 +39,8 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeRotation, encodeRotation)
 	case ControlRewrap:
 		return alter(r.Body, decodeRewrap, encodeRewrap)
+	case ControlFrozenCaller:
+		return alter(r.Body, decodeFrozenCaller, encodeFrozenCaller)
 	case ControlAuthority:
 		return alter(r.Body, decodeAuthority, encodeAuthority)
 	case ControlCeremony:

@@ -66,6 +66,7 @@ const (
 	ActionExecute        Action = "ceremony.execute"
 	ActionReadCeremonies Action = "ceremony.read"
 	ActionBlastRadius    Action = "blast-radius"
+	ActionFreezeCaller   Action = "caller.freeze"
 )
 
 // permits says which roles may do an action at all.
@@ -95,6 +96,7 @@ var permits = map[Action][]Role{
 	ActionExecute:        {RoleOfficer},
 	ActionReadCeremonies: {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionBlastRadius:    {RoleOfficer, RoleAuditor},
+	ActionFreezeCaller:   {RoleOfficer},
 }
 
 // byQuorum are the actions that are one officer's only where there are no
@@ -219,6 +221,7 @@ type Request struct {
 	Resource Resource
 	Officers bool   // there are officers, whose quorum decides what one officer may not
 	Sealed   bool   // they have sealed the custody
+	Frozen   bool   // the caller is stopped
 	Token    *Token // what the caller has shown; nil: none
 	Asserted Viewer // what the caller says of the viewer
 	Now      time.Time
@@ -236,14 +239,17 @@ type Decision struct {
 	KnowIt bool     // the caller may hear that something does not exist
 }
 
-// Decide is the one place where an action is allowed or refused: authority
-// first, then the licence token, the category's mode, the key's state, and the
-// form in which a key would leave.
+// Decide is the one place where an action is allowed or refused: authority and
+// whether the caller is frozen first, then the licence token, the category's
+// mode, the key's state, and the form in which a key would leave.
 func (p *Policy) Decide(r Request) Decision {
 	if p == nil || p.authority == nil {
 		return Decision{Err: ErrDenied}
 	}
 	d := p.authorize(r)
+	if r.Frozen { // and hears nothing else: not what it is granted, nor what exists
+		d.Allow, d.KnowIt, d.Err = false, false, ErrCallerFrozen
+	}
 	if !d.Allow {
 		return d
 	}

@@ -219,6 +219,9 @@ func (c *Custodian) decideUnknown(who Caller, contentCategory CategoryName) (Dec
 	if d.Allow && know {
 		return d, ErrKeyNotFound
 	}
+	if errors.Is(d.Err, ErrCallerFrozen) { // as of a key that exists
+		return d, d.Err
+	}
 	d.Allow = false
 	return d, ErrDenied
 }

@@ -161,6 +161,7 @@ var nextSteps = map[string]string{
 	"KEY_STATE":              "custodianctl keys show KID",
 	"KEY_COMPROMISED":        "custodianctl keys show KID; an officer decides whether it is served on",
 	"CATEGORY_FROZEN":        "custodianctl audit list --action category.freeze says why; an officer opens it with custodianctl category unfreeze",
+	"CALLER_FROZEN":          "the daemon's officers say why; custodianctl audit list --action caller.freeze",
 	"TOKEN_MISSING":          "give the viewer's licence token with --token-file",
 	"TOKEN_INVALID":          "the daemon's audit log and docs/OPERATIONS.md, licence tokens, say what a token must have",
 	"TOKEN_EXPIRED":          "ask the playback service for a new token; compare the clocks of both machines",

@@ -53,6 +53,7 @@ var table = index(
 	row{reason: reasonOf(custodian.ErrKeyNotFound), code: codes.NotFound, http: 404, message: "no such content key"},
 	row{reason: reasonOf(custodian.ErrCategoryNotFound), code: codes.NotFound, http: 404, message: "no such category"},
 	row{reason: reasonOf(custodian.ErrDenied), code: codes.PermissionDenied, http: 403, message: "not granted"},
+	row{reason: reasonOf(custodian.ErrCallerFrozen), code: codes.PermissionDenied, http: 403, message: "the caller is frozen; the officers can say why"},
 	row{reason: reasonOf(custodian.ErrTokenMissing), code: codes.Unauthenticated, http: 401, message: "a licence token is needed"},
 	row{reason: reasonOf(custodian.ErrTokenInvalid), code: codes.Unauthenticated, http: 401, message: "the licence token is not accepted"},
 	row{reason: reasonOf(custodian.ErrTokenExpired), code: codes.Unauthenticated, http: 401, message: "the licence token is not valid at this time"},

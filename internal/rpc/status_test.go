@@ -33,6 +33,7 @@ var contract = []contractRow{
 	{custodian.ErrKeyNotFound, codes.NotFound, 404, false},
 	{custodian.ErrCategoryNotFound, codes.NotFound, 404, false},
 	{custodian.ErrDenied, codes.PermissionDenied, 403, false},
+	{custodian.ErrCallerFrozen, codes.PermissionDenied, 403, false},
 	{custodian.ErrTokenMissing, codes.Unauthenticated, 401, false},
 	{custodian.ErrTokenInvalid, codes.Unauthenticated, 401, false},
 	{custodian.ErrTokenExpired, codes.Unauthenticated, 401, false},
