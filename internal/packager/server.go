@@ -91,6 +91,7 @@ func NewServer(c Config) (*Server, error) {
 	} {
 		mux.Handle("POST /v1/categories/{category}/"+d.name, s.handler(d))
 	}
+	mux.Handle("GET /v1/categories/{category}/speke/heartbeat", s.handler(door{name: "speke.heartbeat", answer: s.heartbeat, refuse: refuseSPEKE}))
 	s.http = &http.Server{Handler: mux, MaxHeaderBytes: maxHeader, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: slog.NewLogLogger(c.Log.Handler(), slog.LevelWarn),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
