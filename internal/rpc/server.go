@@ -27,6 +27,7 @@ import (
 // Custody is what the services need of the domain; *custodian.Custodian is it.
 type Custody interface {
 	Issue(context.Context, custodian.Caller, custodian.IssueRequest) ([]custodian.IssuedKey, error)
+	Refuse(ctx context.Context, who custodian.Caller, r custodian.Refusal, why error) error
 	Retrieve(context.Context, custodian.Caller, custodian.RetrieveRequest) ([]custodian.RetrieveResult, error)
 	KeyPeriods(context.Context, custodian.Caller, custodian.KeyPeriodsRequest) ([]custodian.ContentKey, error)
 	Import(context.Context, custodian.Caller, custodian.ImportRequest) ([]custodian.ImportedKey, error)
