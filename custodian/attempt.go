@@ -18,17 +18,21 @@ type attempt struct{ index uint64 }
 // administer does an administrative action, unless err says what stands against
 // it: it writes that the action begins, does it, and sees to it that the log has
 // its end, whatever comes of it. do gets the entry of the end: a change has it
-// as its own, and where do has not written it, administer does.
+// as its own, and where do has not written it, administer does. What stops a
+// caller is not held up by a log that cannot be written: then nothing is
+// released either, but it is to hold when that has passed.
 func (c *Custodian) administer(ctx context.Context, d Decision, e audit.Entry, err error, do func(end audit.Entry) error) error {
 	var begun *attempt
 	if err == nil {
-		begun, err = c.begin(ctx, e)
+		if begun, err = c.begin(ctx, e); e.Action == actionCallerFrozen {
+			err = nil
+		}
 	}
 	if err == nil {
 		err = do(begun.end(e))
 	}
 	if err == nil {
-		if c.attempts.has(begun.index) {
+		if begun != nil && c.attempts.has(begun.index) {
 			_, err = c.record(ctx, begun.end(e))
 		}
 		return err
@@ -116,13 +120,17 @@ func (l *Logged) visitAttempt(e *audit.Entry) {
 	}
 }
 
+// ReasonInterrupted is what the end of an attempt says that the next start wrote:
+// nobody saw how it ended.
+const ReasonInterrupted = "INTERRUPTED"
+
 // endAttempts writes the end of what had begun when the last run ended: it is
 // not known how far it came. What it changed in the control set has an entry of
 // its own, and then this is not called for it.
 func (c *Custodian) endAttempts(ctx context.Context, begun map[uint64]audit.Entry) error {
 	var entries []audit.Entry
 	for index, b := range begun {
-		e := audit.Entry{Action: b.Action, Outcome: audit.Failed, Reason: "INTERRUPTED", Caller: b.Caller, Role: b.Role, RequestID: b.RequestID,
+		e := audit.Entry{Action: b.Action, Outcome: audit.Failed, Reason: ReasonInterrupted, Caller: b.Caller, Role: b.Role, RequestID: b.RequestID,
 			Category: b.Category, ContentID: b.ContentID, KeyVersion: b.KeyVersion, Detail: "the daemon ended before it was done (written by the next start)"}
 		if b.Detail != "" {
 			e.Detail = b.Detail + ": " + e.Detail
