@@ -230,7 +230,8 @@ func TestOneDecision(t *testing.T) {
 		// The CEK in clear, and what is handed over.
 		"openCEK":   {"custodian.export", "custodian.handOutAgain", "custodian.release", "custodian.sealAnew", "custodian.verifyKey"},
 		"authorize": {"custodian.Decide", "custodian.TryRules"},
-		"Decide":    {"custodian.decide", "custodian.decideRelease", "main.earlyStatus"},
+		"Decide":    {"custodian.decideLeaving", "custodian.decideRelease", "main.earlyStatus"},
+		"mayLeave":  {"custodian.Decide"},
 	} {
 		got := slices.Compact(slices.Sorted(slices.Values(calls[what])))
 		if what != "Decide" { // unexported: what another package calls so is another function

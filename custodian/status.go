@@ -134,6 +134,9 @@ func (s *controlSet) heldBy(provider string) (all, alone int) {
 
 func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	w := c.ceremonyWarnings(set, s.Time)
+	for _, f := range set.sortedFrozen() {
+		w = append(w, fmt.Sprintf("caller %s is frozen since %s, by %s: %s", f.Identity, f.Time.Format(time.RFC3339), f.By, f.Cause))
+	}
 	officers := len(w)
 	for _, m := range s.MEKs {
 		switch left := m.EndTime.Sub(s.Time); {
