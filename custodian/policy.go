@@ -67,6 +67,10 @@ const (
 	ActionReadCeremonies Action = "ceremony.read"
 	ActionBlastRadius    Action = "blast-radius"
 	ActionFreezeCaller   Action = "caller.freeze"
+
+	ActionRevoke          Action = "revoke"
+	ActionLiftRevocation  Action = "revocation.lift"
+	ActionReadRevocations Action = "revocation.read"
 )
 
 // permits says which roles may do an action at all.
@@ -96,7 +100,12 @@ var permits = map[Action][]Role{
 	ActionExecute:        {RoleOfficer},
 	ActionReadCeremonies: {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionBlastRadius:    {RoleOfficer, RoleAuditor},
-	ActionFreezeCaller:   {RoleOfficer},
+	// Whoever runs the daemon says in its configuration which issuers there are,
+	// so that he may lift a revocation gives him nothing.
+	ActionRevoke:          {RoleOperator, RoleOfficer},
+	ActionLiftRevocation:  {RoleOperator, RoleOfficer},
+	ActionReadRevocations: {RoleOperator, RoleOfficer, RoleAuditor},
+	ActionFreezeCaller:    {RoleOfficer},
 }
 
 // byQuorum are the actions that are one officer's only where there are no
