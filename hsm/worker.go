@@ -101,8 +101,8 @@ func (w *worker) loop() {
 		}
 		w.err = w.attempt()
 		if w.state.CompareAndSwap(stateRunning, stateFinished) {
-			w.leave()
 			w.done <- struct{}{}
+			w.leave() // last, so that the runtime runs the next worker first
 			continue
 		}
 		if w.undo != nil {
