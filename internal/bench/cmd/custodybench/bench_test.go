@@ -42,7 +42,7 @@ func TestAllSections(t *testing.T) {
 	if _, err := softhsm.FindModule(); err != nil {
 		t.Skip(err)
 	}
-	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 400 * time.Millisecond, rounds: 1, keys: 100, million: 1300, rotated: 6000, connections: 2}, t.TempDir(), "")
+	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 400 * time.Millisecond, rounds: 1, keys: 100, million: 1300, rotated: 6000, connections: 2, lifetime: time.Second}, t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
