@@ -79,6 +79,10 @@ var forms = map[byte]form{
 		Recovery: sampleOfficers[2:], RecoveryQuorum: 2, Grants: []PlanGrant{{Identity: "spiffe://a/b", Role: "packager", Categories: []string{"*"}, Reissue: true, SPKI: "ab"}},
 		Sealed: true, Revision: 3}),
 	formFrozenCaller: formOf("frozen caller", decodeFrozenCaller, encodeFrozenCaller, FrozenCaller{Identity: "spiffe://a/b", By: "spiffe://a/anna", Cause: "stolen", Time: sampleTime, Revision: 1}),
+	formCategoryPolicy: formOf("category policy", decodeCategoryPolicy, encodeCategoryPolicy, CategoryPolicy{Category: "movies", RekeyUntil: sampleTime, Standing: true,
+		DailyCap: 300, MinInterval: time.Hour, Revision: 2}),
+	formRekey: formOf("re-key", decodeRekey, encodeRekey, Rekey{Category: "movies", ContentID: []byte("film\x00"), Generation: 3, Withdrawn: 2, Ceremony: "0123456789abcdef",
+		By: "fedcba9876543210", Time: sampleTime, Revision: 3}),
 	formCeremony: formOf("ceremony", decodeCeremony, encodeCeremony, Ceremony{ID: "0123456789abcdef", Plan: "{}", State: CeremonyDone, Base: 7, Nonce: [32]byte{1},
 		LogKey: [32]byte{2}, Basis: [32]byte{3}, Proposer: "spiffe://a/anna", ProposeTime: sampleTime, FirstEntry: 1 << 40, Needed: 2, Approvals: sampleApprovals,
 		Cancels: sampleApprovals[:1], QuorumTime: sampleTime.Add(1), Executor: "spiffe://a/ben", ExecTime: sampleTime.Add(2), EndTime: sampleTime.Add(3),
@@ -112,6 +116,10 @@ func encodeAny(t testing.TB, v any) []byte {
 		return encodeAuthority(v)
 	case Ceremony:
 		return encodeCeremony(v)
+	case CategoryPolicy:
+		return encodeCategoryPolicy(v)
+	case Rekey:
+		return encodeRekey(v)
 	case FrozenCaller:
 		return encodeFrozenCaller(v)
 	}
