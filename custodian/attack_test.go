@@ -107,6 +107,9 @@ func attacked(t *testing.T) (w *world, putBack func()) {
 	if _, err := w.c.Reencrypt(t.Context(), operator, custodian.ReencryptRequest{Category: "movies"}); err != nil { // a job that nobody runs
 		t.Fatal(err)
 	}
+	if _, err := w.c.Revoke(t.Context(), operator, custodian.RevokeRequest{SessionID: "session-1", Cause: "shared"}); err != nil {
+		t.Fatal(err)
+	}
 	return w, w.saveStore()
 }
 

@@ -56,6 +56,7 @@ type controlSet struct {
 	rekeys           map[contentItem]Rekey
 	frozenCallers    map[string]FrozenCaller // by identity
 	ceremonial
+	revoked
 	// buckets hold the hash of every record, by the first byte of the hash of
 	// its key. The head's digest is the hash of the buckets' hashes, so a
 	// change costs one bucket, not the whole set.
@@ -71,7 +72,8 @@ type helperID struct {
 func newControlSet() *controlSet {
 	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
 		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rotations: map[string]Rotation{}, rewraps: map[CategoryName]RewrapJob{}, exposed: map[CategoryName][]exposure{},
-		frozenCallers: map[string]FrozenCaller{}, categoryPolicies: map[CategoryName]CategoryPolicy{}, rekeys: map[contentItem]Rekey{}, ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}}
+		frozenCallers: map[string]FrozenCaller{}, categoryPolicies: map[CategoryName]CategoryPolicy{}, rekeys: map[contentItem]Rekey{},
+		ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}, revoked: newRevoked()}
 }
 
 func (s *controlSet) clone() *controlSet {
@@ -82,6 +84,7 @@ func (s *controlSet) clone() *controlSet {
 	n.rewraps, n.frozenCallers = maps.Clone(s.rewraps), maps.Clone(s.frozenCallers)
 	n.categoryPolicies, n.rekeys = maps.Clone(s.categoryPolicies), maps.Clone(s.rekeys)
 	n.ceremonies = maps.Clone(s.ceremonies)
+	n.revoked = s.revoked.clone()
 	return &n
 }
 
@@ -127,6 +130,8 @@ func (s *controlSet) remove(k controlKey) {
 		}
 	case ControlRewrap:
 		maps.DeleteFunc(s.rewraps, func(name CategoryName, _ RewrapJob) bool { return rewrapName(name) == k.name })
+	case ControlRevocation:
+		s.revoked.drop(k.name)
 	case ControlFrozenCaller:
 		maps.DeleteFunc(s.frozenCallers, func(identity string, _ FrozenCaller) bool { return frozenCallerName(identity) == k.name })
 	}
@@ -212,6 +217,8 @@ func (s *controlSet) decode(r ControlRecord) error {
 		s.rekeys[x.item()], want = x, x.item().recordName()
 	case ControlAuthority, ControlCeremony:
 		want, err = s.decodeCeremonial(r)
+	case ControlRevocation:
+		want, err = s.decodeRevocation(r.Body)
 	default:
 		return fmt.Errorf("control record %q: unknown kind %d: %w", r.Name, r.Kind, ErrRecordCorrupt)
 	}

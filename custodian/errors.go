@@ -29,6 +29,7 @@ var (
 	ErrTokenExpired     error = &refusal{"TOKEN_EXPIRED", "the licence token is not valid at this time"}
 	ErrTokenMismatch    error = &refusal{"TOKEN_MISMATCH", "the licence token is for something or somebody else"}
 	ErrTokenReplayed    error = &refusal{"TOKEN_REPLAYED", "the licence token was used already"}
+	ErrTokenRevoked     error = &refusal{"TOKEN_REVOKED", "the session, or the issuer of the licence token, is revoked"}
 	ErrTokenKeys        error = &refusal{"TOKEN_KEYS_UNAVAILABLE", "the keys of the licence token's issuer are not loaded"}
 	ErrKeyState         error = &refusal{"KEY_STATE", "the key's state does not permit this"}
 	ErrKeyCompromised   error = &refusal{"KEY_COMPROMISED", "the key is compromised and no decision to go on serving it is recorded"}

@@ -49,6 +49,8 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeAuthority, encodeAuthority)
 	case ControlCeremony:
 		return alter(r.Body, decodeCeremony, encodeCeremony)
+	case ControlRevocation:
+		return alter(r.Body, decodeRevocation, encodeRevocation)
 	}
 	return nil, fmt.Errorf("kind %d has no decoder here", r.Kind)
 }

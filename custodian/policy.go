@@ -24,10 +24,12 @@ const (
 	RoleOfficer  Role = "officer"
 	RoleOperator Role = "operator"
 	RoleAuditor  Role = "auditor"
+	// RoleEventSource reports events, and can do nothing else.
+	RoleEventSource Role = "event-source"
 )
 
 // Roles are all of them.
-var Roles = []Role{RolePackager, RoleProvider, RoleOfficer, RoleOperator, RoleAuditor}
+var Roles = []Role{RolePackager, RoleProvider, RoleOfficer, RoleOperator, RoleAuditor, RoleEventSource}
 
 // A Caller is who calls, from a verified certificate chain.
 type Caller struct {
@@ -67,6 +69,10 @@ const (
 	ActionReadCeremonies Action = "ceremony.read"
 	ActionBlastRadius    Action = "blast-radius"
 	ActionFreezeCaller   Action = "caller.freeze"
+
+	ActionRevoke          Action = "revoke"
+	ActionLiftRevocation  Action = "revocation.lift"
+	ActionReadRevocations Action = "revocation.read"
 )
 
 // permits says which roles may do an action at all.
@@ -83,7 +89,7 @@ var permits = map[Action][]Role{
 	ActionReadAudit:      {RoleAuditor},
 	ActionRotate:         {RoleOfficer},
 	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
-	ActionReportEvent:    {RolePackager, RoleOfficer},
+	ActionReportEvent:    {RolePackager, RoleOfficer, RoleEventSource},
 	// Who holds the outer layer is decided by those who decide who holds keys;
 	// that its wraps follow a provider's own rotation is housekeeping.
 	ActionSetProviders:   {RoleOfficer},
@@ -96,7 +102,12 @@ var permits = map[Action][]Role{
 	ActionExecute:        {RoleOfficer},
 	ActionReadCeremonies: {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionBlastRadius:    {RoleOfficer, RoleAuditor},
-	ActionFreezeCaller:   {RoleOfficer},
+	// Whoever runs the daemon says in its configuration which issuers there are,
+	// so that he may lift a revocation gives him nothing.
+	ActionRevoke:          {RoleOperator, RoleOfficer},
+	ActionLiftRevocation:  {RoleOperator, RoleOfficer},
+	ActionReadRevocations: {RoleOperator, RoleOfficer, RoleAuditor},
+	ActionFreezeCaller:    {RoleOfficer},
 }
 
 // byQuorum are the actions that are one officer's only where there are no

@@ -128,7 +128,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	}
 	// The set is loaded after the records, so that it knows their KEKs.
 	set := c.set.Load()
-	viewer, err := c.viewerRefs(ctx, set, req.session(), req.UserID)
+	viewer, err := c.lookAtViewer(ctx, set, who, &req)
 	if err != nil {
 		return nil, deadline(ctx, err)
 	}
@@ -162,6 +162,26 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 		results[i].Receipt = receipts[i]
 	}
 	return results, nil
+}
+
+// lookAtViewer returns the references of the viewer that the audit log has, and
+// makes the token of one whose session is revoked, or the token's issuer, a bad
+// one. They cost operations of the token, which are not made for who may release
+// nothing at all, whatever KIDs it names.
+func (c *Custodian) lookAtViewer(ctx context.Context, set *controlSet, who Caller, req *RetrieveRequest) ([]audit.Ref, error) {
+	if d := c.decide(who, ActionRelease, Resource{}); !d.Allow {
+		return nil, nil
+	}
+	session := req.session()
+	refs, err := c.viewerRefs(ctx, set, session, req.UserID)
+	if err != nil {
+		return nil, err
+	}
+	revoked, err := c.revocationOf(ctx, set, req.token, session, refs)
+	if revoked != nil {
+		req.token = &Token{err: revoked.refusal()}
+	}
+	return refs, err
 }
 
 // release decides about one key and opens it. r.Err holds what the store said.

@@ -167,6 +167,7 @@ var nextSteps = map[string]string{
 	"TOKEN_EXPIRED":          "ask the playback service for a new token; compare the clocks of both machines",
 	"TOKEN_MISMATCH":         "ask the playback service for a token for this content, session and key",
 	"TOKEN_REPLAYED":         "ask the playback service for a new token",
+	"TOKEN_REVOKED":          "custodianctl revocation list says what is revoked and why",
 	"TOKEN_KEYS_UNAVAILABLE": "the daemon's log says why it has no keys of the token's issuer",
 	"SEALING_REQUIRED":       "custodianctl pki recipient-key makes a key; the daemon's config pins its public half in sealing.recipients",
 	"MEK_EXPIRED":            "the root key is due for rotation: call the officers; keys in use go on being served",

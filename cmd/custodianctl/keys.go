@@ -280,12 +280,9 @@ of the first refusal.`,
 		}
 		id, err := contentID(content, contentHex)
 		req.ContentId = id
-		if tokenFile != "" {
-			token, err := os.ReadFile(tokenFile)
-			faults = append(faults, err)
-			req.LicenceToken = strings.TrimSpace(string(token))
-		}
-		if err := errors.Join(append(faults, err)...); err != nil {
+		token, terr := readToken(tokenFile)
+		req.LicenceToken = token
+		if err := errors.Join(append(faults, err, terr)...); err != nil {
 			return invalid(err)
 		}
 		resp, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.GetContentKeysResponse, error) {
@@ -302,6 +299,15 @@ of the first refusal.`,
 	f.StringVar(&tokenFile, "token-file", "", "`FILE` with the viewer's licence token")
 	f.BoolVar(&reveal, "reveal", false, "show the keys")
 	return c
+}
+
+// readToken reads a licence token; without a file there is none.
+func readToken(file string) (string, error) {
+	if file == "" {
+		return "", nil
+	}
+	token, err := os.ReadFile(file)
+	return strings.TrimSpace(string(token)), err
 }
 
 // showReleased prints the results, and returns the first refusal among them.
@@ -349,6 +355,7 @@ type infoView struct {
 	KeyVersion      uint32     `json:"key_version"`
 	BirthKeyVersion uint32     `json:"birth_key_version"`
 	CreateTime      *time.Time `json:"create_time,omitempty"`
+	PackagedTime    *time.Time `json:"packaged_time,omitempty"`
 	Revision        uint64     `json:"revision"`
 }
 
@@ -359,7 +366,8 @@ func viewInfo(k *v1.ContentKeyInfo) infoView {
 		PeriodStart: timeOrNone(k.GetPeriodStartTime()), PeriodEnd: timeOrNone(k.GetPeriodEndTime()),
 		Generation: k.GetGeneration(), IV: k.GetIv(),
 		State: enum(k.GetState().String(), "KEY_STATE_"), Origin: enum(k.GetOrigin().String(), "KEY_ORIGIN_"),
-		KeyVersion: k.GetKeyVersion(), BirthKeyVersion: k.GetBirthKeyVersion(), CreateTime: timeOrNone(k.GetCreateTime()), Revision: k.GetRevision(),
+		KeyVersion: k.GetKeyVersion(), BirthKeyVersion: k.GetBirthKeyVersion(), CreateTime: timeOrNone(k.GetCreateTime()),
+		PackagedTime: timeOrNone(k.GetPackagedTime()), Revision: k.GetRevision(),
 	}
 }
 
@@ -452,7 +460,7 @@ func (a *app) keysShowCmd() *cobra.Command {
 		return a.printFields(append(fields, [][2]string{
 			{"generation", strconv.FormatUint(uint64(v.Generation), 10)}, {"state", v.State}, {"origin", v.Origin},
 			{"wrapped by", fmt.Sprintf("%s/%d, at first %s/%d", plain(v.Category), v.KeyVersion, plain(v.Category), v.BirthKeyVersion)},
-			{"created", stamp(at(k.GetCreateTime()))},
+			{"created", stamp(at(k.GetCreateTime()))}, {"packaged", orDash(stamp(at(k.GetPackagedTime())))},
 			{"revision", strconv.FormatUint(v.Revision, 10)},
 		}...))
 	})

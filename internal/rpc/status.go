@@ -59,6 +59,7 @@ var table = index(
 	row{reason: reasonOf(custodian.ErrTokenExpired), code: codes.Unauthenticated, http: 401, message: "the licence token is not valid at this time"},
 	row{reason: reasonOf(custodian.ErrTokenMismatch), code: codes.Unauthenticated, http: 401, message: "the licence token is for something or somebody else"},
 	row{reason: reasonOf(custodian.ErrTokenReplayed), code: codes.Unauthenticated, http: 401, message: "the licence token was used already"},
+	row{reason: reasonOf(custodian.ErrTokenRevoked), code: codes.Unauthenticated, http: 401, message: "the session, or the issuer of the licence token, is revoked"},
 	row{reason: reasonOf(custodian.ErrTokenKeys), code: codes.Unavailable, http: 503, message: "the keys of the licence token's issuer are not loaded", retry: 2 * time.Second, ours: true},
 	row{reason: reasonIdentity, code: codes.Unauthenticated, http: 401, message: "the client certificate is not accepted"},
 	row{reason: reasonOf(custodian.ErrKeyState), code: codes.FailedPrecondition, http: 409, message: "the key's state does not permit this"},

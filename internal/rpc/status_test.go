@@ -39,6 +39,7 @@ var contract = []contractRow{
 	{custodian.ErrTokenExpired, codes.Unauthenticated, 401, false},
 	{custodian.ErrTokenMismatch, codes.Unauthenticated, 401, false},
 	{custodian.ErrTokenReplayed, codes.Unauthenticated, 401, false},
+	{custodian.ErrTokenRevoked, codes.Unauthenticated, 401, false},
 	{custodian.ErrTokenKeys, codes.Unavailable, 503, true},
 	{custodian.ErrKeyState, codes.FailedPrecondition, 409, false},
 	{custodian.ErrKeyCompromised, codes.FailedPrecondition, 409, false},

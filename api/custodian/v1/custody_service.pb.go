@@ -457,7 +457,10 @@ type ContentKeyInfo struct {
 	// When it was made.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Counts the changes of this record, from 1.
-	Revision      uint64 `protobuf:"varint,16,opt,name=revision,proto3" json:"revision,omitempty"`
+	Revision uint64 `protobuf:"varint,16,opt,name=revision,proto3" json:"revision,omitempty"`
+	// When it was confirmed that the content is packaged with the key. Absent: it
+	// was not.
+	PackagedTime  *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=packaged_time,json=packagedTime,proto3" json:"packaged_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -602,6 +605,13 @@ func (x *ContentKeyInfo) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *ContentKeyInfo) GetPackagedTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PackagedTime
+	}
+	return nil
 }
 
 // CreateCategoryRequest describes the new category.
@@ -2186,7 +2196,7 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"\brevision\x18\t \x01(\x04R\brevision\"@\n" +
 	"\tOuterWrap\x12\x1a\n" +
 	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x17\n" +
-	"\akey_ref\x18\x02 \x01(\tR\x06keyRef\"\x8e\x05\n" +
+	"\akey_ref\x18\x02 \x01(\tR\x06keyRef\"\xcf\x05\n" +
 	"\x0eContentKeyInfo\x12\x10\n" +
 	"\x03kid\x18\x01 \x01(\fR\x03kid\x12\x1a\n" +
 	"\bcategory\x18\x02 \x01(\tR\bcategory\x12\x1d\n" +
@@ -2210,7 +2220,8 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"\x11birth_key_version\x18\x0e \x01(\rR\x0fbirthKeyVersion\x12;\n" +
 	"\vcreate_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12\x1a\n" +
-	"\brevision\x18\x10 \x01(\x04R\brevisionB\x0f\n" +
+	"\brevision\x18\x10 \x01(\x04R\brevision\x12?\n" +
+	"\rpackaged_time\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\fpackagedTimeB\x0f\n" +
 	"\r_period_index\"\xbe\x01\n" +
 	"\x15CreateCategoryRequest\x12\x1d\n" +
 	"\n" +
@@ -2403,55 +2414,56 @@ var file_custodian_v1_custody_service_proto_depIdxs = []int32{
 	37, // 9: custodian.v1.ContentKeyInfo.state:type_name -> custodian.v1.KeyState
 	1,  // 10: custodian.v1.ContentKeyInfo.origin:type_name -> custodian.v1.KeyOrigin
 	35, // 11: custodian.v1.ContentKeyInfo.create_time:type_name -> google.protobuf.Timestamp
-	36, // 12: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
-	2,  // 13: custodian.v1.CreateCategoryResponse.category:type_name -> custodian.v1.Category
-	0,  // 14: custodian.v1.SetCategoryModeRequest.mode:type_name -> custodian.v1.CategoryMode
-	2,  // 15: custodian.v1.SetCategoryModeResponse.category:type_name -> custodian.v1.Category
-	35, // 16: custodian.v1.FrozenCaller.time:type_name -> google.protobuf.Timestamp
-	10, // 17: custodian.v1.FreezeCallerResponse.caller:type_name -> custodian.v1.FrozenCaller
-	10, // 18: custodian.v1.LiftCallerResponse.caller:type_name -> custodian.v1.FrozenCaller
-	10, // 19: custodian.v1.ListFrozenCallersResponse.callers:type_name -> custodian.v1.FrozenCaller
-	2,  // 20: custodian.v1.ListCategoriesResponse.categories:type_name -> custodian.v1.Category
-	3,  // 21: custodian.v1.ListKeyVersionsResponse.key_versions:type_name -> custodian.v1.KeyVersion
-	5,  // 22: custodian.v1.ListContentKeysResponse.content_keys:type_name -> custodian.v1.ContentKeyInfo
-	5,  // 23: custodian.v1.DescribeContentKeyResponse.content_key:type_name -> custodian.v1.ContentKeyInfo
-	38, // 24: custodian.v1.SetProvidersResponse.rewrap:type_name -> custodian.v1.Rewrap
-	38, // 25: custodian.v1.ReencryptResponse.rewrap:type_name -> custodian.v1.Rewrap
-	38, // 26: custodian.v1.ListRewrapsResponse.rewraps:type_name -> custodian.v1.Rewrap
-	39, // 27: custodian.v1.GetStatusResponse.status:type_name -> custodian.v1.Status
-	6,  // 28: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
-	8,  // 29: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
-	17, // 30: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
-	19, // 31: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
-	21, // 32: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
-	23, // 33: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
-	11, // 34: custodian.v1.CustodyService.FreezeCaller:input_type -> custodian.v1.FreezeCallerRequest
-	13, // 35: custodian.v1.CustodyService.LiftCaller:input_type -> custodian.v1.LiftCallerRequest
-	15, // 36: custodian.v1.CustodyService.ListFrozenCallers:input_type -> custodian.v1.ListFrozenCallersRequest
-	25, // 37: custodian.v1.CustodyService.SetProviders:input_type -> custodian.v1.SetProvidersRequest
-	27, // 38: custodian.v1.CustodyService.Reencrypt:input_type -> custodian.v1.ReencryptRequest
-	29, // 39: custodian.v1.CustodyService.ListRewraps:input_type -> custodian.v1.ListRewrapsRequest
-	31, // 40: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
-	33, // 41: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
-	7,  // 42: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
-	9,  // 43: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
-	18, // 44: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
-	20, // 45: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
-	22, // 46: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
-	24, // 47: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
-	12, // 48: custodian.v1.CustodyService.FreezeCaller:output_type -> custodian.v1.FreezeCallerResponse
-	14, // 49: custodian.v1.CustodyService.LiftCaller:output_type -> custodian.v1.LiftCallerResponse
-	16, // 50: custodian.v1.CustodyService.ListFrozenCallers:output_type -> custodian.v1.ListFrozenCallersResponse
-	26, // 51: custodian.v1.CustodyService.SetProviders:output_type -> custodian.v1.SetProvidersResponse
-	28, // 52: custodian.v1.CustodyService.Reencrypt:output_type -> custodian.v1.ReencryptResponse
-	30, // 53: custodian.v1.CustodyService.ListRewraps:output_type -> custodian.v1.ListRewrapsResponse
-	32, // 54: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
-	34, // 55: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
-	42, // [42:56] is the sub-list for method output_type
-	28, // [28:42] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	35, // 12: custodian.v1.ContentKeyInfo.packaged_time:type_name -> google.protobuf.Timestamp
+	36, // 13: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
+	2,  // 14: custodian.v1.CreateCategoryResponse.category:type_name -> custodian.v1.Category
+	0,  // 15: custodian.v1.SetCategoryModeRequest.mode:type_name -> custodian.v1.CategoryMode
+	2,  // 16: custodian.v1.SetCategoryModeResponse.category:type_name -> custodian.v1.Category
+	35, // 17: custodian.v1.FrozenCaller.time:type_name -> google.protobuf.Timestamp
+	10, // 18: custodian.v1.FreezeCallerResponse.caller:type_name -> custodian.v1.FrozenCaller
+	10, // 19: custodian.v1.LiftCallerResponse.caller:type_name -> custodian.v1.FrozenCaller
+	10, // 20: custodian.v1.ListFrozenCallersResponse.callers:type_name -> custodian.v1.FrozenCaller
+	2,  // 21: custodian.v1.ListCategoriesResponse.categories:type_name -> custodian.v1.Category
+	3,  // 22: custodian.v1.ListKeyVersionsResponse.key_versions:type_name -> custodian.v1.KeyVersion
+	5,  // 23: custodian.v1.ListContentKeysResponse.content_keys:type_name -> custodian.v1.ContentKeyInfo
+	5,  // 24: custodian.v1.DescribeContentKeyResponse.content_key:type_name -> custodian.v1.ContentKeyInfo
+	38, // 25: custodian.v1.SetProvidersResponse.rewrap:type_name -> custodian.v1.Rewrap
+	38, // 26: custodian.v1.ReencryptResponse.rewrap:type_name -> custodian.v1.Rewrap
+	38, // 27: custodian.v1.ListRewrapsResponse.rewraps:type_name -> custodian.v1.Rewrap
+	39, // 28: custodian.v1.GetStatusResponse.status:type_name -> custodian.v1.Status
+	6,  // 29: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
+	8,  // 30: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
+	17, // 31: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
+	19, // 32: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
+	21, // 33: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
+	23, // 34: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
+	11, // 35: custodian.v1.CustodyService.FreezeCaller:input_type -> custodian.v1.FreezeCallerRequest
+	13, // 36: custodian.v1.CustodyService.LiftCaller:input_type -> custodian.v1.LiftCallerRequest
+	15, // 37: custodian.v1.CustodyService.ListFrozenCallers:input_type -> custodian.v1.ListFrozenCallersRequest
+	25, // 38: custodian.v1.CustodyService.SetProviders:input_type -> custodian.v1.SetProvidersRequest
+	27, // 39: custodian.v1.CustodyService.Reencrypt:input_type -> custodian.v1.ReencryptRequest
+	29, // 40: custodian.v1.CustodyService.ListRewraps:input_type -> custodian.v1.ListRewrapsRequest
+	31, // 41: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
+	33, // 42: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
+	7,  // 43: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
+	9,  // 44: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
+	18, // 45: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
+	20, // 46: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
+	22, // 47: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
+	24, // 48: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
+	12, // 49: custodian.v1.CustodyService.FreezeCaller:output_type -> custodian.v1.FreezeCallerResponse
+	14, // 50: custodian.v1.CustodyService.LiftCaller:output_type -> custodian.v1.LiftCallerResponse
+	16, // 51: custodian.v1.CustodyService.ListFrozenCallers:output_type -> custodian.v1.ListFrozenCallersResponse
+	26, // 52: custodian.v1.CustodyService.SetProviders:output_type -> custodian.v1.SetProvidersResponse
+	28, // 53: custodian.v1.CustodyService.Reencrypt:output_type -> custodian.v1.ReencryptResponse
+	30, // 54: custodian.v1.CustodyService.ListRewraps:output_type -> custodian.v1.ListRewrapsResponse
+	32, // 55: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
+	34, // 56: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
+	43, // [43:57] is the sub-list for method output_type
+	29, // [29:43] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_custody_service_proto_init() }
