@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"strings"
 	"time"
+
+	"github.com/keycustody/custodian/internal/sealing"
 )
 
 // A CategoryPolicy is what was decided for a category beside its mode. It is a
@@ -190,9 +192,9 @@ func (s *controlSet) overdue(k *ContentKey) bool {
 		k.Generation >= s.generation(k.Category, k.ContentID)
 }
 
-// mayMake says why whoever q is about may make no new keys for a content item, or
-// nil.
-func (c *Custodian) mayMake(ctx context.Context, set *controlSet, q Request, name CategoryName, id ContentID) error {
+// mayMake says why no new keys may be made for a content item, or nil. What
+// changes after set is found when they are stored.
+func (c *Custodian) mayMake(ctx context.Context, set *controlSet, who Caller, a Action, to sealing.PublicKey, name CategoryName, id ContentID) error {
 	r := Resource{Category: name, Mode: set.categories[name].Mode, New: true}
 	if r.Mode == CategoryRekeyRequired {
 		err := c.store.View(ctx, func(tx Tx) error {
@@ -206,8 +208,7 @@ func (c *Custodian) mayMake(ctx context.Context, set *controlSet, q Request, nam
 			return err
 		}
 	}
-	q.Resource, q.Now = r, c.now()
-	return c.policyOf(set).Decide(q.under(set)).Err
+	return c.decideLeaving(who, a, r, to).Err
 }
 
 // maxItemKeys is more than the keys that a content item can have: 2^31.

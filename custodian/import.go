@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/sealing"
 	"github.com/keycustody/custodian/internal/secret"
 )
 
@@ -169,7 +170,7 @@ func (c *Custodian) storeImports(ctx context.Context, who Caller, req ImportRequ
 	if err != nil {
 		return nil, 0, err
 	}
-	if err := c.mayMake(ctx, set, Request{Caller: who, Action: ActionImport}, req.Category, req.ContentID); err != nil {
+	if err := c.mayMake(ctx, set, who, ActionImport, sealing.PublicKey{}, req.Category, req.ContentID); err != nil {
 		return nil, 0, err
 	}
 	fresh, older := make([]SealedKey, len(req.Keys)), make([][]Fingerprint, len(req.Keys))

@@ -279,7 +279,7 @@ func (c *Custodian) createKeys(ctx context.Context, who Caller, req IssueRequest
 	if err != nil {
 		return err
 	}
-	if err := c.mayMake(ctx, set, Request{Caller: who, Action: ActionIssue, Recipient: req.recipient}, req.Category, req.ContentID); err != nil {
+	if err := c.mayMake(ctx, set, who, ActionIssue, req.recipient, req.Category, req.ContentID); err != nil {
 		return err
 	}
 	fresh := make([]SealedKey, len(req.Keys))
