@@ -228,7 +228,8 @@ func TestOneDecision(t *testing.T) {
 	}
 	for what, want := range map[string][]string{
 		// The CEK in clear, and what is handed over.
-		"openCEK":   {"custodian.export", "custodian.handOutAgain", "custodian.release", "custodian.sealAnew", "custodian.verifyKey"},
+		"openCEK":   {"custodian.export", "custodian.handOutAgain", "custodian.openHot", "custodian.sealAnew", "custodian.verifyKey"},
+		"openHot":   {"custodian.release"},
 		"authorize": {"custodian.Decide", "custodian.TryRules"},
 		"Decide":    {"custodian.decide", "custodian.decideRelease", "main.earlyStatus"},
 	} {

@@ -25,8 +25,6 @@ const (
 	maxBody = MaxDocumentSize
 	// maxHeader in bytes, of all headers of one request.
 	maxHeader = 16 << 10
-	// maxCalls are under way at once; one more is told to come back.
-	maxCalls = 512
 	// minReply in bytes: net/http would copy a shorter body into a buffer that
 	// nobody wipes, so that is filled up with blanks, which JSON and XML allow.
 	minReply = 2<<10 + 1
@@ -61,7 +59,7 @@ const defaultHold = 55 * time.Second
 type Server struct {
 	config  Config
 	http    *http.Server
-	places  chan struct{} // one for each call under way
+	places  *rpc.Places
 	calls   sync.WaitGroup
 	signers atomic.Pointer[signers]
 	spekes  atomic.Pointer[SPEKE]
@@ -78,7 +76,7 @@ func NewServer(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{config: c, places: make(chan struct{}, maxCalls)}
+	s := &Server{config: c, places: rpc.NewPlaces(rpc.MaxCalls)}
 	if err := s.SetSigners(c.Signers); err != nil {
 		return nil, fmt.Errorf("packager server: %w", err)
 	}
@@ -191,12 +189,11 @@ func (s *Server) handler(d door) http.Handler {
 
 // answer reads the request and has it answered, if there is a place.
 func (s *Server) answer(ctx context.Context, d door, c *call, w http.ResponseWriter, r *http.Request) (reply, error) {
-	select {
-	case s.places <- struct{}{}:
-		defer func() { <-s.places }()
-	default:
-		return reply{}, fmt.Errorf("%d calls are under way: %w", maxCalls, custodian.ErrRate)
+	leave, err := c.Take(s.places, custodian.ActionIssue)
+	if err != nil {
+		return reply{}, err
 	}
+	defer leave()
 	if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil {
 		return reply{}, err
 	}

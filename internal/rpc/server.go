@@ -31,6 +31,7 @@ type Custody interface {
 	KeyPeriods(ctx context.Context, who custodian.Caller, requestID string, kid custodian.KID, limit int) ([]custodian.ContentKey, error)
 	Import(context.Context, custodian.Caller, custodian.ImportRequest) ([]custodian.ImportedKey, error)
 	Export(context.Context, custodian.Caller, custodian.ExportRequest) ([]custodian.ExportedKey, error)
+	CountRefused(who custodian.Caller, what custodian.Action, requestID string, refused error) error
 	Arena() *secret.Arena
 	Ready(context.Context) error
 	CreateCategory(context.Context, custodian.Caller, custodian.CreateCategoryRequest) (custodian.Category, error)
