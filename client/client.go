@@ -62,6 +62,7 @@ type Client struct {
 	audit     v1.AuditServiceClient
 	rotation  v1.RotationServiceClient
 	ceremony  v1.CeremonyServiceClient
+	revoke    v1.RevocationServiceClient
 	health    healthv1.HealthClient
 	keys      recipients
 }
@@ -91,7 +92,7 @@ func Dial(ctx context.Context, c Config) (*Client, error) {
 		return nil, fmt.Errorf("dial %s: %w", c.Address, err)
 	}
 	cl := &Client{conn: conn, retrieval: v1.NewKeyRetrievalServiceClient(conn), issuance: v1.NewKeyIssuanceServiceClient(conn), transfer: v1.NewKeyTransferServiceClient(conn),
-		custody: v1.NewCustodyServiceClient(conn), audit: v1.NewAuditServiceClient(conn), rotation: v1.NewRotationServiceClient(conn), ceremony: v1.NewCeremonyServiceClient(conn), health: healthv1.NewHealthClient(conn),
+		custody: v1.NewCustodyServiceClient(conn), audit: v1.NewAuditServiceClient(conn), rotation: v1.NewRotationServiceClient(conn), ceremony: v1.NewCeremonyServiceClient(conn), revoke: v1.NewRevocationServiceClient(conn), health: healthv1.NewHealthClient(conn),
 		keys: newRecipients(c.RecipientKeys)}
 	if _, err := cl.Ready(ctx); err != nil {
 		conn.Close()

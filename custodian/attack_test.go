@@ -101,7 +101,13 @@ func attacked(t *testing.T) (w *world, putBack func()) {
 	w.issue("series", "show-1", "SD")
 	w.freeze("series", custodian.CategoryFrozen)
 	w.freeze("series", custodian.CategoryOpen)
+	if _, err := w.c.FreezeCaller(t.Context(), officer, custodian.FreezeCallerRequest{Identity: patient.ID, Cause: "stolen"}); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := w.c.Reencrypt(t.Context(), operator, custodian.ReencryptRequest{Category: "movies"}); err != nil { // a job that nobody runs
+		t.Fatal(err)
+	}
+	if _, err := w.c.Revoke(t.Context(), operator, custodian.RevokeRequest{SessionID: "session-1", Cause: "shared"}); err != nil {
 		t.Fatal(err)
 	}
 	return w, w.saveStore()

@@ -69,6 +69,8 @@ type RestoreReport struct {
 	Closed []KEKID `json:"closed_keks,omitempty"`
 	// Frozen categories were frozen after the backup, and are so again.
 	Frozen []CategoryName `json:"frozen_categories"`
+	// FrozenCallers were frozen after the backup, and are so again.
+	FrozenCallers []string `json:"frozen_callers"`
 }
 
 // A MissingKey is a KID that the audit log knows and the store does not.
@@ -115,6 +117,9 @@ func (c *Custodian) restore(ctx context.Context, cfg Config) (RestoreReport, err
 		return rep, err
 	}
 	if err := c.freezeAgain(ctx, cfg.Logged, backup, &rep); err != nil {
+		return rep, err
+	}
+	if err := c.freezeCallersAgain(ctx, cfg.Logged, backup, &rep); err != nil {
 		return rep, err
 	}
 	err := c.store.View(ctx, func(tx Tx) error {

@@ -73,6 +73,10 @@ func (s *controlSet) basis(p *Plan) [32]byte {
 			e.str(string(name))
 			e.uint(uint64(s.categories[name].Mode))
 		}
+		for _, identity := range p.Callers {
+			e.str(identity)
+			e.time(s.frozenCallers[identity].Time)
+		}
 	}
 	if p.Kind == KindProviders {
 		for _, name := range p.Categories {
@@ -218,6 +222,13 @@ func checkUnfreeze(_ context.Context, _ *Custodian, set *controlSet, p *Plan, r 
 		}
 		r.Changes = append(r.Changes, fmt.Sprintf("category %s is opened", name))
 	}
+	for _, identity := range p.Callers {
+		f, ok := set.frozenCallers[identity]
+		if !ok {
+			return refusePlan(ErrPlan, "caller %s is not frozen", identity)
+		}
+		r.Changes = append(r.Changes, fmt.Sprintf("caller %s may call again; it is frozen since %s, by %s: %s", identity, f.Time.Format(time.RFC3339), f.By, f.Cause))
+	}
 	return nil
 }
 
@@ -227,6 +238,9 @@ func applyUnfreeze(_ *Custodian, old *controlSet, p *Plan, _ time.Time) (change,
 		cat := old.categories[name]
 		cat.Mode, cat.Revision = CategoryOpen, cat.Revision+1
 		ch.put = append(ch.put, categoryRecord(cat))
+	}
+	for _, identity := range p.Callers {
+		ch.remove = append(ch.remove, controlKey{ControlFrozenCaller, frozenCallerName(identity)})
 	}
 	return ch, nil
 }
@@ -312,6 +326,7 @@ type Snapshot struct {
 	Quorum     uint32             `json:"quorum"`
 	Policy     string             `json:"policy"` // digest of the grants
 	Sealed     bool               `json:"sealed"`
+	Callers    []CallerEvidence   `json:"callers,omitempty"`
 	// ContentKeys is how many content keys the store has.
 	ContentKeys uint64 `json:"content_keys"`
 }
@@ -342,6 +357,12 @@ type CategoryEvidence struct {
 	Mode      string       `json:"mode"`
 	Providers []string     `json:"providers"`
 	ActiveKEK uint32       `json:"active_key_version"`
+}
+
+// A CallerEvidence is a caller that a plan names.
+type CallerEvidence struct {
+	Identity string `json:"identity"`
+	Frozen   bool   `json:"frozen"`
 }
 
 // A RotationEvidence is a rotation of the ceremony.
@@ -377,6 +398,10 @@ func (c *Custodian) snapshot(ctx context.Context, set *controlSet, x Ceremony, p
 	for _, name := range p.Categories {
 		cat := set.categories[name]
 		s.Categories = append(s.Categories, CategoryEvidence{name, cat.Mode.String(), cat.Providers, cat.ActiveKEK})
+	}
+	for _, identity := range p.Callers {
+		_, frozen := set.frozenCallers[identity]
+		s.Callers = append(s.Callers, CallerEvidence{identity, frozen})
 	}
 	for id, k := range set.keks {
 		s.KEKsByMEK[k.Wrapped.MEKVersion]++

@@ -447,6 +447,31 @@ func TestCeremonyAttacks(t *testing.T) {
 	}
 }
 
+// What one officer, or a budget, has frozen, the quorum opens.
+func TestLiftCallerCeremony(t *testing.T) {
+	a := newAssembly(t)
+	a.category("movies")
+	kid := a.issue("movies", "film", "SD")[0].KID
+	a.freezeCaller(provider.ID)
+	_, err := a.c.LiftCaller(t.Context(), officer, custodian.FreezeCallerRequest{Identity: provider.ID, Cause: "alone"})
+	wantErr(t, "lift without the quorum", err, custodian.ErrQuorum)
+	a.wantLast("caller.lift", audit.Failed, "QUORUM", provider.ID)
+	text := a.plan("unfreeze", "callers: ["+provider.ID+"]")
+	_, r, err := a.c.ProposeCeremony(t.Context(), officer, []byte(text), "", true)
+	if want := "[caller " + provider.ID + " may call again; it is frozen since 2026-11-22T12:00:00Z, by " + officer.ID + ": stolen]"; err != nil || fmt.Sprint(r.Changes) != want {
+		t.Errorf("rehearsal: got %v and %v, want %s", r.Changes, err, want)
+	}
+	_, _, err = a.c.ProposeCeremony(t.Context(), officer, []byte(a.plan("unfreeze", "callers: ["+packager.ID+"]")), "", false)
+	wantErr(t, "a caller that is not frozen", err, custodian.ErrPlan)
+	wantErr(t, "release", a.release(provider, kid), custodian.ErrCallerFrozen)
+	e := a.wantDone(a.hold(text, a.anna, a.ben))
+	if fmt.Sprint(e.Before.Callers, e.After.Callers) != fmt.Sprintf("[{%s true}] [{%s false}]", provider.ID, provider.ID) {
+		t.Errorf("evidence: got %v before and %v after", e.Before.Callers, e.After.Callers)
+	}
+	wantErr(t, "release", a.release(provider, kid), nil)
+	a.whole()
+}
+
 func categoryMode(t *testing.T, a *assembly, name custodian.CategoryName) custodian.CategoryMode {
 	t.Helper()
 	all, err := a.c.Categories(t.Context(), auditor)

@@ -42,17 +42,19 @@ type controlKey struct {
 // A controlSet is the control records, decoded, at one revision of the head.
 // It never changes once it is published: a change makes a new one.
 type controlSet struct {
-	head       Head
-	meks       map[uint32]MEK
-	keks       map[KEKID]KEK
-	helpers    map[helperID]Helper
-	signers    map[string]Signer
-	categories map[CategoryName]Category
-	exceptions map[KID]Exception
-	rotations  map[string]Rotation // by name
-	exposed    map[CategoryName][]exposure
-	rewraps    map[CategoryName]RewrapJob // those of the helper keys under ""
+	head          Head
+	meks          map[uint32]MEK
+	keks          map[KEKID]KEK
+	helpers       map[helperID]Helper
+	signers       map[string]Signer
+	categories    map[CategoryName]Category
+	exceptions    map[KID]Exception
+	rotations     map[string]Rotation // by name
+	exposed       map[CategoryName][]exposure
+	rewraps       map[CategoryName]RewrapJob // those of the helper keys under ""
+	frozenCallers map[string]FrozenCaller    // by identity
 	ceremonial
+	revoked
 	// buckets hold the hash of every record, by the first byte of the hash of
 	// its key. The head's digest is the hash of the buckets' hashes, so a
 	// change costs one bucket, not the whole set.
@@ -68,7 +70,7 @@ type helperID struct {
 func newControlSet() *controlSet {
 	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
 		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rotations: map[string]Rotation{}, rewraps: map[CategoryName]RewrapJob{}, exposed: map[CategoryName][]exposure{},
-		ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}}
+		frozenCallers: map[string]FrozenCaller{}, ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}, revoked: newRevoked()}
 }
 
 func (s *controlSet) clone() *controlSet {
@@ -76,8 +78,9 @@ func (s *controlSet) clone() *controlSet {
 	n.meks, n.keks, n.helpers = maps.Clone(s.meks), maps.Clone(s.keks), maps.Clone(s.helpers)
 	n.signers, n.categories, n.exceptions = maps.Clone(s.signers), maps.Clone(s.categories), maps.Clone(s.exceptions)
 	n.rotations, n.exposed = maps.Clone(s.rotations), maps.Clone(s.exposed)
-	n.rewraps = maps.Clone(s.rewraps)
+	n.rewraps, n.frozenCallers = maps.Clone(s.rewraps), maps.Clone(s.frozenCallers)
 	n.ceremonies = maps.Clone(s.ceremonies)
+	n.revoked = s.revoked.clone()
 	return &n
 }
 
@@ -123,6 +126,10 @@ func (s *controlSet) remove(k controlKey) {
 		}
 	case ControlRewrap:
 		maps.DeleteFunc(s.rewraps, func(name CategoryName, _ RewrapJob) bool { return rewrapName(name) == k.name })
+	case ControlRevocation:
+		s.revoked.drop(k.name)
+	case ControlFrozenCaller:
+		maps.DeleteFunc(s.frozenCallers, func(identity string, _ FrozenCaller) bool { return frozenCallerName(identity) == k.name })
 	}
 }
 
@@ -192,8 +199,14 @@ func (s *controlSet) decode(r ControlRecord) error {
 		var j RewrapJob
 		j, err = decodeRewrap(r.Body)
 		s.rewraps[j.Category], want = j, rewrapName(j.Category)
+	case ControlFrozenCaller:
+		var f FrozenCaller
+		f, err = decodeFrozenCaller(r.Body)
+		s.frozenCallers[f.Identity], want = f, frozenCallerName(f.Identity)
 	case ControlAuthority, ControlCeremony:
 		want, err = s.decodeCeremonial(r)
+	case ControlRevocation:
+		want, err = s.decodeRevocation(r.Body)
 	default:
 		return fmt.Errorf("control record %q: unknown kind %d: %w", r.Name, r.Kind, ErrRecordCorrupt)
 	}

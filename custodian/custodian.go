@@ -14,6 +14,7 @@ import (
 
 	"github.com/keycustody/custodian/internal/admission"
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/sealing"
 	"github.com/keycustody/custodian/internal/secret"
 )
 
@@ -300,13 +301,19 @@ func (c *Custodian) record(ctx context.Context, entries ...audit.Entry) ([]audit
 
 // decide asks the policy, and the clock for what changes state.
 func (c *Custodian) decide(who Caller, a Action, r Resource) Decision {
-	set := c.set.Load()
-	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Now: c.now()}.under(set))
+	return c.decideLeaving(who, a, r, sealing.PublicKey{})
 }
 
-// under adds what the officers have decided.
+// decideLeaving is decide where keys would leave sealed to a recipient key.
+func (c *Custodian) decideLeaving(who Caller, a Action, r Resource, to sealing.PublicKey) Decision {
+	set := c.set.Load()
+	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Recipient: to, Now: c.now()}.under(set))
+}
+
+// under adds what the control set says beside the resource.
 func (r Request) under(set *controlSet) Request {
 	r.Officers, r.Sealed = set.authority != nil, set.sealed()
+	_, r.Frozen = set.frozenCallers[r.Caller.ID]
 	return r
 }
 

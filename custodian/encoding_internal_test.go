@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/keycustody/custodian/internal/audit"
 )
 
 // The decoders are not exported, so these tests are inside the package.
@@ -78,6 +80,9 @@ var forms = map[byte]form{
 	formAuthority: formOf("authority", decodeAuthority, encodeAuthority, Authority{Officers: sampleOfficers[:2], Quorum: []QuorumRule{{KindOfficers, 2}, {KindPolicy, 300}},
 		Recovery: sampleOfficers[2:], RecoveryQuorum: 2, Grants: []PlanGrant{{Identity: "spiffe://a/b", Role: "packager", Categories: []string{"*"}, Reissue: true, SPKI: "ab"}},
 		Sealed: true, Revision: 3}),
+	formFrozenCaller: formOf("frozen caller", decodeFrozenCaller, encodeFrozenCaller, FrozenCaller{Identity: "spiffe://a/b", By: "spiffe://a/anna", Cause: "stolen", Time: sampleTime, Revision: 1}),
+	formRevocation: formOf("revocation", decodeRevocation, encodeRevocation, Revocation{Session: audit.Ref{Kind: refSession, KeyVersion: 300, MAC: [16]byte{8}}, Issuer: "https://playback.test",
+		Until: sampleTime, Cause: "shared", By: "spiffe://a/oli", Time: sampleTime.Add(1), Revision: 4}),
 	formCeremony: formOf("ceremony", decodeCeremony, encodeCeremony, Ceremony{ID: "0123456789abcdef", Plan: "{}", State: CeremonyDone, Base: 7, Nonce: [32]byte{1},
 		LogKey: [32]byte{2}, Basis: [32]byte{3}, Proposer: "spiffe://a/anna", ProposeTime: sampleTime, FirstEntry: 1 << 40, Needed: 2, Approvals: sampleApprovals,
 		Cancels: sampleApprovals[:1], QuorumTime: sampleTime.Add(1), Executor: "spiffe://a/ben", ExecTime: sampleTime.Add(2), EndTime: sampleTime.Add(3),
@@ -111,6 +116,10 @@ func encodeAny(t testing.TB, v any) []byte {
 		return encodeAuthority(v)
 	case Ceremony:
 		return encodeCeremony(v)
+	case Revocation:
+		return encodeRevocation(v)
+	case FrozenCaller:
+		return encodeFrozenCaller(v)
 	}
 	t.Fatalf("no encoder for %T", v)
 	return nil

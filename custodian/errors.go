@@ -23,11 +23,13 @@ var (
 	ErrKeyNotFound      error = &refusal{"KEY_NOT_FOUND", "no such content key"}
 	ErrCategoryNotFound error = &refusal{"CATEGORY_NOT_FOUND", "no such category"}
 	ErrDenied           error = &refusal{"DENIED", "not granted"}
+	ErrCallerFrozen     error = &refusal{"CALLER_FROZEN", "the caller is frozen; the officers can say why"}
 	ErrTokenMissing     error = &refusal{"TOKEN_MISSING", "a licence token is needed"}
 	ErrTokenInvalid     error = &refusal{"TOKEN_INVALID", "the licence token is not accepted"}
 	ErrTokenExpired     error = &refusal{"TOKEN_EXPIRED", "the licence token is not valid at this time"}
 	ErrTokenMismatch    error = &refusal{"TOKEN_MISMATCH", "the licence token is for something or somebody else"}
 	ErrTokenReplayed    error = &refusal{"TOKEN_REPLAYED", "the licence token was used already"}
+	ErrTokenRevoked     error = &refusal{"TOKEN_REVOKED", "the session, or the issuer of the licence token, is revoked"}
 	ErrTokenKeys        error = &refusal{"TOKEN_KEYS_UNAVAILABLE", "the keys of the licence token's issuer are not loaded"}
 	ErrKeyState         error = &refusal{"KEY_STATE", "the key's state does not permit this"}
 	ErrKeyCompromised   error = &refusal{"KEY_COMPROMISED", "the key is compromised and no decision to go on serving it is recorded"}

@@ -40,10 +40,14 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeRotation, encodeRotation)
 	case ControlRewrap:
 		return alter(r.Body, decodeRewrap, encodeRewrap)
+	case ControlFrozenCaller:
+		return alter(r.Body, decodeFrozenCaller, encodeFrozenCaller)
 	case ControlAuthority:
 		return alter(r.Body, decodeAuthority, encodeAuthority)
 	case ControlCeremony:
 		return alter(r.Body, decodeCeremony, encodeCeremony)
+	case ControlRevocation:
+		return alter(r.Body, decodeRevocation, encodeRevocation)
 	}
 	return nil, fmt.Errorf("kind %d has no decoder here", r.Kind)
 }

@@ -66,6 +66,7 @@ type passenger struct {
 	landed chan struct{}
 	grace  time.Duration
 	err    error
+	flight *flight // not nil: whoever began it ran out of time, and it is this one's now
 }
 
 type keptCEK struct {
@@ -108,31 +109,27 @@ func (c *Custodian) openHot(ctx context.Context, set *controlSet, k SealedKey) (
 			return cek, 0, kept, err
 		}
 	}
-	for {
-		f, p, err := c.board(set, k)
-		if err != nil {
-			return secret.Secret{}, 0, false, err
-		}
-		if p != nil {
-			cek, grace, err = c.ride(ctx, k, p)
-			if errors.Is(err, ErrDeadline) && ctx.Err() == nil {
-				continue // it was the time of the one who began that ran out
-			}
+	f, p, err := c.board(set, k)
+	if err != nil {
+		return secret.Secret{}, 0, false, err
+	}
+	if p != nil {
+		if cek, grace, f, err = c.ride(ctx, k, p); f == nil {
 			return cek, grace, false, err
 		}
-		var opened time.Time
-		if life > 0 {
-			opened = h.clock.now()
-		}
-		cek, grace, err = c.openCEK(ctx, set, k)
-		if f != nil {
-			h.land(f, cek, grace, err)
-		}
-		if err == nil && life > 0 && grace == 0 {
-			c.keep(set, k, cek, opened.Add(life))
-		}
-		return cek, grace, false, err
 	}
+	var opened time.Time
+	if life > 0 {
+		opened = h.clock.now()
+	}
+	cek, grace, err = c.openCEK(ctx, set, k)
+	if f != nil {
+		h.land(f, cek, grace, err)
+	}
+	if err == nil && life > 0 && grace == 0 {
+		c.keep(set, k, cek, opened.Add(life))
+	}
+	return cek, grace, false, err
 }
 
 // board begins a flight, or gets on one: then there is a passenger. Neither: a
@@ -167,11 +164,19 @@ func sameRecord(a, b SealedKey) bool {
 
 func (h *hotTitles) of(kid KID) *flights { return &h.flights[int(kid[KIDSize-1])%len(h.flights)] }
 
-// land ends a flight: everybody on it gets a copy.
+// land ends a flight: everybody on it gets a copy. Where it was the time of the
+// one who opens that ran out, the next one opens.
 func (h *hotTitles) land(f *flight, cek secret.Secret, grace time.Duration, err error) {
 	fs := h.of(f.record.Key.KID)
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
+	if errors.Is(err, ErrDeadline) && len(f.others) > 0 {
+		next := f.others[0]
+		f.others = f.others[1:]
+		next.flight = f
+		close(next.landed)
+		return
+	}
 	delete(fs.by, f.record.Key.KID)
 	for _, p := range f.others {
 		if p.grace, p.err = grace, err; err == nil {
@@ -184,19 +189,24 @@ func (h *hotTitles) land(f *flight, cek secret.Secret, grace time.Duration, err 
 	h.spare.Put(f) // whoever was on it has the passenger only
 }
 
-// ride waits for the flight to land.
-func (c *Custodian) ride(ctx context.Context, k SealedKey, p *passenger) (secret.Secret, time.Duration, error) {
+// ride waits for the flight to land. It returns the flight where the caller is
+// to go on with it.
+func (c *Custodian) ride(ctx context.Context, k SealedKey, p *passenger) (cek secret.Secret, grace time.Duration, mine *flight, err error) {
 	select {
 	case <-p.landed:
 	case <-ctx.Done():
 		c.hot.getOff(k.Key.KID, p)
 		p.err = fmt.Errorf("content key %s: waiting for a call that opens it: %w", k.Key.KID, ErrDeadline)
+		if p.flight != nil { // it came too late: the next one's turn
+			c.hot.land(p.flight, secret.Secret{}, 0, p.err)
+			p.flight = nil
+		}
 	}
-	if p.err != nil {
+	if p.err != nil || p.flight != nil {
 		c.arena.Put(p.slot)
-		return secret.Secret{}, 0, p.err
+		return secret.Secret{}, 0, p.flight, p.err
 	}
-	return secret.New(c.arena, p.slot, CEKSize), p.grace, nil
+	return secret.New(c.arena, p.slot, CEKSize), p.grace, nil, nil
 }
 
 // getOff takes p off its flight, unless that has landed.

@@ -169,12 +169,8 @@ func (c *Custodian) issue(ctx context.Context, who Caller, req IssueRequest) (De
 	if !ok {
 		return d, nil, fmt.Errorf("category %s: %w", req.Category, ErrCategoryNotFound)
 	}
-	if d = c.decide(who, ActionIssue, Resource{Category: cat.Name, Mode: cat.Mode}); !d.Allow {
+	if d = c.decideLeaving(who, ActionIssue, Resource{Category: cat.Name, Mode: cat.Mode}, req.recipient); !d.Allow {
 		return d, nil, fmt.Errorf("category %s: %w", cat.Name, d.Err)
-	}
-	if err := c.policy.Load().mayLeave(cat.Name, req.recipient); err != nil {
-		d.Allow = false
-		return d, nil, err
 	}
 	if err := c.lookAtClock(); err != nil {
 		return d, nil, err
@@ -457,9 +453,9 @@ func unusedUnder(tx Tx, fingerprints []Fingerprint) error {
 // and only within the re-issue window unless it is granted more.
 func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Caller, req IssueRequest, k SealedKey, out *issued) (Decision, error) {
 	res := resourceOf(set, &k.Key)
-	d := c.decide(who, ActionIssue, res)
+	d := c.decideLeaving(who, ActionIssue, res, req.recipient)
 	if d.Allow && !c.withinWindow(set.categories[k.Key.Category], k.Key.CreateTime) {
-		d = c.decide(who, ActionReissue, res)
+		d = c.decideLeaving(who, ActionReissue, res, req.recipient)
 		if !d.Allow {
 			return d, fmt.Errorf("content key %s: it was issued more than %s ago, and a reissue grant is needed to have it again: %w", k.Key.KID, set.categories[k.Key.Category].ReissueWindow, d.Err)
 		}

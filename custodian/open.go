@@ -332,7 +332,7 @@ func (c *Custodian) Tick(ctx context.Context) error {
 	if c.set.Load().sealed() {
 		c.dropKeys() // a call that was under way at the seal may have loaded one
 	}
-	err := errors.Join(c.settleNow(ctx), c.notePruned(ctx), c.finishCeremonies(ctx))
+	err := errors.Join(c.settleNow(ctx), c.notePruned(ctx), c.finishCeremonies(ctx), c.sweepRevocations(ctx))
 	if c.lookAtClock() != nil || c.now().Sub(c.set.Load().head.HighestNow) < 24*time.Hour {
 		return err
 	}

@@ -35,7 +35,7 @@ const (
 	KindOfficers PlanKind = "officers" // officers, quorum or recovery keys change
 	KindRecovery PlanKind = "recovery" // the recovery keys replace the officers, after RecoveryDelay
 	KindPolicy   PlanKind = "policy"   // the grants are replaced
-	KindUnfreeze PlanKind = "unfreeze" // categories are opened again
+	KindUnfreeze PlanKind = "unfreeze" // categories are opened again, or callers
 	KindSeal     PlanKind = "seal"     // nothing is served any more
 	KindUnseal   PlanKind = "unseal"   // service goes on
 
@@ -65,9 +65,10 @@ type Plan struct {
 	Officers   []Officer      `yaml:"officers,omitempty" json:"officers,omitempty"`
 	Quorum     *Quorum        `yaml:"quorum,omitempty" json:"quorum,omitempty"`
 	Recovery   *RecoveryPlan  `yaml:"recovery,omitempty" json:"recovery,omitempty"`
-	Grants     []PlanGrant    `yaml:"grants,omitempty" json:"grants,omitempty"`         // of genesis and policy: all of them
-	Categories []CategoryName `yaml:"categories,omitempty" json:"categories,omitempty"` // of unfreeze and kek-rotation
-	Providers  []string       `yaml:"providers,omitempty" json:"providers,omitempty"`   // all that each category is to have
+	Grants     []PlanGrant    `yaml:"grants,omitempty" json:"grants,omitempty"` // of genesis and policy: all of them
+	Categories []CategoryName `yaml:"categories,omitempty" json:"categories,omitempty"`
+	Callers    []string       `yaml:"callers,omitempty" json:"callers,omitempty"`     // identities, as the grants have them
+	Providers  []string       `yaml:"providers,omitempty" json:"providers,omitempty"` // all that each category is to have
 	// MEKVersion is the one whose place a new one takes.
 	MEKVersion  uint32   `yaml:"mek_version,omitempty" json:"mek_version,omitempty"`
 	KeyVersions []string `yaml:"key_versions,omitempty" json:"key_versions,omitempty"` // compromised: movies/4
@@ -118,6 +119,7 @@ var sections = []struct {
 	{"recovery", func(p *Plan) bool { return p.Recovery != nil }},
 	{"grants", func(p *Plan) bool { return len(p.Grants) > 0 }},
 	{"categories", func(p *Plan) bool { return len(p.Categories) > 0 }},
+	{"callers", func(p *Plan) bool { return len(p.Callers) > 0 }},
 	{"providers", func(p *Plan) bool { return len(p.Providers) > 0 }},
 	{"mek_version", func(p *Plan) bool { return p.MEKVersion > 0 }},
 	{"key_versions", func(p *Plan) bool { return len(p.KeyVersions) > 0 }},
@@ -133,7 +135,7 @@ var planSections = map[PlanKind][]string{
 	KindOfficers: {"officers", "quorum", "recovery?"},
 	KindRecovery: {"officers", "quorum"},
 	KindPolicy:   {"grants"},
-	KindUnfreeze: {"categories"},
+	KindUnfreeze: {"categories?", "callers?"},
 	KindSeal:     {},
 	KindUnseal:   {},
 
@@ -245,6 +247,17 @@ func (p *Plan) check() error {
 		}
 	}
 	faults = append(faults, p.checkRotationFields()...)
+	if p.Kind == KindUnfreeze && len(p.Categories)+len(p.Callers) == 0 {
+		fault("categories", "a plan of kind %s needs it, or callers", p.Kind)
+	}
+	for i, identity := range p.Callers {
+		if err := checkCallerID(identity); err != nil {
+			fault(fmt.Sprintf("callers[%d]", i), "%w", err)
+		}
+		if slices.Contains(p.Callers[:i], identity) {
+			fault(fmt.Sprintf("callers[%d]", i), "%.200s is named twice", identity)
+		}
+	}
 	for i, name := range p.Providers {
 		if err := printable(name, 64); err != nil {
 			fault(fmt.Sprintf("providers[%d]", i), "%w", err)

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/cedar-policy/cedar-go/types"
+
+	"github.com/keycustody/custodian/internal/sealing"
 )
 
 // A Role is what a caller acts as. The zero Role may do nothing.
@@ -64,6 +66,11 @@ const (
 	ActionExecute        Action = "ceremony.execute"
 	ActionReadCeremonies Action = "ceremony.read"
 	ActionBlastRadius    Action = "blast-radius"
+	ActionFreezeCaller   Action = "caller.freeze"
+
+	ActionRevoke          Action = "revoke"
+	ActionLiftRevocation  Action = "revocation.lift"
+	ActionReadRevocations Action = "revocation.read"
 )
 
 // permits says which roles may do an action at all.
@@ -93,6 +100,12 @@ var permits = map[Action][]Role{
 	ActionExecute:        {RoleOfficer},
 	ActionReadCeremonies: {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionBlastRadius:    {RoleOfficer, RoleAuditor},
+	// Whoever runs the daemon says in its configuration which issuers there are,
+	// so that he may lift a revocation gives him nothing.
+	ActionRevoke:          {RoleOperator, RoleOfficer},
+	ActionLiftRevocation:  {RoleOperator, RoleOfficer},
+	ActionReadRevocations: {RoleOperator, RoleOfficer, RoleAuditor},
+	ActionFreezeCaller:    {RoleOfficer},
 }
 
 // byQuorum are the actions that are one officer's only where there are no
@@ -207,6 +220,9 @@ type Resource struct {
 	Key      *ContentKey  // it is one that exists
 }
 
+// known says whether the resource is what is there, and not only its name.
+func (r Resource) known() bool { return r.Mode != 0 || r.IsKey }
+
 // A Request is one question to Decide.
 type Request struct {
 	Caller   Caller
@@ -214,9 +230,13 @@ type Request struct {
 	Resource Resource
 	Officers bool   // there are officers, whose quorum decides what one officer may not
 	Sealed   bool   // they have sealed the custody
+	Frozen   bool   // the caller is stopped
 	Token    *Token // what the caller has shown; nil: none
 	Asserted Viewer // what the caller says of the viewer
 	Now      time.Time
+	// Recipient is the caller's public key that the keys leave sealed to; the
+	// zero key: they would leave in clear.
+	Recipient sealing.PublicKey
 }
 
 // A Decision answers a Request. The zero Decision refuses.
@@ -228,13 +248,17 @@ type Decision struct {
 	KnowIt bool     // the caller may hear that something does not exist
 }
 
-// Decide is the one place where an action is allowed or refused: authority
-// first, then the licence token, the category's mode, the key's state.
+// Decide is the one place where an action is allowed or refused: authority and
+// whether the caller is frozen first, then the licence token, the category's
+// mode, the key's state, and the form in which a key would leave.
 func (p *Policy) Decide(r Request) Decision {
 	if p == nil || p.authority == nil {
 		return Decision{Err: ErrDenied}
 	}
 	d := p.authorize(r)
+	if r.Frozen { // and hears nothing else: not what it is granted, nor what exists
+		d.Allow, d.KnowIt, d.Err = false, false, ErrCallerFrozen
+	}
 	if !d.Allow {
 		return d
 	}
@@ -243,6 +267,9 @@ func (p *Policy) Decide(r Request) Decision {
 	}
 	if d.Err == nil {
 		d.Err = r.unusable()
+	}
+	if d.Err == nil {
+		d.Err = p.mayLeave(r)
 	}
 	switch {
 	case r.Officers && slices.Contains(byQuorum, r.Action):
@@ -261,8 +288,7 @@ func (r Request) unusable() error {
 	if purpose == 0 {
 		return nil
 	}
-	known := r.Resource.Mode != 0 || r.Resource.IsKey
-	if known && r.Resource.Mode != CategoryOpen {
+	if r.Resource.known() && r.Resource.Mode != CategoryOpen {
 		return ErrCategoryFrozen
 	}
 	if !r.Resource.IsKey {
@@ -270,6 +296,9 @@ func (r Request) unusable() error {
 	}
 	return Usable(r.Resource.State, purpose, r.Resource.Decided)
 }
+
+// leaving are the actions that let keys out.
+var leaving = []Action{ActionIssue, ActionReissue, ActionRelease, ActionExport}
 
 // purposeOf is what an action uses keys for; zero where it uses none.
 func purposeOf(a Action) Purpose {

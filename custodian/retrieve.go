@@ -141,7 +141,7 @@ func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveReques
 	}
 	// The set is loaded after the records, so that it knows their KEKs.
 	set := c.set.Load()
-	viewer, err := c.viewerRefs(ctx, set, req.session(), req.UserID)
+	viewer, err := c.lookAtViewer(ctx, set, who, &req)
 	if err != nil {
 		return nil, deadline(ctx, err)
 	}
@@ -177,6 +177,26 @@ func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveReques
 	return results, nil
 }
 
+// lookAtViewer returns the references of the viewer that the audit log has, and
+// makes the token of one whose session is revoked, or the token's issuer, a bad
+// one. They cost operations of the token, which are not made for who may release
+// nothing at all, whatever KIDs it names.
+func (c *Custodian) lookAtViewer(ctx context.Context, set *controlSet, who Caller, req *RetrieveRequest) ([]audit.Ref, error) {
+	if d := c.decide(who, ActionRelease, Resource{}); !d.Allow {
+		return nil, nil
+	}
+	session := req.session()
+	refs, err := c.viewerRefs(ctx, set, session, req.UserID)
+	if err != nil {
+		return nil, err
+	}
+	revoked, err := c.revocationOf(ctx, set, req.token, session, refs)
+	if revoked != nil {
+		req.token = &Token{err: revoked.refusal()}
+	}
+	return refs, err
+}
+
 // release decides about one key and opens it. r.Err holds what the store said.
 func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, req RetrieveRequest, contentCategory CategoryName, k *SealedKey, r *RetrieveResult) {
 	unknown := errors.Is(r.Err, ErrNotFound)
@@ -198,13 +218,9 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		c.decideUnread(who, r)
 		return
 	}
-	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req.Asserted, req.token)
+	r.decision = c.decideRelease(who, resourceOf(set, &k.Key), req)
 	if !r.decision.Allow {
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
-		return
-	}
-	if r.Err = c.policy.Load().mayLeave(k.Key.Category, req.recipient); r.Err != nil {
-		r.decision.Allow = false
 		return
 	}
 	if r.Key, r.Grace, r.kept, r.Err = c.openHot(ctx, set, *k); r.Err == nil {
@@ -235,6 +251,9 @@ func (c *Custodian) decideUnknown(who Caller, contentCategory CategoryName) (Dec
 	}
 	if d.Allow && know {
 		return d, ErrKeyNotFound
+	}
+	if errors.Is(d.Err, ErrCallerFrozen) { // as of a key that exists
+		return d, d.Err
 	}
 	d.Allow = false
 	return d, ErrDenied

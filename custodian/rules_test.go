@@ -231,7 +231,8 @@ func TestOneDecision(t *testing.T) {
 		"openCEK":   {"custodian.export", "custodian.handOutAgain", "custodian.openHot", "custodian.sealAnew", "custodian.verifyKey"},
 		"openHot":   {"custodian.release"},
 		"authorize": {"custodian.Decide", "custodian.TryRules"},
-		"Decide":    {"custodian.decide", "custodian.decideRelease", "main.earlyStatus"},
+		"Decide":    {"custodian.KeyPeriods", "custodian.decideLeaving", "custodian.decideRelease", "main.earlyStatus"},
+		"mayLeave":  {"custodian.Decide"},
 	} {
 		got := slices.Compact(slices.Sorted(slices.Values(calls[what])))
 		if what != "Decide" { // unexported: what another package calls so is another function

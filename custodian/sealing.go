@@ -106,10 +106,13 @@ func (p *Policy) recipient(who Caller, keyID string) (sealing.PublicKey, error) 
 	return sealing.PublicKey{}, nil
 }
 
-// mayLeave says whether a key of the category may leave in the form that it
-// would: sealed to a recipient key or, with the zero key, in clear.
-func (p *Policy) mayLeave(category CategoryName, to sealing.PublicKey) error {
-	if p == nil || p.sealing == nil || !to.IsZero() || !p.sealing.all && !p.sealing.required[category] {
+// mayLeave says why a key may not leave in the form that it would, or nil. An
+// encrypted CPIX document is not sealed to the caller: the daemon's front door
+// has the key in clear for it.
+func (p *Policy) mayLeave(r Request) error {
+	category := r.Resource.Category
+	if !slices.Contains(leaving, r.Action) || !r.Resource.known() || !r.Recipient.IsZero() ||
+		p.sealing == nil || !p.sealing.all && !p.sealing.required[category] {
 		return nil
 	}
 	return fmt.Errorf("category %s: %w", category, ErrSealingRequired)

@@ -130,6 +130,9 @@ func (s *controlSet) heldBy(provider string) (all, alone int) {
 
 func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	w := c.ceremonyWarnings(set, s.Time)
+	for _, f := range set.sortedFrozen() {
+		w = append(w, fmt.Sprintf("caller %s is frozen since %s, by %s: %s", f.Identity, f.Time.Format(time.RFC3339), f.By, f.Cause))
+	}
 	officers := len(w)
 	if hot := c.HotTitles(); len(hot) > 0 {
 		w = append(w, fmt.Sprintf("opened content keys of %s are kept in clear for a while (limits.hot_titles); %d now", strings.Trim(fmt.Sprint(hot), "[]"), s.Hot.Kept))

@@ -152,6 +152,18 @@ func (t *Tokens) mode(c CategoryName) TokenMode {
 	return t.Mode
 }
 
+// issuer is the one with that name, or nil.
+func (t *Tokens) issuer(name string) *TokenIssuer {
+	if t == nil {
+		return nil
+	}
+	i := slices.IndexFunc(t.Issuers, func(i TokenIssuer) bool { return i.Issuer == name })
+	if i < 0 {
+		return nil
+	}
+	return &t.Issuers[i]
+}
+
 // span is how long a use has to be remembered: from the earliest moment at
 // which a token can be shown to the last.
 func (t *Tokens) span() time.Duration { return t.MaxLifetime + 2*t.Skew }
@@ -191,18 +203,22 @@ type claims struct {
 
 var tokenAlgorithms = []jose.SignatureAlgorithm{jose.ES256, jose.EdDSA}
 
+// tokenRules are nil where no licence token is asked for.
+func (p *Policy) tokenRules() *Tokens {
+	if p == nil {
+		return nil
+	}
+	return p.tokens
+}
+
 // readToken verifies a token that who shows. It is judged once for a call, and
 // what it is worth for one key is decided with the key.
 func (p *Policy) readToken(who Caller, compact, session string, now time.Time) *Token {
 	if compact == "" {
 		return nil
 	}
-	var rules *Tokens
-	if p != nil {
-		rules = p.tokens
-	}
 	t := &Token{}
-	if t.err = t.read(rules, who, compact, now); t.err == nil && session != "" && session != t.session {
+	if t.err = t.read(p.tokenRules(), who, compact, now); t.err == nil && session != "" && session != t.session {
 		t.err = fmt.Errorf("it is for another session: %w", ErrTokenMismatch)
 	}
 	if t.err != nil {
@@ -253,11 +269,9 @@ func (t *Token) verify(rules *Tokens, compact string) (*claims, error) {
 	if err := parsed.UnsafeClaimsWithoutVerification(&c); err != nil {
 		return nil, bad(err)
 	}
-	i := slices.IndexFunc(rules.Issuers, func(i TokenIssuer) bool { return i.Issuer == c.Issuer })
-	if i < 0 {
+	if t.issuer = rules.issuer(c.Issuer); t.issuer == nil {
 		return nil, bad(fmt.Errorf("issuer %.80q is not configured", c.Issuer))
 	}
-	t.issuer = &rules.Issuers[i]
 	key, err := t.issuer.Keys.find(header.KeyID)
 	if err != nil {
 		return nil, err
@@ -404,12 +418,12 @@ func (t *Token) covers(r Resource) error {
 	return nil
 }
 
-// decideRelease decides about one key, and counts the call as a use of its
-// token at the first key that is allowed.
-func (c *Custodian) decideRelease(who Caller, r Resource, asserted Viewer, t *Token) Decision {
-	set, now := c.set.Load(), c.now()
+// decideRelease decides about one key of a call, and counts the call as a use
+// of its token at the first key that is allowed.
+func (c *Custodian) decideRelease(who Caller, r Resource, call RetrieveRequest) Decision {
+	set, now, t := c.set.Load(), c.now(), call.token
 	p := c.policyOf(set)
-	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Asserted: asserted, Now: now}.under(set))
+	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Asserted: call.Asserted, Recipient: call.recipient, Now: now}.under(set))
 	if !d.Allow || t == nil || t.use != nil {
 		return d
 	}

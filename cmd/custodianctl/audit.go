@@ -444,24 +444,35 @@ func (f *filter) readViewer(stdin io.Reader) error {
 		if v.path == "" {
 			continue
 		}
-		in := stdin
-		if v.path != "-" {
-			file, err := os.Open(v.path)
-			if err != nil {
-				return err
-			}
-			defer file.Close()
-			in = file
-		}
-		b, err := io.ReadAll(io.LimitReader(in, 2*custodian.MaxViewerSize))
-		if err != nil {
+		var err error
+		if *v.to, err = readID(v.flag, v.path, stdin); err != nil {
 			return err
-		}
-		if *v.to = strings.TrimRight(string(b), "\r\n"); *v.to == "" {
-			return fmt.Errorf("--%s %s: it is empty", v.flag, v.path)
 		}
 	}
 	return nil
+}
+
+// readID reads the ID of a session or a user from a file, or from standard input
+// where the path is -.
+func readID(flag, path string, stdin io.Reader) (string, error) {
+	in := stdin
+	if path != "-" {
+		file, err := os.Open(path)
+		if err != nil {
+			return "", err
+		}
+		defer file.Close()
+		in = file
+	}
+	b, err := io.ReadAll(io.LimitReader(in, 2*custodian.MaxViewerSize))
+	if err != nil {
+		return "", err
+	}
+	id := strings.TrimRight(string(b), "\r\n")
+	if id == "" {
+		return "", fmt.Errorf("--%s %s: it is empty", flag, path)
+	}
+	return id, nil
 }
 
 func (f *filter) flags(c *cobra.Command) {

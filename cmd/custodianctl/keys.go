@@ -280,12 +280,9 @@ of the first refusal.`,
 		}
 		id, err := contentID(content, contentHex)
 		req.ContentId = id
-		if tokenFile != "" {
-			token, err := os.ReadFile(tokenFile)
-			faults = append(faults, err)
-			req.LicenceToken = strings.TrimSpace(string(token))
-		}
-		if err := errors.Join(append(faults, err)...); err != nil {
+		token, terr := readToken(tokenFile)
+		req.LicenceToken = token
+		if err := errors.Join(append(faults, err, terr)...); err != nil {
 			return invalid(err)
 		}
 		resp, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.GetContentKeysResponse, error) {
@@ -302,6 +299,15 @@ of the first refusal.`,
 	f.StringVar(&tokenFile, "token-file", "", "`FILE` with the viewer's licence token")
 	f.BoolVar(&reveal, "reveal", false, "show the keys")
 	return c
+}
+
+// readToken reads a licence token; without a file there is none.
+func readToken(file string) (string, error) {
+	if file == "" {
+		return "", nil
+	}
+	token, err := os.ReadFile(file)
+	return strings.TrimSpace(string(token)), err
 }
 
 // showReleased prints the results, and returns the first refusal among them.

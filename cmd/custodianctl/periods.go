@@ -22,13 +22,18 @@ type periodView struct {
 
 func (a *app) keysPeriodsCmd() *cobra.Command {
 	var limit uint32
+	var tokenFile string
 	cmd := leaf(&cobra.Command{Use: "periods KID", Short: "List the crypto periods from a key's on, with their KIDs (DRM provider)"}, cobra.ExactArgs(1), func(ctx context.Context, args []string) error {
 		kid, err := custodian.ParseKID(args[0])
 		if err != nil {
 			return invalid(err)
 		}
+		req := &v1.ListKeyPeriodsRequest{Kid: kid[:], Limit: limit}
+		if req.LicenceToken, err = readToken(tokenFile); err != nil {
+			return invalid(err)
+		}
 		resp, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.ListKeyPeriodsResponse, error) {
-			return cl.ListKeyPeriods(ctx, &v1.ListKeyPeriodsRequest{Kid: kid[:], Limit: limit})
+			return cl.ListKeyPeriods(ctx, req)
 		})
 		if err != nil {
 			return fmt.Errorf("list periods of %s: %w", kid, err)
@@ -51,5 +56,6 @@ func (a *app) keysPeriodsCmd() *cobra.Command {
 		return a.printTable([]string{"KID", "PERIOD", "START", "END"}, rows)
 	})
 	cmd.Flags().Uint32Var(&limit, "limit", 0, "periods to list at most, 1 to 64; 0: 64")
+	cmd.Flags().StringVar(&tokenFile, "token-file", "", "`FILE` with a licence token for the key")
 	return cmd
 }

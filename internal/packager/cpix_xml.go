@@ -31,7 +31,7 @@ const (
 
 // prefixes are how the namespaces are written. Readers match the namespace,
 // but some match "cpix:" and "pskc:" themselves.
-var prefixes = []struct{ prefix, space string }{{"cpix", nsCPIX}, {"pskc", nsPSKC}, {"ds", nsDSig}, {"enc", nsEnc}, {"xsi", nsSchema}}
+var prefixes = []struct{ prefix, space string }{{"cpix", nsCPIX}, {"pskc", nsPSKC}, {"ds", nsDSig}, {"enc", nsEnc}, {"xsi", nsSchema}, {"speke", nsSPEKE}}
 
 func prefixOf(space string) string {
 	for _, p := range prefixes {
@@ -144,7 +144,7 @@ func (e *element) wipe() {
 }
 
 // A grammar says what may be in an element: the schema of CPIX 2.4, with what
-// 2.0 to 2.3 had and 2.4 has not. The order of children is free: writers
+// 2.0 to 2.3 had and 2.4 has not, and what SPEKE 1.0 adds. The order of children is free: writers
 // differ in it. Elements of other namespaces, which the schema leaves open,
 // are refused: nothing is echoed or obeyed that is not understood.
 type grammar struct {
@@ -178,13 +178,16 @@ var schema = map[string]grammar{
 
 	"cpix:DRMSystemList": {attrs: "id updateVersion", children: "cpix:DRMSystem*"},
 	"cpix:DRMSystem": {attrs: "id updateVersion systemId kid name HLSAllowedCPC",
-		children: "cpix:PSSH cpix:ContentProtectionData cpix:HLSSignalingData* cpix:SmoothStreamingProtectionHeaderData cpix:URIExtXKey cpix:HDSSignalingData"},
+		children: "cpix:PSSH cpix:ContentProtectionData cpix:HLSSignalingData* cpix:SmoothStreamingProtectionHeaderData cpix:URIExtXKey cpix:HDSSignalingData speke:KeyFormat speke:KeyFormatVersions speke:ProtectionHeader"},
 	"cpix:PSSH":                                {text: true},
 	"cpix:ContentProtectionData":               {attrs: "robustness", text: true},
 	"cpix:HLSSignalingData":                    {attrs: "playlist allowedCPC", text: true},
 	"cpix:SmoothStreamingProtectionHeaderData": {text: true},
 	"cpix:URIExtXKey":                          {text: true},
 	"cpix:HDSSignalingData":                    {text: true},
+	"speke:KeyFormat":                          {text: true},
+	"speke:KeyFormatVersions":                  {text: true},
+	"speke:ProtectionHeader":                   {text: true},
 
 	"cpix:ContentKeyPeriodList": {attrs: "id updateVersion", children: "cpix:ContentKeyPeriod*"},
 	"cpix:ContentKeyPeriod":     {attrs: "id index label start end startOffset endOffset duration"},

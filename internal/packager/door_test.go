@@ -51,12 +51,20 @@ type doorKit struct {
 	rpc     *rpc.Server
 	server  *packager.Server
 	metrics *prometheus.Registry
+	dir     string
+	audit   *audit.Log
 	url     string // of the category movies, without the protocol
 	log     lockedBuffer
 }
 
 // newDoorKit makes a kit; change may be nil.
 func newDoorKit(t testing.TB, change func(*packager.Config)) *doorKit {
+	t.Helper()
+	return newLoggedKit(t, audit.Options{}, change)
+}
+
+// newLoggedKit makes one whose audit log has options.
+func newLoggedKit(t testing.TB, options audit.Options, change func(*packager.Config)) *doorKit {
 	t.Helper()
 	ctx := context.WithoutCancel(t.Context()) // the test's own ends before its clean-up
 	must := func(err error) {
@@ -66,7 +74,7 @@ func newDoorKit(t testing.TB, change func(*packager.Config)) *doorKit {
 		}
 	}
 	dir := t.TempDir()
-	k := &doorKit{hsm: custodiantest.NewHSM(), metrics: prometheus.NewRegistry()}
+	k := &doorKit{hsm: custodiantest.NewHSM(), metrics: prometheus.NewRegistry(), dir: dir}
 	var err error
 	k.ca, err = certs.OpenAuthority(filepath.Join(dir, "pki"), "media.test")
 	must(err)
@@ -75,7 +83,7 @@ func newDoorKit(t testing.TB, change func(*packager.Config)) *doorKit {
 	trust, err := certs.NewServer(certs.ServerOptions{CertFile: pair.CertFile, KeyFile: pair.KeyFile, CAs: []certs.CA{{Name: "clients",
 		File: k.ca.CertFile(), TrustDomain: "media.test", Roles: []string{"packager", "drm-provider", "officer"}}}})
 	must(err)
-	k.openCore(t, dir)
+	k.openCore(t, dir, options)
 	k.rpc, err = rpc.NewServer(rpc.Config{Certs: trust, Metrics: k.metrics})
 	must(err)
 	k.rpc.SetCustody(k.core)
@@ -105,7 +113,7 @@ func newDoorKit(t testing.TB, change func(*packager.Config)) *doorKit {
 	return k
 }
 
-func (k *doorKit) openCore(t testing.TB, dir string) {
+func (k *doorKit) openCore(t testing.TB, dir string, options audit.Options) {
 	t.Helper()
 	ctx := context.WithoutCancel(t.Context())
 	officer := custodian.Caller{ID: doorID("officer/anna"), Roles: []custodian.Role{custodian.RoleOfficer}, SPKI: sha256.Sum256([]byte("anna"))}
@@ -137,10 +145,11 @@ func (k *doorKit) openCore(t testing.TB, dir string) {
 	if err := log.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if log, err = audit.Open(folder, audit.Options{Visit: logged.Visit}); err != nil {
+	options.Visit = logged.Visit
+	if log, err = audit.Open(folder, options); err != nil {
 		t.Fatal(err)
 	}
-	c.Audit, c.Logged = log, logged
+	c.Audit, c.Logged, k.audit = log, logged, log
 	if k.core, err = custodian.Open(ctx, c); err != nil {
 		t.Fatal(err)
 	}

@@ -285,35 +285,35 @@ func (s Signalling) HLS(tag HLSTag) (string, error) {
 	default:
 		return "", fmt.Errorf("HLS with scheme %s: it has only cenc and cbcs", s.Scheme)
 	}
-	var uri, format string
-	withIV := s.Scheme == custodian.SchemeCBCS && len(s.IV) > 0
-	withKID := false
-	switch s.System {
-	case Widevine:
-		uri = "data:text/plain;base64," + base64.StdEncoding.EncodeToString(s.PSSH)
-		format, withKID = "urn:uuid:"+s.System.String(), true
-	case PlayReady:
-		uri = "data:text/plain;charset=UTF-16;base64," + base64.StdEncoding.EncodeToString(s.Object)
-		format = "com.microsoft.playready"
-	case Common:
-		uri = "data:text/plain;base64," + base64.StdEncoding.EncodeToString(s.KID[:])
-		format = "identity"
-	case FairPlay:
-		var err error
-		if uri, err = FairPlayURI(s.KID, s.IV); err != nil {
-			return "", err
-		}
-		// The licence carries the IV; clients want none here.
-		format, withIV = "com.apple.streamingkeydelivery", false
+	uri, format, err := s.hlsURI()
+	if err != nil {
+		return "", err
 	}
 	var line strings.Builder
 	fmt.Fprintf(&line, `%s:METHOD=%s,URI="%s"`, tag, method, uri)
-	if withKID {
+	if s.System == Widevine {
 		fmt.Fprintf(&line, ",KEYID=0x%X", s.KID[:])
 	}
-	if withIV {
+	// A FairPlay licence carries the IV; clients want none here.
+	if s.Scheme == custodian.SchemeCBCS && len(s.IV) > 0 && s.System != FairPlay {
 		fmt.Fprintf(&line, ",IV=0x%X", s.IV)
 	}
-	fmt.Fprintf(&line, `,KEYFORMATVERSIONS="1",KEYFORMAT="%s"`, format)
+	fmt.Fprintf(&line, `,KEYFORMATVERSIONS="%s",KEYFORMAT="%s"`, hlsKeyFormatVersions, format)
 	return line.String(), nil
+}
+
+const hlsKeyFormatVersions = "1"
+
+// hlsURI is where a playlist says that the key is, and in which format.
+func (s Signalling) hlsURI() (uri, format string, err error) {
+	switch s.System {
+	case Widevine:
+		return "data:text/plain;base64," + base64.StdEncoding.EncodeToString(s.PSSH), "urn:uuid:" + s.System.String(), nil
+	case PlayReady:
+		return "data:text/plain;charset=UTF-16;base64," + base64.StdEncoding.EncodeToString(s.Object), "com.microsoft.playready", nil
+	case Common:
+		return "data:text/plain;base64," + base64.StdEncoding.EncodeToString(s.KID[:]), "identity", nil
+	}
+	uri, err = FairPlayURI(s.KID, s.IV)
+	return uri, "com.apple.streamingkeydelivery", err
 }

@@ -89,6 +89,7 @@ func NewServer(c Config) (*Server, error) {
 	} {
 		mux.Handle("POST /v1/categories/{category}/"+d.name, s.handler(d))
 	}
+	mux.Handle("GET /v1/categories/{category}/speke/heartbeat", s.handler(door{name: "speke.heartbeat", answer: s.heartbeat, refuse: refuseSPEKE}))
 	s.http = &http.Server{Handler: mux, MaxHeaderBytes: maxHeader, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: slog.NewLogLogger(c.Log.Handler(), slog.LevelWarn),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
@@ -135,6 +136,7 @@ type call struct {
 	category custodian.CategoryName
 	header   http.Header // of the request
 	body     []byte
+	asked    bool // the domain, which writes down what it answers
 	// began and hold bound the wait for trouble that may pass.
 	began time.Time
 	hold  time.Duration
@@ -170,6 +172,9 @@ func (s *Server) handler(d door) http.Handler {
 		var answer reply
 		if err == nil {
 			answer, err = s.answer(ctx, d, c, w, r)
+			if err != nil && !c.asked && !mayPass(err) { // else the domain has written it down, or there was no place
+				err = c.Refused(ctx, c.category, err)
+			}
 		}
 		refusal := c.End(ctx, err)
 		switch {
@@ -219,8 +224,9 @@ func (s *Server) answer(ctx context.Context, d door, c *call, w http.ResponseWri
 func (c *call) issue(ctx context.Context, req custodian.IssueRequest) ([]custodian.IssuedKey, error) {
 	req.Category = c.category
 	if err := req.Check(); err != nil {
-		return nil, err // nothing to write down, and no field of the domain's to name twice
+		return nil, err
 	}
+	c.asked = true
 	ctx, cancel := context.WithDeadline(ctx, c.began.Add(c.hold))
 	defer cancel()
 	var last error // the trouble

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"mime"
 	"net/http"
+	"slices"
 	"strings"
 
 	"github.com/keycustody/custodian/custodian"
@@ -26,8 +27,8 @@ type SPEKEConfig struct {
 	Encrypted map[custodian.CategoryName]bool
 }
 
-// SPEKE answers the Secure Packager and Encoder Key Exchange API, versions 2.0
-// (with CPIX 2.3) and 2.1 (with CPIX 2.4). It is an encoding over Issue: it
+// SPEKE answers the Secure Packager and Encoder Key Exchange API, versions 1.0
+// (with CPIX 2.0), 2.0 (with CPIX 2.3) and 2.1 (with CPIX 2.4). It is an encoding over Issue: it
 // decides nothing about who may have a key, but for what a document-encrypted
 // reply needs.
 type SPEKE struct{ config SPEKEConfig }
@@ -69,15 +70,32 @@ const (
 	textNoVersion    = "Missing CPIX@version"
 	textVersion      = "Unsupported CPIX@version"
 	textNoScheme     = "Missing ContentKey@commonEncryptionScheme for KID %s"
+	textNoKey        = "Missing ContentKeyList/ContentKey"
+	textNoSystem     = "Missing DRMSystemList/DRMSystem"
 	textSchemes      = "Non compliant ContentKey@commonEncryptionScheme combination"
 )
 
-// spekeVersions are the versions of SPEKE, and of CPIX in them.
-var spekeVersions = map[string]string{"2.0": "2.3", "2.1": "2.4"}
+// spekeVersions are the versions of SPEKE. Requests of 1.0 name none.
+var spekeVersions = map[string]spekeVersion{
+	"":    {"2.0", (*CPIX).checkSPEKE1, (*CPIX).specs1},
+	"2.0": {"2.3", (*CPIX).checkSPEKE, (*CPIX).specs},
+	"2.1": {"2.4", (*CPIX).checkSPEKE, (*CPIX).specs},
+}
+
+// A spekeVersion is the version of CPIX in it, what it asks for beyond that,
+// and which keys a document asks for.
+type spekeVersion struct {
+	cpix  string
+	check func(d *CPIX, cpix string) error
+	specs func(*CPIX) ([]custodian.KeySpec, error)
+}
 
 const (
 	headerSPEKEVersion = "X-Speke-Version"
 	headerSPEKEAgent   = "X-Speke-User-Agent"
+	headerSPEKE1Agent  = "Speke-User-Agent"
+
+	agent = "Custodian"
 )
 
 // speke is the door of SPEKE.
@@ -85,7 +103,6 @@ func (s *Server) speke(ctx context.Context, c *call) (reply, error) {
 	version := c.header.Get(headerSPEKEVersion)
 	body, err := s.spekes.Load().Answer(ctx, c.issue, SPEKERequest{Caller: c.Caller().ID, Category: c.category, Header: c.header, Body: c.body})
 	if err != nil {
-		// The domain was not asked, so the audit log does not have it.
 		if errors.Is(err, errRecipient) {
 			s.config.Log.Warn("SPEKE refused", "caller", c.Caller().ID, "category", string(c.category), "request_id", c.RequestID(), "err", err)
 		}
@@ -121,8 +138,8 @@ func refuseSPEKE(r rpc.Refusal, err error) reply {
 
 // spekeHeaders are what every reply has, also that of a refusal.
 func spekeHeaders(version string) map[string]string {
-	h := map[string]string{headerSPEKEAgent: "Custodian"}
-	if spekeVersions[version] != "" {
+	h := map[string]string{headerSPEKEAgent: agent, headerSPEKE1Agent: agent}
+	if _, known := spekeVersions[version]; known && version != "" {
 		h[headerSPEKEVersion] = version
 	}
 	return h
@@ -135,7 +152,11 @@ const spekeContentType = "application/xml"
 // encrypted: whoever has sent it wipes it. Errors are a *SPEKEError, or those
 // of Issue.
 func (s *SPEKE) Answer(ctx context.Context, issue Issue, r SPEKERequest) ([]byte, error) {
-	doc, err := s.parse(r)
+	version, known := spekeVersions[r.Header.Get(headerSPEKEVersion)]
+	if !known {
+		return nil, unprocessable("%s", textSPEKEVersion)
+	}
+	doc, err := version.parse(r)
 	if err != nil {
 		return nil, err
 	}
@@ -144,7 +165,7 @@ func (s *SPEKE) Answer(ctx context.Context, issue Issue, r SPEKERequest) ([]byte
 	if err != nil {
 		return nil, err
 	}
-	specs, err := doc.specs()
+	specs, err := version.specs(doc)
 	if err != nil {
 		return nil, err
 	}
@@ -164,11 +185,7 @@ func (s *SPEKE) Answer(ctx context.Context, issue Issue, r SPEKERequest) ([]byte
 }
 
 // parse reads a request and checks what SPEKE asks for beyond CPIX.
-func (s *SPEKE) parse(r SPEKERequest) (*CPIX, error) {
-	version := r.Header.Get(headerSPEKEVersion)
-	if spekeVersions[version] == "" {
-		return nil, unprocessable("%s", textSPEKEVersion)
-	}
+func (v spekeVersion) parse(r SPEKERequest) (*CPIX, error) {
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || kind != spekeContentType && kind != "text/xml" || !strings.EqualFold(params["charset"], "utf-8") && params["charset"] != "" {
 		return nil, &SPEKEError{http.StatusUnsupportedMediaType, "Content-Type must be application/xml, in UTF-8"}
@@ -180,7 +197,7 @@ func (s *SPEKE) parse(r SPEKERequest) (*CPIX, error) {
 	if err != nil {
 		return nil, unprocessable("%s", err)
 	}
-	if err := doc.checkSPEKE(spekeVersions[version]); err != nil {
+	if err := v.check(doc, v.cpix); err != nil {
 		doc.Wipe()
 		return nil, err
 	}
@@ -198,11 +215,11 @@ func (d *CPIX) checkSPEKE(version string) error {
 	case hasID:
 		return unprocessable("CPIX@id is of SPEKE 1: CPIX@contentId names the content")
 	case len(d.Keys) == 0:
-		return unprocessable("Missing ContentKeyList/ContentKey")
+		return unprocessable("%s", textNoKey)
 	case len(d.Keys) > custodian.MaxKeysPerIssue:
 		return unprocessable("ContentKeyList: %d keys: must be at most %d", len(d.Keys), custodian.MaxKeysPerIssue)
 	case len(d.Systems) == 0:
-		return unprocessable("Missing DRMSystemList/DRMSystem")
+		return unprocessable("%s", textNoSystem)
 	case len(d.Rules) == 0:
 		return unprocessable("Missing ContentKeyUsageRuleList/ContentKeyUsageRule")
 	}
@@ -214,21 +231,28 @@ func (d *CPIX) checkSPEKE(version string) error {
 			return unprocessable("%s", textSchemes)
 		case k.otherContent(d.ContentID):
 			return unprocessable("ContentKey %s: its contentId is not that of the document", k.KID)
-		case k.hasAttr("dependsOnKey"):
-			return unprocessable("ContentKey %s: dependsOnKey is not in SPEKE", k.KID)
-		case k.e.child(nsCPIX, "Data") != nil:
-			return unprocessable("ContentKey %s has Data: keys are made here, and never taken from a request", k.KID)
 		case len(d.rules[k.KID]) == 0:
 			return unprocessable("Missing ContentKeyUsageRule for KID %s", k.KID)
 		}
+		if err := k.checkSPEKE(); err != nil {
+			return err
+		}
 	}
-	if _, err := d.scheme(); err != nil {
-		return err
-	}
-	if err := d.checkSystems(); err != nil {
+	if err := d.checkSystems("URIExtXKey", "HDSSignalingData", "KeyFormat", "KeyFormatVersions", "ProtectionHeader"); err != nil {
 		return err
 	}
 	return d.checkRules()
+}
+
+// checkSPEKE is what every version asks of a key.
+func (k CPIXKey) checkSPEKE() error {
+	switch {
+	case k.hasAttr("dependsOnKey"):
+		return unprocessable("ContentKey %s: dependsOnKey is not in SPEKE", k.KID)
+	case k.e.child(nsCPIX, "Data") != nil:
+		return unprocessable("ContentKey %s has Data: keys are made here, and never taken from a request", k.KID)
+	}
+	return nil
 }
 
 func (k CPIXKey) hasAttr(name string) bool { _, has := k.e.attr(name); return has }
@@ -239,9 +263,12 @@ func (k CPIXKey) otherContent(id string) bool {
 }
 
 // scheme is the common encryption scheme of all keys. SPEKE 2.1 allows the
-// names of HLS too.
+// names of HLS too, and in 1.0 it is seldom named.
 func (d *CPIX) scheme() (custodian.Scheme, error) {
 	named := d.Keys[0].Scheme
+	if named == "" {
+		return d.scheme1(), nil
+	}
 	scheme := custodian.Scheme(named)
 	if d.Version == "2.4" {
 		switch named {
@@ -257,7 +284,9 @@ func (d *CPIX) scheme() (custodian.Scheme, error) {
 	return scheme, nil
 }
 
-func (d *CPIX) checkSystems() error {
+// checkSystems looks at the DRM systems, in which a version of SPEKE does not
+// have the foreign elements.
+func (d *CPIX) checkSystems(foreign ...string) error {
 	scheme, err := d.scheme()
 	if err != nil {
 		return err
@@ -273,10 +302,11 @@ func (d *CPIX) checkSystems() error {
 			return unprocessable("Unsupported DRMSystem@systemId %s", sys.SystemID)
 		}
 		for _, c := range sys.e.children {
+			if slices.Contains(foreign, c.name.Local) {
+				return unprocessable("DRMSystem %s: %s is not in this version of SPEKE", sys.SystemID, c.name.Local)
+			}
 			switch c.name.Local {
-			case "URIExtXKey", "HDSSignalingData":
-				return unprocessable("DRMSystem %s: %s is not in SPEKE 2", sys.SystemID, c.name.Local)
-			case "HLSSignalingData":
+			case "HLSSignalingData", "URIExtXKey":
 				if scheme != custodian.SchemeCBCS && scheme != custodian.SchemeCENC {
 					return unprocessable("%s: HLS has only cenc and cbcs", textSchemes)
 				}
@@ -331,7 +361,7 @@ func (d *CPIX) specs() ([]custodian.KeySpec, error) {
 var errRecipient = errors.New("it needs a pinned recipient")
 
 func unpinned(text string) error {
-	return fmt.Errorf("%w: %w", errRecipient, &SPEKEError{http.StatusForbidden, text})
+	return fmt.Errorf("%w: %w: %w", errRecipient, custodian.ErrDenied, &SPEKEError{http.StatusForbidden, text})
 }
 
 // recipients finds for each DeliveryData the pinned certificate that it
@@ -454,9 +484,15 @@ func (sys CPIXSystem) fill(key *custodian.IssuedKey) (err error) {
 				tag = HLSSessionKey
 			}
 			text, err = made.HLS(tag)
-		case "SmoothStreamingProtectionHeaderData":
+		case "SmoothStreamingProtectionHeaderData", "ProtectionHeader":
 			c.text = encodeBase64(made.Object) // of PlayReady only; it is text, not base64 of text
 			continue
+		case "URIExtXKey":
+			text, _, err = made.hlsURI()
+		case "KeyFormat":
+			_, text, err = made.hlsURI()
+		case "KeyFormatVersions":
+			text = hlsKeyFormatVersions
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name.Local, err)

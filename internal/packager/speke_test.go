@@ -631,4 +631,12 @@ func TestSPEKEDocumented(t *testing.T) {
 	if len(r.keys(t)) != 2 || len(r.Systems) != 2 {
 		t.Errorf("got %s", r.raw)
 	}
+	_, after, found = bytes.Cut(page, []byte("```\n<cpix:CPIX"))
+	request, _, ends = bytes.Cut(append([]byte("<cpix:CPIX"), after...), []byte("```"))
+	if !found || !ends {
+		t.Fatal("the page has no CPIX document of SPEKE 1.0")
+	}
+	if r, more := mustAsk1(t, openCustody(t), string(request)); len(r.keys(t)) != 1 || *more.Systems[0].URI == "" {
+		t.Errorf("got %s", r.raw)
+	}
 }

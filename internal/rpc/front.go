@@ -55,6 +55,22 @@ func (v *Visit) Issue(ctx context.Context, req custodian.IssueRequest) ([]custod
 	return keys, err
 }
 
+// Available says why there is no domain now, or nil.
+func (v *Visit) Available() error {
+	_, err := v.server.custody()
+	return err
+}
+
+// Refused writes down that the front door refuses a request for keys before the
+// domain is asked, and returns why; or what keeps that from being written down.
+func (v *Visit) Refused(ctx context.Context, category custodian.CategoryName, why error) error {
+	custody, err := v.server.custody()
+	if err != nil {
+		return err
+	}
+	return custody.Refuse(ctx, v.call.caller, custodian.Refusal{RequestID: v.call.requestID, Action: custodian.ActionIssue, Category: category, Door: v.call.method}, why)
+}
+
 // End counts the call, and says what the visitor is to hear of err.
 func (v *Visit) End(ctx context.Context, err error) Refusal {
 	v.server.metrics.inFlight.Dec()

@@ -157,7 +157,7 @@ func (r *retrieval) ListKeyPeriods(ctx context.Context, req *v1.ListKeyPeriodsRe
 		limit = custodian.MaxKeyPeriods
 	}
 	c := callOf(ctx)
-	keys, err := custody.KeyPeriods(ctx, c.caller, c.requestID, kid, limit)
+	keys, err := custody.KeyPeriods(ctx, c.caller, custodian.KeyPeriodsRequest{RequestID: c.requestID, KID: kid, Limit: limit, LicenceToken: req.GetLicenceToken()})
 	if err != nil {
 		return nil, err
 	}

@@ -27,8 +27,9 @@ import (
 // Custody is what the services need of the domain; *custodian.Custodian is it.
 type Custody interface {
 	Issue(context.Context, custodian.Caller, custodian.IssueRequest) ([]custodian.IssuedKey, error)
+	Refuse(ctx context.Context, who custodian.Caller, r custodian.Refusal, why error) error
 	Retrieve(context.Context, custodian.Caller, custodian.RetrieveRequest) ([]custodian.RetrieveResult, error)
-	KeyPeriods(ctx context.Context, who custodian.Caller, requestID string, kid custodian.KID, limit int) ([]custodian.ContentKey, error)
+	KeyPeriods(context.Context, custodian.Caller, custodian.KeyPeriodsRequest) ([]custodian.ContentKey, error)
 	Import(context.Context, custodian.Caller, custodian.ImportRequest) ([]custodian.ImportedKey, error)
 	Export(context.Context, custodian.Caller, custodian.ExportRequest) ([]custodian.ExportedKey, error)
 	CountRefused(who custodian.Caller, what custodian.Action, requestID string, refused error) error
@@ -55,6 +56,9 @@ type Custody interface {
 	AuditConsistency(ctx context.Context, who custodian.Caller, old, size uint64) ([][32]byte, []byte, error)
 	AuditEntries(context.Context, custodian.Caller, custodian.AuditQuery) ([]custodian.AuditEntry, uint64, error)
 	FollowAudit(context.Context, custodian.Caller, custodian.AuditQuery, func([]custodian.AuditEntry) error) error
+	Revoke(context.Context, custodian.Caller, custodian.RevokeRequest) (custodian.Revocation, error)
+	LiftRevocation(context.Context, custodian.Caller, custodian.LiftRequest) error
+	Revocations(context.Context, custodian.Caller) ([]custodian.Revocation, error)
 	Ceremonies
 }
 
@@ -211,6 +215,7 @@ func NewServer(c Config) (*Server, error) {
 	s.register(&v1.CustodyService_ServiceDesc, &custodyService{server: s})
 	s.register(&v1.AuditService_ServiceDesc, &auditService{server: s})
 	s.register(&v1.RotationService_ServiceDesc, &rotationService{server: s})
+	s.register(&v1.RevocationService_ServiceDesc, &revocationService{server: s})
 	s.register(&v1.CeremonyService_ServiceDesc, &ceremonyService{server: s})
 	healthv1.RegisterHealthServer(s.grpc, &health{server: s})
 	return s, nil

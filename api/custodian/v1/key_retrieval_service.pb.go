@@ -382,7 +382,10 @@ type ListKeyPeriodsRequest struct {
 	// The KID, 16 bytes.
 	Kid []byte `protobuf:"bytes,2,opt,name=kid,proto3" json:"kid,omitempty"`
 	// How many periods to name at most, the key's own included: 1 to 64. Zero: 64.
-	Limit         uint32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	Limit uint32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	// A licence token for the key, where GetContentKeys would need one for it. It
+	// is verified, and this call does not count as a use of it.
+	LicenceToken  string `protobuf:"bytes,4,opt,name=licence_token,json=licenceToken,proto3" json:"licence_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -436,6 +439,13 @@ func (x *ListKeyPeriodsRequest) GetLimit() uint32 {
 		return x.Limit
 	}
 	return 0
+}
+
+func (x *ListKeyPeriodsRequest) GetLicenceToken() string {
+	if x != nil {
+		return x.LicenceToken
+	}
+	return ""
 }
 
 // ListKeyPeriodsResponse is a schedule of crypto periods.
@@ -582,12 +592,13 @@ const file_custodian_v1_key_retrieval_service_proto_rawDesc = "" +
 	"\x03kid\x18\x01 \x01(\fR\x03kid\x12,\n" +
 	"\x03key\x18\x02 \x01(\v2\x18.custodian.v1.ContentKeyH\x00R\x03key\x12.\n" +
 	"\x05error\x18\x03 \x01(\v2\x16.custodian.v1.KeyErrorH\x00R\x05errorB\b\n" +
-	"\x06result\"^\n" +
+	"\x06result\"\x83\x01\n" +
 	"\x15ListKeyPeriodsRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x10\n" +
 	"\x03kid\x18\x02 \x01(\fR\x03kid\x12\x14\n" +
-	"\x05limit\x18\x03 \x01(\rR\x05limit\"j\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\x12#\n" +
+	"\rlicence_token\x18\x04 \x01(\tR\flicenceToken\"j\n" +
 	"\x16ListKeyPeriodsResponse\x121\n" +
 	"\aperiods\x18\x01 \x03(\v2\x17.custodian.v1.KeyPeriodR\aperiods\x12\x1d\n" +
 	"\n" +

@@ -43,6 +43,14 @@ func (r *rig) callback(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	unsignedData := filepath.Join(r.dir, "callback-unsigned")
+	if _, err := r.prepare(ctx, unsignedData, r.scale.keys); err != nil {
+		return err
+	}
+	unsigned, err := r.serve(ctx, roleCallback, "callback-unsigned", "-dir", unsignedData, "-unsigned")
+	if err != nil {
+		return err
+	}
 	kids := kidsFile(data)
 	runs := []comparison{
 		{"echo", "_c32", echo, loadSpec{methodRetrieve, 32, 1, kids}},
@@ -51,6 +59,7 @@ func (r *rig) callback(ctx context.Context) error {
 		{"tuned_echo", "_c128", tuned, loadSpec{methodRetrieve, 128, 1, kids}},
 		{"echo_append", "_c128", echoAppend, loadSpec{methodRetrieve, 128, 1, kids}},
 		{"callback", "_c128", real, loadSpec{methodRetrieve, 128, 1, kids}},
+		{"callback_unsigned", "_c128", unsigned, loadSpec{methodRetrieve, 128, 1, kidsFile(unsignedData)}},
 		{"callback_8kid", "_c128", real, loadSpec{methodRetrieve, 128, 8, kids}},
 	}
 	if r.memory == "" {
@@ -105,6 +114,7 @@ func (r *rig) callbackRound(ctx context.Context, runs []comparison, tokenDir str
 	}
 	ratio("callback_vs_echo_c32", "callback_c32", "echo_c32")
 	ratio("callback_vs_echo_c128", "callback_c128", "echo_c128")
+	ratio("callback_vs_echo_c128_unsigned", "callback_unsigned_c128", "echo_c128")
 	ratio("callback_vs_tuned_echo_c128", "callback_c128", "tuned_echo_c128")
 	ratio("callback_vs_echo_append_c128", "callback_c128", "echo_append_c128")
 	if _, ok := got["callback_tmpfs_c128"]; ok {

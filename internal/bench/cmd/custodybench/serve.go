@@ -35,6 +35,7 @@ type serverFlags struct {
 	kmsAnswers        int64
 	tuned             bool
 	lifetime          time.Duration
+	unsigned          bool
 }
 
 func parseServer(role string, args []string) (serverFlags, error) {
@@ -47,6 +48,7 @@ func parseServer(role string, args []string) (serverFlags, error) {
 	fs.Int64Var(&f.kmsAnswers, "kms-answers", 0, "answers of the KMS before it hangs; 0: it never does")
 	fs.BoolVar(&f.tuned, "tuned", false, "an echo with the daemon's own settings of gRPC and Go")
 	fs.DurationVar(&f.lifetime, "kek-lifetime", 0, "of a loaded KEK; 0: the default")
+	fs.BoolVar(&f.unsigned, "unsigned", false, "no checkpoint of the audit log is signed")
 	return f, fs.Parse(args)
 }
 
@@ -64,6 +66,9 @@ func serveCallback(ctx context.Context, args []string) (err error) {
 		c.Providers[0] = &badKMS{Provider: c.Providers[0], delay: f.kmsDelay, answers: f.kmsAnswers}
 		if c.KEKLifetime = f.lifetime; f.kmsAnswers > 0 {
 			c.KMS.Grace = time.Hour
+		}
+		if f.unsigned {
+			c.HSM = noSignatures{c.HSM}
 		}
 	})
 	if err != nil {
