@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
@@ -25,16 +26,26 @@ type EventLimits struct {
 // An EventKind is what has happened.
 type EventKind string
 
-// EventNewBatch: new content is about to be packaged, and its keys get a KEK
-// version of their own.
-const EventNewBatch EventKind = "new-batch"
+// The kinds. None of them is a compromise: that is the officers' to say.
+const (
+	// EventNewBatch: new content is about to be packaged, and its keys get a KEK
+	// version of their own.
+	EventNewBatch EventKind = "new-batch"
+	// EventPackaged: a content item was packaged. Its keys are in use, and their
+	// re-issue window closes.
+	EventPackaged EventKind = "packaged"
+)
 
-// An Event may call for a new KEK version. One that is reported again is the
-// same event.
+// EventKinds are all of them.
+var EventKinds = []EventKind{EventNewBatch, EventPackaged}
+
+// An Event is something that happened elsewhere. One that is reported again is
+// the same event, and has the same effect once.
 type Event struct {
-	ID       string
-	Kind     EventKind
-	Category CategoryName
+	ID        string
+	Kind      EventKind
+	Category  CategoryName
+	ContentID ContentID // of EventPackaged
 }
 
 // Check says what is wrong with the event, or nil.
@@ -45,11 +56,18 @@ func (e Event) Check() error {
 	if err := checkText(e.ID, MaxRequestIDSize); err != nil {
 		return invalid("event_id", err)
 	}
-	if e.Kind != EventNewBatch {
-		return invalid("kind", fmt.Errorf("%q: must be %s", e.Kind, EventNewBatch))
+	if !slices.Contains(EventKinds, e.Kind) {
+		return invalid("kind", fmt.Errorf("%.40q: must be one of %v", string(e.Kind), EventKinds))
 	}
 	if err := e.Category.Check(); err != nil {
 		return invalid("category", err)
+	}
+	if e.Kind == EventPackaged {
+		if err := e.ContentID.Check(); err != nil {
+			return invalid("content_id", err)
+		}
+	} else if len(e.ContentID) > 0 {
+		return invalid("content_id", fmt.Errorf("an event of kind %s has none", e.Kind))
 	}
 	return nil
 }
@@ -59,25 +77,30 @@ type EventResult struct {
 	KEK     KEKID  // protects now
 	Rotated bool   // by this event, now or when it was reported first
 	Reason  string // why it was not
+	Marked  int    // content keys that are in use from now on
 }
 
-// ReportEvent makes a new KEK version where an event calls for one and the
-// standing approval covers it. The next content keys are under that version;
-// nothing is moved to it. What the approval does not cover is no error: it is
+// ReportEvent does what an event calls for. A new batch gets a KEK version
+// where the standing approval covers it: the next content keys are under that,
+// and nothing is moved to it. What the approval does not cover is no error: it is
 // written down, and nothing is done.
 func (c *Custodian) ReportEvent(ctx context.Context, who Caller, ev Event) (EventResult, error) {
 	if err := ev.Check(); err != nil {
 		return EventResult{}, err
 	}
 	d := c.decide(who, ActionReportEvent, Resource{Category: ev.Category})
-	about := ref{category: ev.Category}
+	about := ref{category: ev.Category, contentID: ev.ContentID}
 	var res EventResult
 	err := d.Err
 	if d.Allow {
 		err = c.lookAtClock()
 	}
 	if err == nil {
-		res, err = c.newBatch(ctx, ev, c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, nil))
+		do := c.newBatch
+		if ev.Kind == EventPackaged {
+			do = c.packaged
+		}
+		res, err = do(ctx, ev, c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, nil))
 	}
 	if err != nil {
 		err = deadline(ctx, err)

@@ -144,7 +144,7 @@ func TestOverload(t *testing.T) {
 				if useful < 0.9 {
 					t.Errorf("of what the device can do, %.2f was answered in time: %d good, %d shed, %d late of %d", useful, got.good, got.shed, got.late, got.sent)
 				}
-				if limit := got.sent / 20; got.late > max(limit, int(capacity)/2) {
+				if limit := got.sent / 15; got.late > max(limit, int(capacity)/2) {
 					t.Errorf("%d of %d calls were begun and not answered in time", got.late, got.sent)
 				}
 				if test.times > 1 && got.shed == 0 {

@@ -1,6 +1,7 @@
 package packager
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -25,6 +26,14 @@ const (
 	maxBody = MaxDocumentSize
 	// maxHeader in bytes, of all headers of one request.
 	maxHeader = 16 << 10
+	// smallBody bytes of its request each call under way has room for, which is
+	// more than any that is not a CPIX document of many keys.
+	smallBody = 16 << 10
+	// maxLarge calls at once may have a larger body. It takes six times its
+	// size to read one, so without a bound of their own a few hundred strangers
+	// with a certificate could have the memory of the whole machine.
+	maxLarge  = 8
+	largeWait = 5 * time.Second // for such a place; no longer than Hold
 	// minReply in bytes: net/http would copy a shorter body into a buffer that
 	// nobody wipes, so that is filled up with blanks, which JSON and XML allow.
 	minReply = 2<<10 + 1
@@ -60,6 +69,7 @@ type Server struct {
 	config  Config
 	http    *http.Server
 	places  *rpc.Places
+	large   chan struct{} // one for each of them with a large body
 	calls   sync.WaitGroup
 	signers atomic.Pointer[signers]
 	spekes  atomic.Pointer[SPEKE]
@@ -76,7 +86,7 @@ func NewServer(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{config: c, places: rpc.NewPlaces(rpc.MaxCalls)}
+	s := &Server{config: c, places: rpc.NewPlaces(rpc.MaxCalls), large: make(chan struct{}, maxLarge)}
 	if err := s.SetSigners(c.Signers); err != nil {
 		return nil, fmt.Errorf("packager server: %w", err)
 	}
@@ -137,6 +147,9 @@ type call struct {
 	header   http.Header // of the request
 	body     []byte
 	asked    bool // the domain, which writes down what it answers
+	// Which places it has, until its answer is sent.
+	place func()
+	large bool
 	// began and hold bound the wait for trouble that may pass.
 	began time.Time
 	hold  time.Duration
@@ -169,19 +182,25 @@ func (s *Server) handler(d door) http.Handler {
 		}
 		visit, err := s.config.RPC.Visit(conn.ConnectionState(), d.name, r.Header.Get("X-Request-Id"))
 		c := &call{Visit: visit, category: custodian.CategoryName(r.PathValue("category")), header: r.Header, began: time.Now(), hold: s.config.Hold}
+		defer s.leave(c)
 		var answer reply
 		if err == nil {
 			answer, err = s.answer(ctx, d, c, w, r)
-			if err != nil && !c.asked && !mayPass(err) { // else the domain has written it down, or there was no place
+			if err != nil && !c.asked && !mayPass(err) { // else the domain has written it down, or counted that there was no place
 				err = c.Refused(ctx, c.category, err)
 			}
 		}
 		refusal := c.End(ctx, err)
 		switch {
 		case errors.Is(err, errNoAnswer):
+			s.leave(c)
 			<-ctx.Done()
 			panic(http.ErrAbortHandler) // net/http's way to close a connection
 		case err != nil:
+			if errors.Is(err, errOverload) { // which is not of this caller's making
+				refusal.HTTPStatus = http.StatusServiceUnavailable
+				w.Header().Set("Connection", "close") // or the rest of the body would be read
+			}
 			answer = d.refuse(refusal, err)
 			if refusal.RetryAfter > 0 {
 				w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(refusal.RetryAfter.Seconds()))))
@@ -194,15 +213,17 @@ func (s *Server) handler(d door) http.Handler {
 
 // answer reads the request and has it answered, if there is a place.
 func (s *Server) answer(ctx context.Context, d door, c *call, w http.ResponseWriter, r *http.Request) (reply, error) {
-	leave, err := c.Take(s.places, custodian.ActionIssue)
-	if err != nil {
-		return reply{}, err
+	var err error
+	if c.place, err = c.Take(s.places, custodian.ActionIssue); err != nil {
+		return reply{}, fmt.Errorf("%w: %w", errOverload, err)
 	}
-	defer leave()
 	if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil {
 		return reply{}, err
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	body, err := s.read(ctx, c, http.MaxBytesReader(w, r.Body, maxBody))
+	if errors.Is(err, errOverload) {
+		return reply{}, err
+	}
 	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return reply{}, &custodian.InvalidError{Field: "body", Err: fmt.Errorf("it has more than %d bytes", tooLarge.Limit)}
 	} else if err != nil {
@@ -217,6 +238,38 @@ func (s *Server) answer(ctx context.Context, d door, c *call, w http.ResponseWri
 		return reply{}, &custodian.InvalidError{Field: "category", Err: err}
 	}
 	return d.answer(ctx, c)
+}
+
+// errOverload: there is no place for the call now.
+var errOverload = fmt.Errorf("the front door is full: %w", custodian.ErrRate)
+
+// read reads the body. One that turns out to be large needs a place for that.
+func (s *Server) read(ctx context.Context, c *call, r io.Reader) ([]byte, error) {
+	var body bytes.Buffer
+	if n, err := body.ReadFrom(io.LimitReader(r, smallBody+1)); err != nil || n <= smallBody {
+		return body.Bytes(), err
+	}
+	wait, cancel := context.WithTimeout(ctx, min(largeWait, c.hold))
+	defer cancel()
+	select {
+	case s.large <- struct{}{}:
+		c.large = true
+	case <-wait.Done():
+		return nil, fmt.Errorf("%d requests of more than %d bytes are under way: %w", maxLarge, smallBody, errOverload)
+	}
+	_, err := body.ReadFrom(r)
+	return body.Bytes(), err
+}
+
+// leave gives the call's places back.
+func (s *Server) leave(c *call) {
+	if c.large {
+		<-s.large
+	}
+	if c.place != nil {
+		c.place()
+	}
+	c.place, c.large = nil, false
 }
 
 // issue is Issue of the domain. Trouble that may pass is waited out, as long as
