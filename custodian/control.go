@@ -426,12 +426,12 @@ func (c *Custodian) settle(ctx context.Context) error {
 	}
 	u.stored = true
 	if u.restricts {
-		c.set.Store(u.next)
+		c.publish(u.next)
 	}
 	if _, err := c.record(ctx, u.entry); err != nil {
 		return err
 	}
-	c.set.Store(u.next)
+	c.publish(u.next)
 	c.unsettled = nil
 	return nil
 }

@@ -32,6 +32,7 @@ type Custody interface {
 	KeyPeriods(context.Context, custodian.Caller, custodian.KeyPeriodsRequest) ([]custodian.ContentKey, error)
 	Import(context.Context, custodian.Caller, custodian.ImportRequest) ([]custodian.ImportedKey, error)
 	Export(context.Context, custodian.Caller, custodian.ExportRequest) ([]custodian.ExportedKey, error)
+	CountRefused(who custodian.Caller, what custodian.Action, requestID string, refused error) error
 	Arena() *secret.Arena
 	Ready(context.Context) error
 	CreateCategory(context.Context, custodian.Caller, custodian.CreateCategoryRequest) (custodian.Category, error)
