@@ -111,21 +111,27 @@ func (c *Custodian) ReportEvent(ctx context.Context, who Caller, ev Event) (Even
 	}
 	d := c.decide(who, ActionReportEvent, Resource{Category: ev.Category})
 	about := ref{category: ev.Category, contentID: ev.ContentID}
+	e := c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, nil)
 	var res EventResult
+	var begun *attempt
 	err := d.Err
 	if d.Allow {
 		err = c.lookAtClock()
 	}
-	if err == nil {
-		do := c.newBatch
-		if ev.Kind == EventPackaged {
-			do = c.packaged
-		}
-		res, err = do(ctx, ev, c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, nil))
+	switch {
+	case err != nil:
+	case ev.Kind == EventPackaged:
+		res, err = c.packaged(ctx, ev, e)
+	default:
+		res, begun, err = c.newBatch(ctx, ev, e)
 	}
 	if err != nil {
 		err = deadline(ctx, err)
-		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, err)); aerr != nil {
+		failed := c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, err)
+		if begun != nil {
+			failed.Action = actionRotateKEK
+		}
+		if _, aerr := c.record(ctx, c.fail(begun, failed)); aerr != nil {
 			return EventResult{}, errors.Join(aerr, err)
 		}
 		return EventResult{}, err
@@ -145,33 +151,39 @@ func (c *Custodian) revokeByEvent(ctx context.Context, who Caller, ev Event) err
 }
 
 // newBatch makes the version of an event. The rotation's record is what the
-// event is known by when it is repeated.
-func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (EventResult, error) {
+// event is known by when it is repeated. The attempt is returned where it came to
+// one.
+func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (EventResult, *attempt, error) {
 	set := c.set.Load()
 	cat, ok := set.categories[ev.Category]
 	if !ok {
-		return EventResult{}, fmt.Errorf("category %s: %w", ev.Category, ErrCategoryNotFound)
+		return EventResult{}, nil, fmt.Errorf("category %s: %w", ev.Category, ErrCategoryNotFound)
 	}
 	res := EventResult{KEK: KEKID{cat.Name, cat.ActiveKEK}}
 	if _, done := set.ordered(ev.ID); done {
 		res.Rotated = true
-		return res, nil
+		return res, nil, nil
 	}
-	if res.Reason = set.holdsBack(c.events, cat, c.now()); res.Reason != "" {
+	if res.Reason = set.holdsBack(set.standing(c.events, cat.Name), cat, c.now()); res.Reason != "" {
 		e.Detail = "no new version: " + res.Reason
 		_, err := c.record(ctx, e)
-		return res, err
+		return res, nil, err
+	}
+	e.Action, e.Detail = actionRotateKEK, string(ev.Kind)
+	begun, err := c.begin(ctx, e)
+	if err != nil {
+		return res, nil, err
 	}
 	kek, err := c.newKEK(ctx, set, KEKID{cat.Name, set.nextKEK(cat.Name)}, cat.Providers)
 	if err != nil {
-		return res, err
+		return res, begun, err
 	}
 	err = c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
 		cat := old.categories[ev.Category]
 		if _, done := old.ordered(ev.ID); done || old.nextKEK(cat.Name) != kek.ID.Version {
 			return change{}, fmt.Errorf("category %s: its KEK changed meanwhile; report the event again: %w", cat.Name, ErrStoreUnavailable)
 		}
-		if why := old.holdsBack(c.events, cat, now); why != "" {
+		if why := old.holdsBack(old.standing(c.events, cat.Name), cat, now); why != "" {
 			return change{}, fmt.Errorf("category %s: %s: %w", cat.Name, why, ErrStoreUnavailable)
 		}
 		pred := old.keks[KEKID{cat.Name, cat.ActiveKEK}]
@@ -179,19 +191,22 @@ func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (Even
 			RequestID: ev.ID, StartTime: now, StepTime: now, HoldUntil: now, Revision: 1}
 		pred.State, pred.DeactivateTime, pred.Revision = StateDeactivated, now, pred.Revision+1
 		cat.ActiveKEK, cat.Revision = r.To, cat.Revision+1
-		e.Action, e.KeyVersion, e.Detail = "kek.rotate", kek.ID.String(), string(ev.Kind)
-		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek), rotationRecord(r)}, entry: e}, nil
+		e.KeyVersion = kek.ID.String()
+		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek), rotationRecord(r)}, entry: begun.end(e)}, nil
 	})
 	if err == nil {
 		res.KEK, res.Rotated = kek.ID, true
 	}
-	return res, err
+	return res, begun, err
 }
 
 // holdsBack says why the standing approval does not cover one more version of
 // a category's KEK at now, or "".
 func (s *controlSet) holdsBack(l EventLimits, cat Category, now time.Time) string {
 	if l.DailyCap == 0 {
+		if s.authority != nil {
+			return fmt.Sprintf("there is no standing approval: a plan of kind %s gives it", KindCategoryPolicy)
+		}
 		return "there is no standing approval (events.daily_cap is 0)"
 	}
 	for name, r := range s.rotations {
