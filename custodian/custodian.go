@@ -144,6 +144,9 @@ type Custodian struct {
 
 	joined    atomic.Pointer[joinedPolicy] // what policyOf found last
 	finishing sync.Mutex                   // held while executed ceremonies are finished: nothing is ordered twice
+	// workLists are what ceremonies have left to do of content, by their IDs.
+	// finishing guards it.
+	workLists map[string][]contentItem
 
 	// budgetMu guards the map below.
 	budgetMu sync.Mutex
@@ -202,7 +205,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events,
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, workLists: map[string][]contentItem{}, rotations: newRotations(), events: cfg.Events,
 		hot: hot, gate: admission.New(cfg.ReleaseDeadline, time.Now) /* the clock of contexts */}
 	if cfg.RotationRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)

@@ -37,6 +37,9 @@ type Custody interface {
 	Ready(context.Context) error
 	CreateCategory(context.Context, custodian.Caller, custodian.CreateCategoryRequest) (custodian.Category, error)
 	SetCategoryMode(context.Context, custodian.Caller, custodian.SetModeRequest) (custodian.Category, error)
+	FreezeCaller(context.Context, custodian.Caller, custodian.FreezeCallerRequest) (custodian.FrozenCaller, error)
+	LiftCaller(context.Context, custodian.Caller, custodian.FreezeCallerRequest) (custodian.FrozenCaller, error)
+	FrozenCallers(context.Context, custodian.Caller) ([]custodian.FrozenCaller, error)
 	SetProviders(context.Context, custodian.Caller, custodian.SetProvidersRequest) (custodian.RewrapStatus, error)
 	Reencrypt(context.Context, custodian.Caller, custodian.ReencryptRequest) (custodian.RewrapStatus, error)
 	Rewraps(context.Context, custodian.Caller) ([]custodian.RewrapStatus, error)
