@@ -103,6 +103,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if err := c.anchored(); err != nil {
 		return nil, err
 	}
+	defer c.freezeBroken(ctx)
 	var err error
 	if req.recipient, err = c.policy.Load().recipient(who, req.RecipientKeyID); err != nil {
 		return nil, err
