@@ -3,7 +3,9 @@ package custodian
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
+	"sync"
 
 	"github.com/keycustody/custodian/internal/audit"
 )
@@ -13,9 +15,66 @@ import (
 // makes, or written by itself.
 type attempt struct{ index uint64 }
 
+// administer does an administrative action, unless err says what stands against
+// it: it writes that the action begins, does it, and sees to it that the log has
+// its end, whatever comes of it. do gets the entry of the end: a change has it
+// as its own, and where do has not written it, administer does. What stops a
+// caller is not held up by a log that cannot be written: then nothing is
+// released either, but it is to hold when that has passed.
+func (c *Custodian) administer(ctx context.Context, d Decision, e audit.Entry, err error, do func(end audit.Entry) error) error {
+	var begun *attempt
+	if err == nil {
+		if begun, err = c.begin(ctx, e); e.Action == actionCallerFrozen {
+			err = nil
+		}
+	}
+	if err == nil {
+		err = do(begun.end(e))
+	}
+	if err == nil {
+		if begun != nil && c.attempts.has(begun.index) {
+			_, err = c.record(ctx, begun.end(e))
+		}
+		return err
+	}
+	err = deadline(ctx, err)
+	if _, aerr := c.record(ctx, c.fail(begun, judged(e, d, err))); aerr != nil {
+		return errors.Join(aerr, err)
+	}
+	return err
+}
+
+// attempts are those of this process that have no end in the log yet.
+type attempts struct {
+	mu   sync.Mutex
+	open map[uint64]bool
+}
+
+// note takes in what was just written.
+func (a *attempts) note(entries []audit.Entry, receipts []audit.Receipt) {
+	for i := range entries {
+		switch e := &entries[i]; {
+		case e.Outcome == audit.Begun:
+			a.mu.Lock()
+			a.open[receipts[i].Index] = true
+			a.mu.Unlock()
+		case e.HasAttempt:
+			a.mu.Lock()
+			delete(a.open, e.Attempt)
+			a.mu.Unlock()
+		}
+	}
+}
+
+func (a *attempts) has(index uint64) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.open[index]
+}
+
 // begin writes that an administrative action begins. It comes before the first
-// thing that the action does, and after all that can refuse it: what is refused
-// has not begun.
+// thing that the action does, and after authority and clock have allowed it:
+// what they refuse has not begun.
 func (c *Custodian) begin(ctx context.Context, e audit.Entry) (*attempt, error) {
 	e.Outcome, e.Reason, e.Priority = audit.Begun, "", true
 	receipts, err := c.record(ctx, e)
@@ -34,12 +93,15 @@ func (a *attempt) end(e audit.Entry) audit.Entry {
 	return e
 }
 
-// fail makes e the entry of an attempt that failed, unless its change may still
-// come to an end: that has an entry of its own.
+// fail makes e the entry of an attempt that failed, unless it has an end
+// already, or its change may still come to one: that has an entry of its own.
 func (c *Custodian) fail(a *attempt, e audit.Entry) audit.Entry {
 	c.controlMu.Lock()
 	defer c.controlMu.Unlock()
-	if u := c.unsettled; u != nil && a != nil && u.entry.HasAttempt && u.entry.Attempt == a.index {
+	if a == nil || !c.attempts.has(a.index) {
+		return e
+	}
+	if u := c.unsettled; u != nil && u.entry.HasAttempt && u.entry.Attempt == a.index {
 		return e
 	}
 	return a.end(e)
@@ -58,15 +120,24 @@ func (l *Logged) visitAttempt(e *audit.Entry) {
 	}
 }
 
+// ReasonInterrupted is what the end of an attempt says that the next start wrote:
+// nobody saw how it ended.
+const ReasonInterrupted = "INTERRUPTED"
+
 // endAttempts writes the end of what had begun when the last run ended: it is
 // not known how far it came. What it changed in the control set has an entry of
 // its own, and then this is not called for it.
 func (c *Custodian) endAttempts(ctx context.Context, begun map[uint64]audit.Entry) error {
 	var entries []audit.Entry
 	for index, b := range begun {
-		e := audit.Entry{Action: b.Action, Outcome: audit.Failed, Reason: "INTERRUPTED", Caller: b.Caller, Role: b.Role, RequestID: b.RequestID,
-			Category: b.Category, KeyVersion: b.KeyVersion, ControlRevision: c.set.Load().head.Revision,
-			Detail: "the daemon ended before it was done (written by the next start)"}
+		e := audit.Entry{Action: b.Action, Outcome: audit.Failed, Reason: ReasonInterrupted, Caller: b.Caller, Role: b.Role, RequestID: b.RequestID,
+			Category: b.Category, ContentID: b.ContentID, KeyVersion: b.KeyVersion, Detail: "the daemon ended before it was done (written by the next start)"}
+		if b.Detail != "" {
+			e.Detail = b.Detail + ": " + e.Detail
+		}
+		if set := c.set.Load(); set != nil { // an init has none
+			e.ControlRevision = set.head.Revision
+		}
 		entries = append(entries, (&attempt{index}).end(e))
 	}
 	if len(entries) == 0 {

@@ -113,7 +113,7 @@ func TestAuditEntries(t *testing.T) {
 		{"status, denied", func() error { _, err := w.c.Status(ctx, packager); return err }, custodian.ErrDenied, []string{"status.read denied DENIED packager"}},
 		{"backup", func() error { return w.c.Backup(ctx, operator, id.Recipient().String(), new(bytes.Buffer)) }, nil, []string{"backup begun operator operator", "backup allowed operator operator"}},
 		{"backup, denied", func() error { return w.c.Backup(ctx, officer, id.Recipient().String(), nil) }, custodian.ErrDenied, []string{"backup denied DENIED officer"}},
-		{"policy", func() error { return w.c.SetPolicy(ctx, testPolicy(t)) }, nil, []string{"policy.load allowed"}},
+		{"policy", func() error { return w.c.SetPolicy(ctx, testPolicy(t)) }, nil, []string{"policy.load begun", "policy.load allowed"}},
 	} {
 		from := w.log.Size()
 		wantErr(t, test.what, test.do(), test.err)

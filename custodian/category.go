@@ -107,6 +107,10 @@ func (c *Custodian) newKEK(ctx context.Context, set *controlSet, id KEKID, provi
 	return KEK{ID: id, State: StateActive, CreateTime: now, Wrapped: w, Reserved: 1 /* the canary */, Revision: 1}, nil
 }
 
+// actionRotateKEK is what the audit log calls a new KEK version, to which
+// nothing is moved.
+const actionRotateKEK = "kek.rotate"
+
 // rotateKEK gives a category the KEK version to in one change: successor
 // ACTIVE, predecessor DEACTIVATED. Keys under the predecessor go on opening.
 func (c *Custodian) rotateKEK(ctx context.Context, name CategoryName, from, to uint32, cause string) error {
@@ -115,7 +119,7 @@ func (c *Custodian) rotateKEK(ctx context.Context, name CategoryName, from, to u
 	if !ok {
 		return fmt.Errorf("category %s: %w", name, ErrCategoryNotFound)
 	}
-	e := audit.Entry{Action: "kek.rotate", Outcome: audit.Allowed, Category: string(name), KeyVersion: KEKID{name, to}.String(), ControlRevision: set.head.Revision, Detail: cause}
+	e := audit.Entry{Action: actionRotateKEK, Outcome: audit.Allowed, Category: string(name), KeyVersion: KEKID{name, to}.String(), ControlRevision: set.head.Revision, Detail: cause}
 	begun, err := c.begin(ctx, e)
 	if err != nil {
 		return err

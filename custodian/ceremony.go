@@ -1,6 +1,7 @@
 package custodian
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -167,22 +168,42 @@ func (c *Custodian) ceremonyEntry(who Caller, d Decision, a Action, requestID, i
 	return e
 }
 
-// refuseCeremony writes a refused attempt to the audit log, and returns err.
-func (c *Custodian) refuseCeremony(ctx context.Context, who Caller, d Decision, a Action, requestID, id string, err error) error {
+// refuseCeremony writes to the audit log that an act was refused, or where it
+// had begun that it failed, and returns err.
+func (c *Custodian) refuseCeremony(ctx context.Context, who Caller, d Decision, a Action, requestID, id string, begun *attempt, err error) error {
 	err = deadline(ctx, err)
-	if _, aerr := c.record(ctx, c.ceremonyEntry(who, d, a, requestID, id, "", err)); aerr != nil {
+	if _, aerr := c.record(ctx, c.fail(begun, c.ceremonyEntry(who, d, a, requestID, id, "", err))); aerr != nil {
 		return errors.Join(aerr, err)
 	}
 	return err
+}
+
+// act makes a change of a ceremony. The audit log has it before it begins, too.
+// build makes the change; it may run twice: what it refuses has not begun. The
+// attempt is returned where it came to one.
+func (c *Custodian) act(ctx context.Context, build func(old *controlSet, now time.Time) (change, error)) (*attempt, error) {
+	would, err := build(c.set.Load(), c.now())
+	if err != nil {
+		return nil, err
+	}
+	begun, err := c.begin(ctx, would.entry)
+	if err != nil {
+		return nil, err
+	}
+	return begun, c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+		ch, err := build(old, now)
+		ch.entry = begun.end(ch.entry)
+		return ch, err
+	})
 }
 
 // ProposeCeremony checks a plan against what is there, and records it for the
 // officers. With rehearse it records nothing.
 func (c *Custodian) ProposeCeremony(ctx context.Context, who Caller, text []byte, requestID string, rehearse bool) (CeremonyInfo, Rehearsal, error) {
 	d := c.decide(who, ActionPropose, Resource{})
-	x, r, err := c.propose(ctx, who, d, text, requestID, rehearse)
+	x, r, begun, err := c.propose(ctx, who, d, text, requestID, rehearse)
 	if err != nil {
-		return CeremonyInfo{}, r, c.refuseCeremony(ctx, who, d, ActionPropose, requestID, "new", err)
+		return CeremonyInfo{}, r, c.refuseCeremony(ctx, who, d, ActionPropose, requestID, cmp.Or(x.ID, "new"), begun, err)
 	}
 	if rehearse {
 		return CeremonyInfo{}, r, nil
@@ -191,29 +212,29 @@ func (c *Custodian) ProposeCeremony(ctx context.Context, who Caller, text []byte
 	return info, r, err
 }
 
-func (c *Custodian) propose(ctx context.Context, who Caller, d Decision, text []byte, requestID string, rehearse bool) (Ceremony, Rehearsal, error) {
+func (c *Custodian) propose(ctx context.Context, who Caller, d Decision, text []byte, requestID string, rehearse bool) (Ceremony, Rehearsal, *attempt, error) {
 	if !d.Allow {
-		return Ceremony{}, Rehearsal{}, d.Err
+		return Ceremony{}, Rehearsal{}, nil, d.Err
 	}
 	p, err := ParsePlan(text)
 	if err != nil {
-		return Ceremony{}, Rehearsal{}, err
+		return Ceremony{}, Rehearsal{}, nil, err
 	}
 	if err := c.lookAtClock(); err != nil {
-		return Ceremony{}, Rehearsal{}, err
+		return Ceremony{}, Rehearsal{}, nil, err
 	}
 	set := c.set.Load()
 	r, err := c.rehearse(ctx, set, p)
 	if err != nil || rehearse {
-		return Ceremony{}, r, err
+		return Ceremony{}, r, nil, err
 	}
 	x := Ceremony{Plan: string(p.Canonical()), State: CeremonyProposed, Proposer: who.ID, ProposeTime: c.now(), FirstEntry: c.audit.Size(),
 		Basis: set.basis(p), Needed: r.Needed, Revision: 1}
 	if err := c.hsm.Random(ctx, x.Nonce[:]); err != nil {
-		return x, r, err
+		return x, r, nil, err
 	}
 	x.ID = hex.EncodeToString(x.Nonce[:8])
-	err = c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+	begun, err := c.act(ctx, func(old *controlSet, now time.Time) (change, error) {
 		if _, twice := old.ceremonies[x.ID]; twice {
 			return change{}, fmt.Errorf("ceremony %s: the token has drawn this nonce before: %w", x.ID, ErrHSMUnavailable)
 		}
@@ -232,7 +253,7 @@ func (c *Custodian) propose(ctx context.Context, who Caller, d Decision, text []
 		e := c.ceremonyEntry(who, d, ActionPropose, requestID, x.ID, fmt.Sprintf("%s, plan %x, expires %s, needs %d approvals", p.Kind, digest, p.Expires, x.Needed), nil)
 		return change{put: []ControlRecord{ceremonyRecord(x)}, entry: e}, nil
 	})
-	return x, r, err
+	return x, r, begun, err
 }
 
 // rehearse runs every check of a plan and says what it would change.
@@ -350,8 +371,9 @@ func (c *Custodian) signed(ctx context.Context, who Caller, a Action, req Approv
 		err = c.lookAtClock()
 	}
 	var x Ceremony
+	var begun *attempt
 	if err == nil {
-		err = c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+		begun, err = c.act(ctx, func(old *controlSet, now time.Time) (change, error) {
 			var p *Plan
 			var err error
 			if x, p, err = old.openCeremony(req.ID, now); err != nil {
@@ -367,7 +389,7 @@ func (c *Custodian) signed(ctx context.Context, who Caller, a Action, req Approv
 		})
 	}
 	if err != nil {
-		return CeremonyInfo{}, c.refuseCeremony(ctx, who, d, a, req.RequestID, req.ID, err)
+		return CeremonyInfo{}, c.refuseCeremony(ctx, who, d, a, req.RequestID, req.ID, begun, err)
 	}
 	return c.describeCeremony(c.set.Load(), x)
 }
@@ -431,11 +453,12 @@ func (c *Custodian) ExecuteCeremony(ctx context.Context, who Caller, id, request
 	if d.Allow {
 		err = c.lookAtClock()
 	}
+	var begun *attempt
 	if err == nil {
-		err = c.execute(ctx, who, d, id, requestID)
+		begun, err = c.execute(ctx, who, d, id, requestID)
 	}
 	if err != nil {
-		return CeremonyInfo{}, c.refuseCeremony(ctx, who, d, ActionExecute, requestID, id, err)
+		return CeremonyInfo{}, c.refuseCeremony(ctx, who, d, ActionExecute, requestID, id, begun, err)
 	}
 	// What has taken effect is not taken back: if its end cannot be proved and
 	// written down now, Tick does it later.
@@ -446,24 +469,24 @@ func (c *Custodian) ExecuteCeremony(ctx context.Context, who Caller, id, request
 	return c.describeCeremony(set, set.ceremonies[id])
 }
 
-func (c *Custodian) execute(ctx context.Context, who Caller, d Decision, id, requestID string) error {
+func (c *Custodian) execute(ctx context.Context, who Caller, d Decision, id, requestID string) (*attempt, error) {
 	set := c.set.Load()
 	x, p, err := set.openCeremony(id, c.now())
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := x.ready(set, p, c.now()); err != nil {
-		return err
+		return nil, err
 	}
 	r := Rehearsal{}
 	if err := kinds[p.Kind].check(ctx, c, set, p, &r); err != nil {
-		return err
+		return nil, err
 	}
 	before, err := c.snapshot(ctx, set, x, p)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	err = c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+	begun, err := c.act(ctx, func(old *controlSet, now time.Time) (change, error) {
 		if x, p, err = old.openCeremony(id, now); err != nil {
 			return change{}, err
 		}
@@ -484,7 +507,7 @@ func (c *Custodian) execute(ctx context.Context, who Caller, d Decision, id, req
 	if err == nil && kinds[p.Kind].applied != nil {
 		kinds[p.Kind].applied(c)
 	}
-	return err
+	return begun, err
 }
 
 // ready says why a ceremony cannot be executed, or nil.

@@ -128,8 +128,9 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
-	uses   *tokenUses // of licence tokens
-	ledger *ledger    // of budgets
+	uses     *tokenUses // of licence tokens
+	ledger   *ledger    // of budgets
+	attempts attempts
 
 	joined    atomic.Pointer[joinedPolicy] // what policyOf found last
 	finishing sync.Mutex                   // held while executed ceremonies are finished: nothing is ordered twice
@@ -187,6 +188,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if cfg.RotationRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)
 	}
+	c.attempts.open = map[uint64]bool{}
 	c.policy.Store(cfg.Policy)
 	c.started = cfg.Now()
 	c.uses = newTokenUses(cfg.Logged.tokens, c.now())
@@ -211,10 +213,16 @@ func (c *Custodian) SetPolicy(ctx context.Context, p *Policy) error {
 	if err := c.refusePolicy(ctx, p); err != nil {
 		return err
 	}
-	if _, err := c.record(ctx, audit.Entry{Action: "policy.load", Outcome: audit.Allowed, ControlRevision: c.set.Load().head.Revision, Detail: "policy " + hex.EncodeToString(d[:])}); err != nil {
+	e := audit.Entry{Action: "policy.load", Outcome: audit.Allowed, ControlRevision: c.set.Load().head.Revision, Detail: "policy " + hex.EncodeToString(d[:])}
+	begun, err := c.begin(ctx, e)
+	if err != nil {
 		return err
 	}
-	c.policy.Store(p)
+	was := c.policy.Swap(p)
+	if _, err := c.record(ctx, begun.end(e)); err != nil {
+		c.policy.Store(was) // what is not written down is not in force
+		return err
+	}
 	return nil
 }
 
@@ -244,6 +252,11 @@ func (c *Custodian) entry(set *controlSet, who Caller, d Decision, a Action, req
 	if !r.kid.IsZero() {
 		e.KID = r.kid[:]
 	}
+	return judged(e, d, err)
+}
+
+// judged adds the outcome that follows from a decision and from err.
+func judged(e audit.Entry, d Decision, err error) audit.Entry {
 	switch {
 	case err == nil:
 		e.Outcome = audit.Allowed
@@ -279,6 +292,7 @@ func (c *Custodian) record(ctx context.Context, entries ...audit.Entry) ([]audit
 		}
 		return nil, fmt.Errorf("audit: %w: %w", err, ErrAuditBlocked)
 	}
+	c.attempts.note(entries, receipts)
 	return receipts, nil
 }
 

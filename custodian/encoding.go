@@ -27,6 +27,10 @@ const (
 	formRotation   = 10
 	formRewrap     = 9
 	formVersion    = 1
+	// formPackaged is the version of the form of a content key that is packaged:
+	// it has the time of that at the end. Others stay as they were, so what is
+	// sealed over them stays valid.
+	formPackaged = 2
 )
 
 var errEncoding = errors.New("malformed encoding")
@@ -90,9 +94,11 @@ type decoder struct {
 	err error
 }
 
-func newDecoder(form byte, b []byte) *decoder {
+func newDecoder(form byte, b []byte) *decoder { return newDecoderOf(form, formVersion, b) }
+
+func newDecoderOf(form, version byte, b []byte) *decoder {
 	d := &decoder{b: b}
-	if len(b) < 2 || b[0] != form || b[1] != formVersion {
+	if len(b) < 2 || b[0] != form || b[1] != version {
 		d.fail()
 		return d
 	}
@@ -229,12 +235,20 @@ func EncodeContentKey(k ContentKey) []byte {
 	e.uint(k.Revision)
 	e.uint(uint64(k.Fingerprint.Version))
 	e.raw(k.Fingerprint.MAC[:])
+	if !k.PackagedTime.IsZero() {
+		e.b[1] = formPackaged
+		e.time(k.PackagedTime)
+	}
 	return e.b
 }
 
 // DecodeContentKey reads a body. The result shares memory with it.
 func DecodeContentKey(b []byte) (ContentKey, error) {
-	d := newDecoder(formContentKey, b)
+	version := byte(formVersion)
+	if len(b) > 1 && b[1] == formPackaged {
+		version = formPackaged
+	}
+	d := newDecoderOf(formContentKey, version, b)
 	var k ContentKey
 	k.Category = CategoryName(d.str())
 	k.ContentID = d.bytes()
@@ -258,6 +272,11 @@ func DecodeContentKey(b []byte) (ContentKey, error) {
 	k.Revision = d.uint()
 	k.Fingerprint.Version = d.uint32()
 	k.Fingerprint.MAC = d.array16()
+	if version == formPackaged {
+		if k.PackagedTime = d.time(); k.PackagedTime.IsZero() {
+			d.fail()
+		}
+	}
 	return k, d.done("content key")
 }
 

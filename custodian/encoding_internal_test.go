@@ -60,7 +60,7 @@ var forms = map[byte]form{
 	formContentKey: formOf("content key", DecodeContentKey, EncodeContentKey, ContentKey{
 		NaturalKey: NaturalKey{Category: "movies", ContentID: []byte("film\x00\xff"), TrackType: "UHD1", Scheme: SchemeCBCS, HasPeriod: true, Period: math.MaxUint32, Generation: 2},
 		KID:        KID{1, 2, 3}, IV: bytesOf(16, 9), PeriodStart: sampleTime, PeriodEnd: sampleTime.Add(time.Hour), Origin: OriginImported,
-		KEK: KEKID{"movies", 4}, BirthKEK: 3, CreateTime: sampleTime, Revision: math.MaxUint64, Fingerprint: Fingerprint{128, [16]byte{7}}}),
+		KEK: KEKID{"movies", 4}, BirthKEK: 3, CreateTime: sampleTime, PackagedTime: sampleTime.Add(2), Revision: math.MaxUint64, Fingerprint: Fingerprint{128, [16]byte{7}}}),
 	formMEK: formOf("mek", decodeMEK, encodeMEK, MEK{Version: 1, Label: "mek-v1", ID: [16]byte{1}, Profile: ProfileSealed, State: StateActive,
 		CreateTime: sampleTime, EndTime: sampleTime.Add(MEKPeriod), Canary: bytesOf(48, 2), TokenSerial: "0123", Revision: 1}),
 	formKEK: formOf("kek", decodeKEK, encodeKEK, KEK{ID: KEKID{"movies", 4}, State: StateDeactivated, CreateTime: sampleTime, DeactivateTime: sampleTime.Add(1),
@@ -136,7 +136,11 @@ func TestEncodingRoundTrip(t *testing.T) {
 			if err != nil || !reflect.DeepEqual(got, v) || !bytes.Equal(again, b) {
 				t.Errorf("%s: got %+v and %v, want %+v", f.name, got, err, v)
 			}
-			if b[0] != first || b[1] != formVersion {
+			version := byte(formVersion)
+			if k, ok := v.(ContentKey); ok && !k.PackagedTime.IsZero() {
+				version = formPackaged
+			}
+			if b[0] != first || b[1] != version {
 				t.Errorf("%s: begins with %x", f.name, b[:2])
 			}
 			for n := range b {
@@ -186,6 +190,9 @@ func TestEncodingGolden(t *testing.T) {
 		f := forms[first]
 		fmt.Fprintf(&got, "%s, empty: %x\n%s, full: %x\n", f.name, encodeAny(t, f.empty), f.name, encodeAny(t, f.full))
 	}
+	unpackaged := forms[formContentKey].full.(ContentKey)
+	unpackaged.PackagedTime = time.Time{}
+	fmt.Fprintf(&got, "content key, not packaged: %x\n", EncodeContentKey(unpackaged))
 	store := [16]byte{0xaa}
 	fmt.Fprintf(&got, "mac input: %x\n", macInput(store, ControlRecord{Kind: ControlKEK, Name: "movies/4", Body: []byte("body"), MACVersion: 300}))
 	fmt.Fprintf(&got, "associated data: %x\n", associatedData(store, []byte("body")))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
@@ -25,16 +26,26 @@ type EventLimits struct {
 // An EventKind is what has happened.
 type EventKind string
 
-// EventNewBatch: new content is about to be packaged, and its keys get a KEK
-// version of their own.
-const EventNewBatch EventKind = "new-batch"
+// The kinds. None of them is a compromise: that is the officers' to say.
+const (
+	// EventNewBatch: new content is about to be packaged, and its keys get a KEK
+	// version of their own.
+	EventNewBatch EventKind = "new-batch"
+	// EventPackaged: a content item was packaged. Its keys are in use, and their
+	// re-issue window closes.
+	EventPackaged EventKind = "packaged"
+)
 
-// An Event may call for a new KEK version. One that is reported again is the
-// same event.
+// EventKinds are all of them.
+var EventKinds = []EventKind{EventNewBatch, EventPackaged}
+
+// An Event is something that happened elsewhere. One that is reported again is
+// the same event, and has the same effect once.
 type Event struct {
-	ID       string
-	Kind     EventKind
-	Category CategoryName
+	ID        string
+	Kind      EventKind
+	Category  CategoryName
+	ContentID ContentID // of EventPackaged
 }
 
 // Check says what is wrong with the event, or nil.
@@ -45,11 +56,18 @@ func (e Event) Check() error {
 	if err := checkText(e.ID, MaxRequestIDSize); err != nil {
 		return invalid("event_id", err)
 	}
-	if e.Kind != EventNewBatch {
-		return invalid("kind", fmt.Errorf("%q: must be %s", e.Kind, EventNewBatch))
+	if !slices.Contains(EventKinds, e.Kind) {
+		return invalid("kind", fmt.Errorf("%.40q: must be one of %v", string(e.Kind), EventKinds))
 	}
 	if err := e.Category.Check(); err != nil {
 		return invalid("category", err)
+	}
+	if e.Kind == EventPackaged {
+		if err := e.ContentID.Check(); err != nil {
+			return invalid("content_id", err)
+		}
+	} else if len(e.ContentID) > 0 {
+		return invalid("content_id", fmt.Errorf("an event of kind %s has none", e.Kind))
 	}
 	return nil
 }
@@ -59,29 +77,40 @@ type EventResult struct {
 	KEK     KEKID  // protects now
 	Rotated bool   // by this event, now or when it was reported first
 	Reason  string // why it was not
+	Marked  int    // content keys that are in use from now on
 }
 
-// ReportEvent makes a new KEK version where an event calls for one and the
-// standing approval covers it. The next content keys are under that version;
-// nothing is moved to it. What the approval does not cover is no error: it is
+// ReportEvent does what an event calls for. A new batch gets a KEK version
+// where the standing approval covers it: the next content keys are under that,
+// and nothing is moved to it. What the approval does not cover is no error: it is
 // written down, and nothing is done.
 func (c *Custodian) ReportEvent(ctx context.Context, who Caller, ev Event) (EventResult, error) {
 	if err := ev.Check(); err != nil {
 		return EventResult{}, err
 	}
 	d := c.decide(who, ActionReportEvent, Resource{Category: ev.Category})
-	about := ref{category: ev.Category}
+	about := ref{category: ev.Category, contentID: ev.ContentID}
+	e := c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, nil)
 	var res EventResult
+	var begun *attempt
 	err := d.Err
 	if d.Allow {
 		err = c.lookAtClock()
 	}
-	if err == nil {
-		res, err = c.newBatch(ctx, ev, c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, nil))
+	switch {
+	case err != nil:
+	case ev.Kind == EventPackaged:
+		res, err = c.packaged(ctx, ev, e)
+	default:
+		res, begun, err = c.newBatch(ctx, ev, e)
 	}
 	if err != nil {
 		err = deadline(ctx, err)
-		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, err)); aerr != nil {
+		failed := c.entry(c.set.Load(), who, d, ActionReportEvent, ev.ID, about, err)
+		if begun != nil {
+			failed.Action = actionRotateKEK
+		}
+		if _, aerr := c.record(ctx, c.fail(begun, failed)); aerr != nil {
 			return EventResult{}, errors.Join(aerr, err)
 		}
 		return EventResult{}, err
@@ -90,26 +119,32 @@ func (c *Custodian) ReportEvent(ctx context.Context, who Caller, ev Event) (Even
 }
 
 // newBatch makes the version of an event. The rotation's record is what the
-// event is known by when it is repeated.
-func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (EventResult, error) {
+// event is known by when it is repeated. The attempt is returned where it came to
+// one.
+func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (EventResult, *attempt, error) {
 	set := c.set.Load()
 	cat, ok := set.categories[ev.Category]
 	if !ok {
-		return EventResult{}, fmt.Errorf("category %s: %w", ev.Category, ErrCategoryNotFound)
+		return EventResult{}, nil, fmt.Errorf("category %s: %w", ev.Category, ErrCategoryNotFound)
 	}
 	res := EventResult{KEK: KEKID{cat.Name, cat.ActiveKEK}}
 	if _, done := set.ordered(ev.ID); done {
 		res.Rotated = true
-		return res, nil
+		return res, nil, nil
 	}
 	if res.Reason = set.holdsBack(c.events, cat, c.now()); res.Reason != "" {
 		e.Detail = "no new version: " + res.Reason
 		_, err := c.record(ctx, e)
-		return res, err
+		return res, nil, err
+	}
+	e.Action, e.Detail = actionRotateKEK, string(ev.Kind)
+	begun, err := c.begin(ctx, e)
+	if err != nil {
+		return res, nil, err
 	}
 	kek, err := c.newKEK(ctx, set, KEKID{cat.Name, set.nextKEK(cat.Name)}, cat.Providers)
 	if err != nil {
-		return res, err
+		return res, begun, err
 	}
 	err = c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
 		cat := old.categories[ev.Category]
@@ -124,13 +159,13 @@ func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (Even
 			RequestID: ev.ID, StartTime: now, StepTime: now, HoldUntil: now, Revision: 1}
 		pred.State, pred.DeactivateTime, pred.Revision = StateDeactivated, now, pred.Revision+1
 		cat.ActiveKEK, cat.Revision = r.To, cat.Revision+1
-		e.Action, e.KeyVersion, e.Detail = "kek.rotate", kek.ID.String(), string(ev.Kind)
-		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek), rotationRecord(r)}, entry: e}, nil
+		e.KeyVersion = kek.ID.String()
+		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek), rotationRecord(r)}, entry: begun.end(e)}, nil
 	})
 	if err == nil {
 		res.KEK, res.Rotated = kek.ID, true
 	}
-	return res, err
+	return res, begun, err
 }
 
 // holdsBack says why the standing approval does not cover one more version of

@@ -54,19 +54,106 @@ func TestReportEvent(t *testing.T) {
 	report("in the hold of a rotation", batch, 5, false, r.Name()+" is at HOLD")
 	w.whole()
 
+	w.category("series")
 	for name, c := range map[string]struct {
 		who  custodian.Caller
 		ev   custodian.Event
 		want error
 	}{
-		"no ID":            {packager, custodian.Event{Kind: custodian.EventNewBatch, Category: "movies"}, custodian.ErrInvalid},
-		"unknown kind":     {packager, custodian.Event{ID: "x", Kind: "compromise", Category: "movies"}, custodian.ErrInvalid},
-		"unknown category": {packager, custodian.Event{ID: "x", Kind: custodian.EventNewBatch, Category: "none"}, custodian.ErrCategoryNotFound},
-		"provider":         {provider, batch, custodian.ErrDenied},
+		"packaged, no content":     {packager, custodian.Event{ID: "x", Kind: custodian.EventPackaged, Category: "movies"}, custodian.ErrInvalid},
+		"packaged, no keys":        {packager, packagedEvent("x", "movies", "nothing"), custodian.ErrKeyNotFound},
+		"packaged, other category": {packager, packagedEvent("x", "series", "before-0"), custodian.ErrContentCategory},
+		"packaged, provider":       {provider, packagedEvent("x", "movies", "before"), custodian.ErrDenied},
+		"not its category":         {source, packagedEvent("x", "series", "before"), custodian.ErrDenied},
+		"no ID":                    {packager, custodian.Event{Kind: custodian.EventNewBatch, Category: "movies"}, custodian.ErrInvalid},
+		"unknown kind":             {packager, custodian.Event{ID: "x", Kind: "compromise", Category: "movies"}, custodian.ErrInvalid},
+		"unknown category":         {packager, custodian.Event{ID: "x", Kind: custodian.EventNewBatch, Category: "none"}, custodian.ErrCategoryNotFound},
+		"provider":                 {provider, batch, custodian.ErrDenied},
 	} {
 		_, err := w.c.ReportEvent(t.Context(), c.who, c.ev)
 		wantErr(t, name, err, c.want)
 	}
+}
+
+// source may report events about movies, and nothing else.
+var source = custodian.Caller{ID: "kafka:media", CA: "kafka", Roles: []custodian.Role{custodian.RoleEventSource}}
+
+func packagedEvent(id string, cat custodian.CategoryName, content string) custodian.Event {
+	return custodian.Event{ID: id, Kind: custodian.EventPackaged, Category: cat, ContentID: custodian.ContentID(content)}
+}
+
+// Content that is packaged has its keys in use: they are released as before,
+// and given to packagers again by a reissue grant only.
+func TestPackaged(t *testing.T) {
+	w := newWorld(t)
+	w.cfg.Events = custodian.EventLimits{DailyCap: 3}
+	w.reopen()
+	w.category("movies")
+	if _, err := w.c.CreateCategory(t.Context(), officer, custodian.CreateCategoryRequest{Name: "live", Live: true}); err != nil {
+		t.Fatal(err)
+	}
+	film := custodian.IssueRequest{Category: "movies", ContentID: custodian.ContentID("film")}
+	for i := range 40 { // more than one batch
+		film.Keys = append(film.Keys, custodian.KeySpec{TrackType: "HD", Scheme: custodian.SchemeCBCS, Period: custodian.Period{Set: true, Index: uint32(i)}})
+	}
+	w.issueReq(film)
+	w.issue("movies", "other", "SD")
+	channel := w.issue("live", "channel", "SD")[0]
+	if _, err := w.c.ReportEvent(t.Context(), source, custodian.Event{ID: "b1", Kind: custodian.EventNewBatch, Category: "movies"}); err != nil {
+		t.Fatal(err)
+	}
+	report := func(what, id string, cat custodian.CategoryName, content string, marked int) {
+		t.Helper()
+		from := w.log.Size()
+		who := packager
+		if cat == "movies" {
+			who = source
+		}
+		got, err := w.c.ReportEvent(t.Context(), who, packagedEvent(id, cat, content))
+		if err != nil || got.Marked != marked {
+			t.Errorf("%s: got %+v, %v, want %d keys marked", what, got, err, marked)
+		}
+		e := w.entries(from)
+		if last := e[len(e)-1]; last.Action != "content.packaged" || last.RequestID != id || last.Outcome != custodian.AuditAllowed || string(last.ContentID) != content {
+			t.Errorf("%s: the log has %s", what, line(last))
+		}
+	}
+	report("first", "p1", "movies", "film", 40)
+	report("repeated", "p1", "movies", "film", 0)
+	w.reopen()
+	report("repeated after a restart", "p1", "movies", "film", 0)
+	report("live content", "p2", "live", "channel", 1)
+	for _, k := range w.contentKeys() {
+		if packaged := string(k.Key.ContentID) != "other"; packaged == k.Key.PackagedTime.IsZero() || packaged && !k.Key.PackagedTime.Equal(w.now()) {
+			t.Errorf("content %s: packaged at %v", k.Key.ContentID, k.Key.PackagedTime)
+		}
+	}
+
+	_, err := w.c.Issue(t.Context(), packager, film)
+	wantErr(t, "packaged, within the window", err, custodian.ErrDenied)
+	_, err = w.c.Issue(t.Context(), packager, ask("live", "channel", "SD"))
+	wantErr(t, "packaged, live", err, custodian.ErrDenied)
+	w.issue("movies", "other", "SD")
+	keys, err := w.c.Issue(t.Context(), patient, film)
+	if err != nil {
+		t.Fatalf("with a reissue grant: %v", err)
+	}
+	w.remember(keys)
+	wantErr(t, "a callback", w.release(provider, channel.KID), nil)
+
+	// Keys of later periods are not packaged, and a later event says so.
+	later := custodian.IssueRequest{Category: "movies", ContentID: film.ContentID}
+	later.Keys = []custodian.KeySpec{{TrackType: "HD", Scheme: custodian.SchemeCBCS, Period: custodian.Period{Set: true, Index: 100}}}
+	w.issueReq(later)
+	w.issueReq(later)
+	report("later periods", "p4", "movies", "film", 1)
+	_, err = w.c.Issue(t.Context(), packager, later)
+	wantErr(t, "packaged later", err, custodian.ErrDenied)
+	// They rotate as others do, and stay in use.
+	w.rotate(kekOrder)
+	_, err = w.c.Issue(t.Context(), packager, film)
+	wantErr(t, "packaged and rotated", err, custodian.ErrDenied)
+	w.whole()
 }
 
 // A flood of events makes no more versions than the cap.

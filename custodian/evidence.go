@@ -130,7 +130,7 @@ func (c *Custodian) Evidence(ctx context.Context, who Caller, id string) ([]byte
 	var indexes []uint64
 	ended := errors.New("all entries are there")
 	err = audit.Read(c.audit.Dir(), info.FirstEntry, func(a *audit.Entry) error {
-		if strings.HasPrefix(a.Detail, about(id)+":") {
+		if a.Outcome != audit.Begun && strings.HasPrefix(a.Detail, about(id)+":") { // of an act, its end is enough
 			indexes = append(indexes, a.Index)
 		}
 		if a.Action == actionCeremonyDone && strings.HasPrefix(a.Detail, done) {

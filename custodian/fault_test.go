@@ -114,6 +114,21 @@ var deeds = []deed{
 			return err == nil && cats[0].Mode == custodian.CategoryFrozen
 		},
 	}, {
+		name:    "mark content as packaged",
+		prepare: small,
+		do: func(w *world) error {
+			_, err := w.c.ReportEvent(w.t.Context(), source, packagedEvent("p1", "movies", "film-1"))
+			return err
+		},
+		done: func(w *world) bool {
+			for _, k := range w.contentKeys() {
+				if k.Key.PackagedTime.IsZero() {
+					return false
+				}
+			}
+			return true
+		},
+	}, {
 		name:    "start",
 		prepare: small,
 		do:      func(w *world) error { return w.open() },

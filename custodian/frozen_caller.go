@@ -139,8 +139,7 @@ func (c *Custodian) LiftCaller(ctx context.Context, who Caller, req FreezeCaller
 	})
 }
 
-// setCaller does what an officer orders about a caller, and writes it down
-// where it is refused; f writes it down where it is done.
+// setCaller does what an officer orders about a caller, and writes it down.
 func (c *Custodian) setCaller(ctx context.Context, who Caller, req FreezeCallerRequest, action string, f func(audit.Entry) (FrozenCaller, error)) (FrozenCaller, error) {
 	if err := req.Check(); err != nil {
 		return FrozenCaller{}, err
@@ -152,21 +151,15 @@ func (c *Custodian) setCaller(ctx context.Context, who Caller, req FreezeCallerR
 	e := c.entry(c.set.Load(), who, d, ActionFreezeCaller, req.RequestID, ref{}, nil)
 	e.Action, e.Detail, e.Priority = action, req.Identity+" "+req.Cause, true
 	var frozen FrozenCaller
-	err := d.Err
-	if d.Allow {
+	err := c.administer(ctx, d, e, d.Err, func(e audit.Entry) (err error) {
 		frozen, err = f(e)
+		return err
+	})
+	if err != nil {
+		return FrozenCaller{}, err
 	}
-	if err == nil {
-		c.log.Warn("caller set", "caller", req.Identity, "action", action, "by", who.ID)
-		return frozen, nil
-	}
-	err = deadline(ctx, err)
-	refused := c.entry(c.set.Load(), who, d, ActionFreezeCaller, req.RequestID, ref{}, err)
-	refused.Action, refused.Detail, refused.Priority = action, e.Detail, true
-	if _, aerr := c.record(ctx, refused); aerr != nil {
-		return FrozenCaller{}, errors.Join(aerr, err)
-	}
-	return FrozenCaller{}, err
+	c.log.Warn("caller set", "caller", req.Identity, "action", action, "by", who.ID)
+	return frozen, nil
 }
 
 // freezeCaller is FreezeCaller for whoever has decided it: an officer, a

@@ -84,21 +84,21 @@ func (c *Custodian) Import(ctx context.Context, who Caller, req ImportRequest) (
 	if err := req.Check(); err != nil {
 		return nil, err
 	}
-	d, keys, sequence, err := c.importKeys(ctx, who, req)
+	d, begun, keys, sequence, err := c.importKeys(ctx, who, req)
 	if err != nil {
 		about := ref{category: req.Category, contentID: req.ContentID}
 		if f, ok := errors.AsType[*importFault](err); ok {
 			about.kid = f.kid
 		}
 		err = deadline(ctx, err)
-		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionImport, req.RequestID, about, err)); aerr != nil {
+		if _, aerr := c.record(ctx, c.fail(begun, c.entry(c.set.Load(), who, d, ActionImport, req.RequestID, about, err))); aerr != nil {
 			return nil, aerr
 		}
 		return nil, err
 	}
 	entries := make([]audit.Entry, len(keys))
 	for i := range keys {
-		entries[i] = c.entry(c.set.Load(), who, d, ActionImport, req.RequestID, ref{key: &keys[i].ContentKey}, nil)
+		entries[i] = begun.end(c.entry(c.set.Load(), who, d, ActionImport, req.RequestID, ref{key: &keys[i].ContentKey}, nil))
 		entries[i].StoreSequence = sequence
 		if !keys[i].Created {
 			entries[i].Detail = "was there already"
@@ -123,20 +123,27 @@ type importFault struct {
 func (f *importFault) Error() string { return fmt.Sprintf("content key %s: %s", f.kid, f.err) }
 func (f *importFault) Unwrap() error { return f.err }
 
-func (c *Custodian) importKeys(ctx context.Context, who Caller, req ImportRequest) (Decision, []ImportedKey, uint64, error) {
+// importKeys returns the attempt too, where it came to one.
+func (c *Custodian) importKeys(ctx context.Context, who Caller, req ImportRequest) (Decision, *attempt, []ImportedKey, uint64, error) {
 	d, err := c.mayMove(who, ActionImport, req.Category)
 	if err != nil {
-		return d, nil, 0, err
+		return d, nil, nil, 0, err
 	}
 	if err := c.lookAtClock(); err != nil {
-		return d, nil, 0, err
+		return d, nil, nil, 0, err
+	}
+	e := c.entry(c.set.Load(), who, d, ActionImport, req.RequestID, ref{category: req.Category, contentID: req.ContentID}, nil)
+	e.Detail = fmt.Sprintf("%d keys", len(req.Keys))
+	begun, err := c.begin(ctx, e)
+	if err != nil {
+		return d, nil, nil, 0, err
 	}
 	for {
 		keys, sequence, err := c.storeImports(ctx, req)
 		if errors.Is(err, ErrChanged) && ctx.Err() == nil {
 			continue // the KEK was rotated meanwhile; its successor seals
 		}
-		return d, keys, sequence, err
+		return d, begun, keys, sequence, err
 	}
 }
 
@@ -270,20 +277,20 @@ func (c *Custodian) Export(ctx context.Context, who Caller, req ExportRequest) (
 	if err := req.Check(); err != nil {
 		return nil, err
 	}
-	d, keys, err := c.export(ctx, who, req)
+	d, begun, keys, err := c.export(ctx, who, req)
 	if err != nil {
 		destroyExports(keys)
 		err = deadline(ctx, err)
 		e := c.entry(c.set.Load(), who, d, ActionExport, req.RequestID, ref{category: req.Category, contentID: req.ContentID}, err)
 		e.Detail = "to " + req.Recipient
-		if _, aerr := c.record(ctx, e); aerr != nil {
+		if _, aerr := c.record(ctx, c.fail(begun, e)); aerr != nil {
 			return nil, aerr
 		}
 		return nil, err
 	}
 	entries := make([]audit.Entry, len(keys))
 	for i := range keys {
-		entries[i] = c.entry(c.set.Load(), who, d, ActionExport, req.RequestID, ref{key: &keys[i].ContentKey}, nil)
+		entries[i] = begun.end(c.entry(c.set.Load(), who, d, ActionExport, req.RequestID, ref{key: &keys[i].ContentKey}, nil))
 		entries[i].Detail = "to " + req.Recipient
 	}
 	receipts, err := c.record(ctx, entries...)
@@ -303,13 +310,14 @@ func destroyExports(keys []ExportedKey) {
 	}
 }
 
-func (c *Custodian) export(ctx context.Context, who Caller, req ExportRequest) (Decision, []ExportedKey, error) {
+// export returns the attempt too, where it came to one.
+func (c *Custodian) export(ctx context.Context, who Caller, req ExportRequest) (Decision, *attempt, []ExportedKey, error) {
 	d, err := c.mayMove(who, ActionExport, req.Category)
 	if err != nil {
-		return d, nil, err
+		return d, nil, nil, err
 	}
 	if req.Recipient == "" { // said to those only who may export
-		return d, nil, invalid("recipient", errors.New("the configuration has no recipient of this name for exports from this category"))
+		return d, nil, nil, invalid("recipient", errors.New("the configuration has no recipient of this name for exports from this category"))
 	}
 	var sealed []SealedKey
 	err = c.store.View(ctx, func(tx Tx) error {
@@ -325,24 +333,30 @@ func (c *Custodian) export(ctx context.Context, who Caller, req ExportRequest) (
 	})
 	switch {
 	case err != nil:
-		return d, nil, err
+		return d, nil, nil, err
 	case len(sealed) == 0:
-		return d, nil, fmt.Errorf("content %q in category %s: %w", []byte(req.ContentID), req.Category, ErrKeyNotFound)
+		return d, nil, nil, fmt.Errorf("content %q in category %s: %w", []byte(req.ContentID), req.Category, ErrKeyNotFound)
 	case len(sealed) > exportLimit:
-		return d, nil, invalid("content_id", fmt.Errorf("it has more than %d keys", exportLimit))
+		return d, nil, nil, invalid("content_id", fmt.Errorf("it has more than %d keys", exportLimit))
+	}
+	e := c.entry(c.set.Load(), who, d, ActionExport, req.RequestID, ref{category: req.Category, contentID: req.ContentID}, nil)
+	e.Detail = fmt.Sprintf("%d keys, to %s", len(sealed), req.Recipient)
+	begun, err := c.begin(ctx, e)
+	if err != nil {
+		return d, nil, nil, err
 	}
 	set := c.set.Load() // after the records, so that it knows their KEKs
 	keys := make([]ExportedKey, len(sealed))
 	for i, k := range sealed {
 		if d = c.decide(who, ActionExport, resourceOf(set, &k.Key)); !d.Allow {
-			return d, keys, fmt.Errorf("content key %s: %w", k.Key.KID, d.Err)
+			return d, begun, keys, fmt.Errorf("content key %s: %w", k.Key.KID, d.Err)
 		}
 		keys[i].ContentKey = k.Key
 		if keys[i].Key, _, err = c.openCEK(ctx, set, k); err != nil {
-			return d, keys, err
+			return d, begun, keys, err
 		}
 	}
-	return d, keys, nil
+	return d, begun, keys, nil
 }
 
 // exportLimit is how many records of a content item one export reads.

@@ -2,6 +2,7 @@ package custodian_test
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -43,10 +44,7 @@ func (w *world) take(who custodian.Caller, req custodian.ImportRequest) ([]custo
 func (w *world) actions(from uint64) []string {
 	var lines []string
 	for _, e := range w.entries(from) {
-		outcome := "allowed"
-		if e.Outcome != audit.Allowed {
-			outcome = e.Reason
-		}
+		outcome := cmp.Or(e.Reason, e.Outcome.String())
 		lines = append(lines, strings.TrimSpace(fmt.Sprintf("%s %s %s %s", e.Action, outcome, e.TrackType, e.Detail)))
 	}
 	return lines
@@ -73,7 +71,7 @@ func TestImport(t *testing.T) {
 			t.Errorf("key %d: got %+v", i, k)
 		}
 	}
-	if got, want := w.actions(from), []string{"kek.reserve", "keys.import allowed SD", "keys.import allowed HD"}; !strings.HasPrefix(got[0], want[0]) || !slices.Equal(got[1:], want[1:]) {
+	if got, want := w.actions(from), []string{"keys.import begun  2 keys", "kek.reserve", "keys.import allowed SD", "keys.import allowed HD"}; len(got) != 4 || got[0] != want[0] || !strings.HasPrefix(got[1], want[1]) || !slices.Equal(got[2:], want[2:]) {
 		t.Errorf("audit: got %q, want %q", got, want)
 	}
 	again, err := w.take(officer, req())
@@ -227,7 +225,7 @@ func TestExport(t *testing.T) {
 			t.Errorf("content key %s: receipt %d is older than the export", k.KID, k.Receipt.Index)
 		}
 	}
-	want := []string{"keys.export allowed AUDIO to alpha, certificate ab12", "keys.export allowed HD to alpha, certificate ab12", "keys.export allowed SD to alpha, certificate ab12"}
+	want := []string{"keys.export begun  3 keys, to alpha, certificate ab12", "keys.export allowed AUDIO to alpha, certificate ab12", "keys.export allowed HD to alpha, certificate ab12", "keys.export allowed SD to alpha, certificate ab12"}
 	if got := w.actions(from); !slices.Equal(got, want) {
 		t.Errorf("audit: got %q, want %q", got, want)
 	}

@@ -44,14 +44,29 @@ func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
 		}
 		spec.Profile = g.Plan.Genesis.MEKProfile
 	}
-	j, err := c.journal(ctx, spec)
+	j, interrupted, err := c.journal(ctx, spec)
 	if err != nil {
 		return err
 	}
-	if _, err := c.record(ctx, audit.Entry{Action: "init.begin", Outcome: audit.Allowed,
-		Detail: fmt.Sprintf("mek %s id %x profile %s; audit signer %s id %x", j.MEKLabel, j.MEKID, j.Profile, j.SignLbl, j.SignID)}); err != nil {
+	if err := c.endAttempts(ctx, cfg.Logged.Begun); err != nil {
 		return err
 	}
+	e := audit.Entry{Action: actionInit, Outcome: audit.Allowed,
+		Detail: fmt.Sprintf("mek %s id %x profile %s; audit signer %s id %x", j.MEKLabel, j.MEKID, j.Profile, j.SignLbl, j.SignID)}
+	return c.administer(ctx, Decision{Allow: true}, e, nil, func(e audit.Entry) error {
+		if interrupted {
+			if err := c.clearLeftovers(ctx, j); err != nil {
+				return err
+			}
+		}
+		return c.init(ctx, j, spec, e)
+	})
+}
+
+const actionInit = "init"
+
+// init makes what the journal names, and the first head; e is its entry.
+func (c *Custodian) init(ctx context.Context, j InitJournal, spec InitSpec, e audit.Entry) (err error) {
 	m := MEK{Version: 1, Label: j.MEKLabel, ID: j.MEKID, Profile: j.Profile, State: StateActive, CreateTime: j.Start, EndTime: j.End,
 		TokenSerial: c.hsm.Status().Serial, Revision: 1}
 	if err := c.hsm.GenerateMEK(ctx, m); err != nil {
@@ -70,14 +85,12 @@ func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
 	if spec.Genesis != nil && j.Profile != spec.Profile {
 		return fmt.Errorf("an init was interrupted that began with a MEK of the profile %s, and the genesis plan says %s; begin with an empty data_dir", j.Profile, spec.Profile)
 	}
-	return c.firstHead(ctx, j, m, signer, spec.Genesis)
+	return c.firstHead(ctx, j, m, signer, spec.Genesis, e)
 }
 
 // journal returns the journal of an interrupted init, or writes a new one.
-func (c *Custodian) journal(ctx context.Context, spec InitSpec) (InitJournal, error) {
-	var j InitJournal
-	found := false
-	err := c.store.View(ctx, func(tx Tx) error {
+func (c *Custodian) journal(ctx context.Context, spec InitSpec) (j InitJournal, interrupted bool, err error) {
+	err = c.store.View(ctx, func(tx Tx) error {
 		if _, err := tx.Head(); !errors.Is(err, ErrNotFound) {
 			if err == nil {
 				err = errors.New("the store is initialised already; init makes a new custody and never touches an old one")
@@ -93,27 +106,24 @@ func (c *Custodian) journal(ctx context.Context, spec InitSpec) (InitJournal, er
 		}
 		var err error
 		j, err = tx.InitJournal()
-		found = err == nil
+		interrupted = err == nil
 		if errors.Is(err, ErrNotFound) {
 			return nil
 		}
 		return err
 	})
-	if err != nil {
-		return j, err
-	}
-	if found {
-		return j, c.clearLeftovers(ctx, j)
+	if err != nil || interrupted {
+		return j, interrupted, err
 	}
 	if err := RefuseForeign(ctx, c.hsm, c.prefix); err != nil {
-		return j, err
+		return j, false, err
 	}
 	if p := spec.Profile; p != "" && p != ProfileSealed && p != ProfileRotatable {
 		// Once it is in the journal, it cannot be taken back.
-		return j, fmt.Errorf("mek profile %q: must be %s or %s", p, ProfileSealed, ProfileRotatable)
+		return j, false, fmt.Errorf("mek profile %q: must be %s or %s", p, ProfileSealed, ProfileRotatable)
 	}
 	if len(c.defaultWraps) == 0 {
-		return j, errors.New("no default provider is configured; name one (local has no outer layer)")
+		return j, false, errors.New("no default provider is configured; name one (local has no outer layer)")
 	}
 	now := c.now()
 	j = InitJournal{MEKLabel: c.prefix + "-v1", SignLbl: c.prefix + "-audit-v1", Profile: spec.Profile, Start: now, End: now.Add(MEKPeriod)}
@@ -122,10 +132,10 @@ func (c *Custodian) journal(ctx context.Context, spec InitSpec) (InitJournal, er
 	}
 	for _, id := range []*[16]byte{&j.StoreID, &j.MEKID, &j.SignID} {
 		if err := c.hsm.Random(ctx, id[:]); err != nil {
-			return j, err
+			return j, false, err
 		}
 	}
-	return j, c.store.Update(ctx, func(tx UpdateTx) error { return tx.PutInitJournal(j) })
+	return j, false, c.store.Update(ctx, func(tx UpdateTx) error { return tx.PutInitJournal(j) })
 }
 
 // clearLeftovers removes what the interrupted init has made: there is no head,
@@ -176,7 +186,7 @@ func (c *Custodian) initSigner(ctx context.Context, j InitJournal, alg SigningAl
 
 // firstHead makes the helper keys and writes every first record, the head and
 // the end of the journal in one transaction.
-func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer Signer, g *Genesis) error {
+func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer Signer, g *Genesis, e audit.Entry) error {
 	set := newControlSet()
 	set.head = Head{StoreID: j.StoreID, HighestNow: c.now()}
 	records := []ControlRecord{mekRecord(m), signerRecord(signer)}
@@ -187,10 +197,10 @@ func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer 
 		}
 		records = append(records, helperRecord(Helper{Purpose: p, Version: 1, State: StateActive, CreateTime: j.Start, Wrapped: w, Revision: 1}))
 	}
-	detail := fmt.Sprintf("store %x mek %s id %x profile %s", j.StoreID, m.Label, m.ID, m.Profile)
+	e.Detail = fmt.Sprintf("store %x mek %s id %x profile %s", j.StoreID, m.Label, m.ID, m.Profile)
 	if g != nil {
 		records = append(records, g.records(c.now(), signer.PublicKey)...)
-		detail += fmt.Sprintf("; genesis plan %x, %d officers", g.Plan.Digest(), len(g.Plan.Officers))
+		e.Detail += fmt.Sprintf("; genesis plan %x, %d officers", g.Plan.Digest(), len(g.Plan.Officers))
 	}
 	for _, r := range records { // decoded first: signing needs the record helper
 		if err := set.decode(r); err != nil {
@@ -206,7 +216,7 @@ func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer 
 		}
 	}
 	set.head.Revision, set.head.Digest = 1, set.digest()
-	e := c.headEntry(set, audit.Entry{Action: "init", Detail: detail})
+	e = c.headEntry(set, e)
 	pending, err := e.MarshalBinary()
 	if err != nil {
 		return err
@@ -216,6 +226,7 @@ func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer 
 	if err := c.sign(ctx, set, &head); err != nil {
 		return err
 	}
+	c.unsettled = &unsettled{entry: e} // from here on, a start writes the end where this does not
 	err = c.store.Update(ctx, func(tx UpdateTx) error {
 		for _, r := range records {
 			if err := tx.PutControl(r); err != nil {

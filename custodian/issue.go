@@ -455,10 +455,10 @@ func unusedUnder(tx Tx, fingerprints []Fingerprint) error {
 func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Caller, req IssueRequest, k SealedKey, out *issued) (Decision, error) {
 	res := resourceOf(set, &k.Key)
 	d := c.decideLeaving(who, ActionIssue, res, req.recipient)
-	if d.Allow && !c.withinWindow(set.categories[k.Key.Category], k.Key.CreateTime) {
+	if why := c.mayHaveAgain(set.categories[k.Key.Category], &k.Key); d.Allow && why != nil {
 		d = c.decideLeaving(who, ActionReissue, res, req.recipient)
 		if !d.Allow {
-			return d, fmt.Errorf("content key %s: it was issued more than %s ago, and a reissue grant is needed to have it again: %w", k.Key.KID, set.categories[k.Key.Category].ReissueWindow, d.Err)
+			return d, fmt.Errorf("content key %s: %w, and a reissue grant is needed to have it again: %w", k.Key.KID, why, d.Err)
 		}
 	}
 	if !d.Allow {
@@ -472,8 +472,4 @@ func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Calle
 	out.ContentKey = k.Key
 	out.Key, out.Grace, err = c.openCEK(ctx, set, k)
 	return d, err
-}
-
-func (c *Custodian) withinWindow(cat Category, created time.Time) bool {
-	return cat.Live || c.now().Before(created.Add(cat.ReissueWindow))
 }

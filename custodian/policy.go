@@ -24,10 +24,12 @@ const (
 	RoleOfficer  Role = "officer"
 	RoleOperator Role = "operator"
 	RoleAuditor  Role = "auditor"
+	// RoleEventSource reports events, and can do nothing else.
+	RoleEventSource Role = "event-source"
 )
 
 // Roles are all of them.
-var Roles = []Role{RolePackager, RoleProvider, RoleOfficer, RoleOperator, RoleAuditor}
+var Roles = []Role{RolePackager, RoleProvider, RoleOfficer, RoleOperator, RoleAuditor, RoleEventSource}
 
 // A Caller is who calls, from a verified certificate chain.
 type Caller struct {
@@ -87,7 +89,7 @@ var permits = map[Action][]Role{
 	ActionReadAudit:      {RoleAuditor},
 	ActionRotate:         {RoleOfficer},
 	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
-	ActionReportEvent:    {RolePackager, RoleOfficer},
+	ActionReportEvent:    {RolePackager, RoleOfficer, RoleEventSource},
 	// Who holds the outer layer is decided by those who decide who holds keys;
 	// that its wraps follow a provider's own rotation is housekeeping.
 	ActionSetProviders:   {RoleOfficer},

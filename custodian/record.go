@@ -202,8 +202,12 @@ type ContentKey struct {
 	KEK         KEKID // wraps it now
 	BirthKEK    uint32
 	CreateTime  time.Time
-	Revision    uint64
-	Fingerprint Fingerprint
+	// PackagedTime is when it was confirmed that the content is packaged with
+	// the key. Zero: it was not. From then on the key is in use, and is handed
+	// out again by a reissue grant only.
+	PackagedTime time.Time
+	Revision     uint64
+	Fingerprint  Fingerprint
 }
 
 // A SealedKey is a content key as it rests: Body is the encoding of Key and

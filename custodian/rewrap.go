@@ -128,7 +128,7 @@ func (c *Custodian) SetProviders(ctx context.Context, who Caller, req SetProvide
 	if req.HelperKeys && d.Allow && !d.KnowIt {
 		d.Allow, d.Err = false, ErrDenied // every category rests on the helper keys
 	}
-	return c.beginRewrap(ctx, who, d, ActionSetProviders, req.Category, req.RequestID, c.toProviders(req.Providers, req.Cause))
+	return c.beginRewrap(ctx, who, d, ActionSetProviders, req.Category, req.RequestID, detail("to "+names(req.Providers), req.Cause), c.toProviders(req.Providers, req.Cause))
 }
 
 // toProviders changes a job to one that moves keys to these providers.
@@ -153,7 +153,7 @@ func (c *Custodian) Reencrypt(ctx context.Context, who Caller, req ReencryptRequ
 	// An operator is granted the daemon, not categories: nobody holds a key
 	// afterwards who did not before.
 	d := c.decide(who, ActionReencrypt, Resource{})
-	return c.beginRewrap(ctx, who, d, ActionReencrypt, req.Category, req.RequestID, func(job *RewrapJob) (string, error) {
+	return c.beginRewrap(ctx, who, d, ActionReencrypt, req.Category, req.RequestID, detail("by "+cmp.Or(names(req.Providers), "all"), req.Cause), func(job *RewrapJob) (string, error) {
 		by := req.Providers
 		if len(by) == 0 {
 			by = job.Providers
@@ -172,23 +172,22 @@ func (c *Custodian) Reencrypt(ctx context.Context, who Caller, req ReencryptRequ
 }
 
 // beginRewrap writes the job down with its first audit entry, where d allows it.
-// want changes the job that is there, or a new one that changes nothing, and
-// returns what the entry says.
-func (c *Custodian) beginRewrap(ctx context.Context, who Caller, d Decision, a Action, name CategoryName, requestID string, want func(*RewrapJob) (string, error)) (RewrapStatus, error) {
+// what says in the log what is about to be done; want changes the job that is
+// there, or a new one that changes nothing, and returns what its entry says.
+func (c *Custodian) beginRewrap(ctx context.Context, who Caller, d Decision, a Action, name CategoryName, requestID, what string, want func(*RewrapJob) (string, error)) (RewrapStatus, error) {
 	var job RewrapJob
 	err := d.Err
 	if d.Allow {
 		err = c.lookAtClock()
 	}
-	if err == nil {
-		job, err = c.putRewrap(ctx, c.entry(c.set.Load(), who, d, a, requestID, ref{category: name}, nil), name, want)
-	}
+	e := c.entry(c.set.Load(), who, d, a, requestID, ref{category: name}, nil)
+	e.Detail = fmt.Sprintf("%s: %s", scope(name), what)
+	err = c.administer(ctx, d, e, err, func(e audit.Entry) (err error) {
+		job, err = c.putRewrap(ctx, e, name, want)
+		return err
+	})
 	if err != nil {
-		err = deadline(ctx, fmt.Errorf("%s: %w", scope(name), err))
-		if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, a, requestID, ref{category: name}, err)); aerr != nil {
-			return RewrapStatus{}, errors.Join(aerr, err)
-		}
-		return RewrapStatus{}, err
+		return RewrapStatus{}, fmt.Errorf("%s: %w", scope(name), err)
 	}
 	c.rewraps.wake()
 	return c.rewrapStatus(c.set.Load(), job), nil

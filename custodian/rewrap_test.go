@@ -153,6 +153,9 @@ func (w *world) wantJobEntries(from uint64, action, begin, change, end string) {
 	w.t.Helper()
 	var seen []string
 	for _, e := range w.entries(from) {
+		if e.Outcome == audit.Begun {
+			continue
+		}
 		switch e.Action {
 		case action:
 			if e.Caller == "" || !strings.Contains(e.Detail, begin) || len(seen) != 0 {

@@ -202,7 +202,8 @@ func (c *Custodian) StartRotation(ctx context.Context, who Caller, o RotationOrd
 	if err := o.Check(); err != nil {
 		return r, err
 	}
-	err = c.ordered(ctx, who, o.RequestID, o.Category, func(e audit.Entry) error {
+	order := Rotation{Kind: o.Kind, Category: o.Category, Compromised: o.Compromised, Serve: o.Serve, Cause: o.Cause}
+	err = c.ordered(ctx, who, actionRotationStart, o.RequestID, o.Category, order.order(), func(e audit.Entry) error {
 		r, err = c.startRotation(ctx, o, e)
 		return err
 	})
@@ -212,7 +213,7 @@ func (c *Custodian) StartRotation(ctx context.Context, who Caller, o RotationOrd
 // RollBackRotation makes the predecessor protect again; the records go back to
 // it in the background. It is possible until the rotation is retired.
 func (c *Custodian) RollBackRotation(ctx context.Context, who Caller, requestID, name string) (r Rotation, err error) {
-	err = c.ordered(ctx, who, requestID, c.set.Load().rotations[name].Category, func(e audit.Entry) error {
+	err = c.ordered(ctx, who, actionRotationRollBack, requestID, c.set.Load().rotations[name].Category, name, func(e audit.Entry) error {
 		r, err = c.rollBack(ctx, name, e)
 		return err
 	})
@@ -222,36 +223,34 @@ func (c *Custodian) RollBackRotation(ctx context.Context, who Caller, requestID,
 // RetireRotation ends the hold of a rotation. It looks at every record first:
 // while one refers to an old version, the answer is no.
 func (c *Custodian) RetireRotation(ctx context.Context, who Caller, requestID, name string) (r Rotation, err error) {
-	err = c.ordered(ctx, who, requestID, c.set.Load().rotations[name].Category, func(e audit.Entry) error {
+	err = c.ordered(ctx, who, actionRotationRetire, requestID, c.set.Load().rotations[name].Category, name, func(e audit.Entry) error {
 		r, err = c.retire(ctx, name, e)
 		return err
 	})
 	return r, err
 }
 
-// ordered does what an officer orders: decided, at a time that is believed,
-// and written down where it is refused. f writes it down where it is done.
-func (c *Custodian) ordered(ctx context.Context, who Caller, requestID string, category CategoryName, f func(audit.Entry) error) error {
+// What the audit log calls orders about a rotation.
+const (
+	actionRotationStart    = "rotation.start"
+	actionRotationRollBack = "rotation.rollback"
+	actionRotationRetire   = "rotation.retire"
+)
+
+// ordered does what an officer orders: decided, at a time that is believed, and
+// written down. what says in the log what is about to be done.
+func (c *Custodian) ordered(ctx context.Context, who Caller, action, requestID string, category CategoryName, what string, f func(audit.Entry) error) error {
 	d := c.decide(who, ActionRotate, Resource{Category: category})
 	if d.Allow && category == "" && !d.KnowIt {
 		d.Allow, d.Err = false, ErrDenied // the MEK is every category's
 	}
-	about := ref{category: category}
 	err := d.Err
 	if d.Allow {
 		err = c.lookAtClock()
 	}
-	if err == nil {
-		err = f(c.entry(c.set.Load(), who, d, ActionRotate, requestID, about, nil))
-	}
-	if err == nil {
-		return nil
-	}
-	err = deadline(ctx, err)
-	if _, aerr := c.record(ctx, c.entry(c.set.Load(), who, d, ActionRotate, requestID, about, err)); aerr != nil {
-		return errors.Join(aerr, err)
-	}
-	return err
+	e := c.entry(c.set.Load(), who, d, Action(action), requestID, ref{category: category}, nil)
+	e.Detail = what
+	return c.administer(ctx, d, e, err, f)
 }
 
 // startRotation carries out an order that somebody has decided. e says who.
@@ -313,7 +312,7 @@ func (c *Custodian) startKEK(ctx context.Context, o RotationOrder, e audit.Entry
 				cat.Mode = CategoryOpen
 			}
 		}
-		e.Action, e.KeyVersion, e.Detail = "rotation.start", kek.ID.String(), r.text()
+		e.Action, e.KeyVersion, e.Detail = actionRotationStart, kek.ID.String(), r.text()
 		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek), rotationRecord(r)}, entry: e}, nil
 	})
 	return r, err
@@ -337,7 +336,18 @@ func (s *controlSet) mayRotateKEK(o RotationOrder) error {
 
 // text is what the audit log says of a rotation.
 func (r Rotation) text() string {
-	t := fmt.Sprintf("%s: from %v to %d", r.Name(), r.From, r.To)
+	return fmt.Sprintf("%s: from %v to %d", r.Name(), r.From, r.To) + r.why()
+}
+
+// order is what the audit log says of a rotation that is to begin.
+func (r Rotation) order() string {
+	if r.Kind == RotateMEK {
+		return string(r.Kind) + r.why()
+	}
+	return fmt.Sprintf("%s/%s%s", r.Kind, r.Category, r.why())
+}
+
+func (r Rotation) why() (t string) {
 	if len(r.Compromised) > 0 {
 		decision := "freeze"
 		if r.Serve {
@@ -367,7 +377,7 @@ func (c *Custodian) rollBack(ctx context.Context, name string, e audit.Entry) (R
 			return change{}, fmt.Errorf("rotation %s: it cannot be rolled back: %w", name, err)
 		}
 		r.Step, r.StepTime, r.Total, r.Verified, r.Revision = StepRollback, now, 0, 0, r.Revision+1
-		e.Action, e.Detail = "rotation.rollback", r.text()
+		e.Action, e.Detail = actionRotationRollBack, r.text()
 		return change{put: append(put, rotationRecord(r)), entry: e}, nil
 	})
 	if err == nil {
@@ -435,7 +445,7 @@ func (c *Custodian) retire(ctx context.Context, name string, e audit.Entry) (Rot
 			}
 		}
 		r.Step, r.StepTime, r.Revision = StepRetired, now, r.Revision+1
-		e.Action, e.Detail = "rotation.retire", r.text()
+		e.Action, e.Detail = actionRotationRetire, r.text()
 		return change{put: append(put, rotationRecord(r)), entry: e}, nil
 	})
 	if err == nil {

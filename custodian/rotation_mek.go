@@ -70,7 +70,7 @@ func (c *Custodian) startMEK(ctx context.Context, o RotationOrder, e audit.Entry
 		m.Version, m.Label = old.nextMEK(c.prefix, objects)
 		r = Rotation{Kind: RotateMEK, To: m.Version, Predecessor: pred.Version, From: old.liveMEKs(), Step: StepGenerate, Cause: o.Cause, RequestID: o.RequestID,
 			StartTime: now, StepTime: now, HoldUntil: now.Add(o.Hold), Revision: 1}
-		e.Action, e.Detail = "rotation.start", fmt.Sprintf("%s; mek %s id %x profile %s", r.text(), m.Label, m.ID, m.Profile)
+		e.Action, e.Detail = actionRotationStart, fmt.Sprintf("%s; mek %s id %x profile %s", r.text(), m.Label, m.ID, m.Profile)
 		return change{put: []ControlRecord{mekRecord(m), rotationRecord(r)}, entry: e}, nil
 	})
 	return r, err

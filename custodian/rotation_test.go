@@ -1,12 +1,14 @@
 package custodian_test
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/audit"
 )
 
 // profileWorld is newWorld with a MEK of a profile.
@@ -147,6 +149,70 @@ func TestRotateKEK(t *testing.T) {
 	if keks := w.keks("movies"); len(keks) != 2 || keks[0].State != custodian.StateDeactivated || keks[1].State != custodian.StateActive {
 		t.Errorf("keks: got %v", keks)
 	}
+}
+
+// What the status says of a rotation is what the store has: whenever it stands
+// still, through a restart, and at the end.
+func TestRotationProgress(t *testing.T) {
+	w := newWorld(t)
+	w.cfg.RotationRate = 400 // slow enough to be stopped on the way
+	w.reopen()
+	w.category("movies")
+	w.fill("movies", "film", 200)
+	if _, err := w.c.StartRotation(t.Context(), officer, kekOrder); err != nil {
+		t.Fatal(err)
+	}
+	inStatus := func() custodian.RotationStatus {
+		t.Helper()
+		s, err := w.c.Status(t.Context(), operator)
+		if err != nil || len(s.Rotations) != 1 {
+			t.Fatalf("status: got rotations %+v, %v", s.Rotations, err)
+		}
+		return s.Rotations[0]
+	}
+	moved := func() (n uint64) {
+		for _, k := range w.contentKeys() {
+			if k.Key.KEK.Version == 2 {
+				n++
+			}
+		}
+		return n
+	}
+	for stop := 1; stop <= 3; stop++ {
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- w.c.AdvanceRotations(ctx) }()
+		for deadline := time.Now().Add(10 * time.Second); inStatus().Done < uint64(50*stop); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("stop %d: it is still at %+v", stop, inStatus())
+			}
+		}
+		held := w.breaker.block("hsm.Seal")
+		// A batch may still be on its way into the store.
+		for before := uint64(0); ; before = moved() {
+			if time.Sleep(20 * time.Millisecond); moved() == before {
+				break
+			}
+		}
+		got, want := inStatus(), moved()
+		if off := max(got.Done, want) - min(got.Done, want); got.Total != 200 || off*100 > got.Total || got.Rate <= 0 {
+			t.Errorf("stop %d: status says %d of %d at %.1f/s, and %d of 200 have moved", stop, got.Done, got.Total, got.Rate, want)
+		}
+		if left := time.Duration(float64(got.Total-got.Done) / got.Rate * float64(time.Second)); got.Remaining < left-left/100 || got.Remaining > left+left/100 {
+			t.Errorf("stop %d: %s remain, want %s", stop, got.Remaining, left)
+		}
+		cancel()
+		held()
+		if err := <-ended; err == nil {
+			t.Fatalf("stop %d: it came to its end", stop)
+		}
+		w.reopen()
+	}
+	w.advanceRotations()
+	if got := inStatus(); got.Step != custodian.StepHold || got.Done != 200 || got.Total != 200 {
+		t.Errorf("at the end: got %+v", got)
+	}
+	w.whole()
 }
 
 // A record that was put back from before the rotation does not open any more,
@@ -299,7 +365,13 @@ func TestRotationRefusals(t *testing.T) {
 		_, err := w.c.StartRotation(t.Context(), c.who, c.o)
 		wantErr(t, c.name, err, c.want)
 	}
-	if n := w.log.Size() - from; n != 5 {
+	n := 0
+	for _, e := range w.entries(from) {
+		if e.Outcome != audit.Begun {
+			n++
+		}
+	}
+	if n != 5 {
 		t.Errorf("got %d entries in the audit log, want one for each refusal", n)
 	}
 	_, err := w.c.StartRotation(t.Context(), officer, custodian.RotationOrder{Kind: "cek"})

@@ -263,7 +263,7 @@ func (c *Custodian) moveKEK(ctx context.Context, r Rotation, id KEKID) (unfit []
 		}
 		after, storing = last, make(chan error, 1)
 		go func(done chan<- error) {
-			err := c.storeBatch(ctx, batch)
+			_, err := c.storeBatch(ctx, batch)
 			if err == nil {
 				c.rotations.add(r.Name(), len(batch.keys))
 			}
@@ -331,7 +331,7 @@ func (c *Custodian) sealBatch(ctx context.Context, id KEKID, after KID) (b moved
 		// One call of the token after the other lets nobody else on this
 		// processor for as long as the scheduler allows, which is 10 ms.
 		runtime.Gosched()
-		moved, err := c.sealAnew(ctx, b.set, k, b.to)
+		moved, err := c.sealAnew(ctx, b.set, k, func(is *ContentKey) { is.KEK = b.to })
 		if errors.Is(err, ErrRecordCorrupt) {
 			unfit = append(unfit, err)
 			continue
@@ -344,16 +344,17 @@ func (c *Custodian) sealBatch(ctx context.Context, id KEKID, after KID) (b moved
 	return b, unfit, last, nil
 }
 
-// sealAnew opens a content key and seals it under another KEK. Its birth
-// version, and all else that it is, stay.
-func (c *Custodian) sealAnew(ctx context.Context, set *controlSet, old SealedKey, to KEKID) (SealedKey, error) {
+// sealAnew opens a content key and seals it as what change makes of it. Its
+// birth version, and all else that it is, stay.
+func (c *Custodian) sealAnew(ctx context.Context, set *controlSet, old SealedKey, change func(*ContentKey)) (SealedKey, error) {
 	cek, _, err := c.openCEK(ctx, set, old)
 	if err != nil {
 		return SealedKey{}, err
 	}
 	defer cek.Destroy()
 	k := SealedKey{Key: old.Key}
-	k.Key.KEK, k.Key.Revision = to, old.Key.Revision+1
+	k.Key.Revision = old.Key.Revision + 1
+	change(&k.Key)
 	cek.Use(func(b []byte) { _, err = c.sealCEK(ctx, set, &k, b, false) })
 	if err != nil {
 		return SealedKey{}, fmt.Errorf("content key %s: %w", old.Key.KID, err)
@@ -362,12 +363,12 @@ func (c *Custodian) sealAnew(ctx context.Context, set *controlSet, old SealedKey
 }
 
 // storeBatch puts a batch in the place of the old records, if its KEK still
-// protects.
-func (c *Custodian) storeBatch(ctx context.Context, b movedBatch) error {
+// protects. sequence is the store's after it.
+func (c *Custodian) storeBatch(ctx context.Context, b movedBatch) (sequence uint64, err error) {
 	if len(b.keys) == 0 {
-		return nil
+		return 0, nil
 	}
-	return c.store.Update(ctx, func(tx UpdateTx) error {
+	err = c.store.Update(ctx, func(tx UpdateTx) error {
 		cat, err := categoryIn(tx, b.to.Category)
 		if err != nil {
 			return err
@@ -380,8 +381,10 @@ func (c *Custodian) storeBatch(ctx context.Context, b movedBatch) error {
 				return err
 			}
 		}
+		sequence = tx.Sequence()
 		return nil
 	})
+	return sequence, err
 }
 
 // verifyKeys opens every content key of the categories and holds it against

@@ -33,6 +33,7 @@ type Status struct {
 	UnknownObjects  []TokenObject    `json:"unknown_token_objects"`
 	Authority       string           `json:"authority"` // who may change policy
 	Rewraps         []RewrapStatus   `json:"rewraps"`   // jobs that have not ended
+	Rotations       []RotationStatus `json:"rotations"` // that have something left to do, or are held
 }
 
 // A MEKStatus describes one MEK version.
@@ -91,6 +92,11 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 		s.MEKs = append(s.MEKs, MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24)})
 	}
 	slices.SortFunc(s.MEKs, func(a, b MEKStatus) int { return int(a.Version) - int(b.Version) })
+	for _, r := range c.rotationStatuses(set) {
+		if !r.Step.over() {
+			s.Rotations = append(s.Rotations, r)
+		}
+	}
 	for _, g := range c.keys.order {
 		p := g.describe()
 		p.KeyVersions, p.SoleKeyVersions = set.heldBy(p.Name)
@@ -165,6 +171,11 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	for _, j := range s.Rewraps {
 		if j.LastError != "" {
 			w = append(w, fmt.Sprintf("outer wraps of %s: %d of %d keys are moved, and it does not go on: %s", scope(j.Category), j.Done, j.Total, j.LastError))
+		}
+	}
+	for _, r := range s.Rotations {
+		if r.LastError != "" {
+			w = append(w, fmt.Sprintf("rotation %s: %s, %d of %d records, and it does not go on: %s", r.Name, r.Step, r.Done, r.Total, r.LastError))
 		}
 	}
 	for id, k := range set.keks {

@@ -39,8 +39,8 @@ type Token struct {
 	// crypto11, which has sessions of its own; the pool does the rest.
 	anchor, control, signing, pool chan *worker
 	workers                        []*worker
-	// lanes holds one for each call of the pool that may begin. An abandoned
-	// call has given its lane back.
+	// lanes holds one for each job of the pool that may run now. Who abandons a
+	// job gives its lane back.
 	lanes chan struct{}
 
 	// The connection. Written by the keeper while it holds every worker, and

@@ -33,7 +33,7 @@ type worker struct {
 	home  chan *worker
 	start chan struct{}
 	done  chan struct{}
-	state atomic.Int32 // of one job: running, then finished or abandoned
+	state atomic.Int32 // of one job
 	due   atomic.Int64 // when the job ought to have ended, on the clock of the token's life
 	timer *time.Timer
 
@@ -61,9 +61,14 @@ type worker struct {
 	message []byte // of CMAC, our own copy: in aad, or in ordinary memory where it is longer than any key
 }
 
+// A job is waiting for a lane, then running, then finished. Its caller can leave
+// before: a job that waits is withdrawn and never runs, one that runs is
+// abandoned and ends alone.
 const (
-	stateRunning = iota
+	stateWaiting = iota
+	stateRunning
 	stateFinished
+	stateWithdrawn
 	stateAbandoned
 )
 
@@ -90,34 +95,50 @@ func newWorker(t *Token, home chan *worker, keep bool) (*worker, error) {
 // loop runs jobs until start is closed.
 func (w *worker) loop() {
 	for range w.start {
+		if !w.enter() {
+			w.release()
+			continue
+		}
 		w.err = w.attempt()
 		if w.state.CompareAndSwap(stateRunning, stateFinished) {
 			w.done <- struct{}{}
+			w.leave() // last, so that the runtime runs the next worker first
 			continue
 		}
 		if w.undo != nil {
 			w.undo()
 		}
 		w.t.abandoned.Add(-1)
-		w.goHome()
+		w.release()
 	}
 }
 
-// release ends a call: the worker goes home, and its lane is free.
-func (w *worker) release() {
-	w.goHome()
+// enter waits for a lane, where there are any, and tells whether the caller is
+// still there. Whoever has the lane is bounded by CallTimeout, so the wait is
+// too. That the worker waits and not its caller makes the next call of the
+// module begin when the last one ends: the callers in between fill and empty
+// other workers meanwhile.
+func (w *worker) enter() bool {
+	if w.home == w.t.pool {
+		<-w.t.lanes
+	}
+	w.due.Store(int64(time.Since(w.t.born) + w.patience()))
+	if w.state.CompareAndSwap(stateWaiting, stateRunning) {
+		return true
+	}
 	w.leave()
+	return false
 }
 
-// leave gives the lane back that take waited for.
+// leave gives the lane back.
 func (w *worker) leave() {
 	if w.home == w.t.pool {
 		w.t.lanes <- struct{}{}
 	}
 }
 
-// goHome wipes what the job left and sends the worker home.
-func (w *worker) goHome() {
+// release ends a call: it wipes what the job left and sends the worker home.
+func (w *worker) release() {
 	clear(w.in[:w.inLen])
 	clear(w.out)
 	clear(w.message) // a fingerprint's is a content key
@@ -143,31 +164,19 @@ func (t *Token) take(ctx context.Context, home chan *worker) (*worker, error) {
 	return t.wait(ctx, home)
 }
 
-// wait is take that waits for any pool. One of the pool needs a lane first.
-func (t *Token) wait(ctx context.Context, home chan *worker) (w *worker, err error) {
-	if home == t.pool {
-		if _, err := await(ctx, t, t.lanes); err != nil {
-			return nil, err
-		}
+// wait is take that waits for any pool. It sends the worker home again if the
+// token was lost meanwhile.
+func (t *Token) wait(ctx context.Context, home chan *worker) (*worker, error) {
+	w, err := t.await(ctx, home)
+	if err != nil {
+		return nil, err
 	}
-	w, err = await(ctx, t, home)
-	if err == nil {
-		err = t.admit(w)
-	}
-	if err != nil && home == t.pool {
-		t.lanes <- struct{}{}
-	}
-	return w, err
-}
-
-// admit sends a worker home again if the token was lost while we waited.
-func (t *Token) admit(w *worker) error {
 	if err := t.check(); err != nil {
-		w.home <- w
-		return err
+		home <- w
+		return nil, err
 	}
 	t.inFlight.Add(1)
-	return nil
+	return w, nil
 }
 
 // poolAbandoned tells whether all workers of the pool are in a call whose
@@ -181,12 +190,12 @@ func (t *Token) poolAbandoned() bool {
 	return true
 }
 
-// await takes from a channel as soon as something is there, within the time of
-// the context and CallTimeout.
-func await[T any](ctx context.Context, t *Token, from chan T) (got T, err error) {
+// await takes a worker as soon as one is home, within the time of the context
+// and CallTimeout.
+func (t *Token) await(ctx context.Context, home chan *worker) (*worker, error) {
 	select {
-	case got = <-from:
-		return got, nil
+	case w := <-home:
+		return w, nil
 	default:
 	}
 	var timeout <-chan time.Time
@@ -196,18 +205,27 @@ func await[T any](ctx context.Context, t *Token, from chan T) (got T, err error)
 		timeout = timer.C
 	}
 	select {
-	case got = <-from:
-		return got, nil
+	case w := <-home:
+		return w, nil
 	case <-ctx.Done():
-		if err := t.check(); err != nil {
-			return got, fmt.Errorf("%w: %w", err, ctx.Err())
-		}
-		t.poke() // to look at the calls that we waited for
-		return got, fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
+		return nil, t.busy(ctx.Err())
 	case <-timeout:
-		t.suspect()
-		return got, fmt.Errorf("within %s: %w", t.c.CallTimeout, ErrBusy)
+		return nil, t.busy(nil)
 	}
+}
+
+// busy says that a call did not get its turn: ctxErr ended its wait, or, if that
+// is nil, CallTimeout.
+func (t *Token) busy(ctxErr error) error {
+	if ctxErr == nil {
+		t.suspect()
+		return fmt.Errorf("within %s: %w", t.c.CallTimeout, ErrBusy)
+	}
+	if err := t.check(); err != nil {
+		return fmt.Errorf("%w: %w", err, ctxErr)
+	}
+	t.poke() // to look at the calls that we waited for
+	return fmt.Errorf("%w: %w", ErrBusy, ctxErr)
 }
 
 // run lets a taken worker do a job. After an error the worker is not the
@@ -215,8 +233,7 @@ func await[T any](ctx context.Context, t *Token, from chan T) (got T, err error)
 // release.
 func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 	w.job = job
-	w.state.Store(stateRunning)
-	w.due.Store(int64(time.Since(w.t.born) + w.patience()))
+	w.state.Store(stateWaiting)
 	w.start <- struct{}{}
 	timeout := w.arm(ctx)
 	var why error
@@ -232,6 +249,9 @@ func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 	}
 	if why != nil {
 		t := w.t
+		if w.state.CompareAndSwap(stateWaiting, stateWithdrawn) {
+			return t.busy(ctx.Err())
+		}
 		t.abandoned.Add(1)
 		if w.state.CompareAndSwap(stateRunning, stateAbandoned) {
 			w.leave()

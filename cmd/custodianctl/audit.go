@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -496,14 +498,18 @@ func (f *filter) flags(c *cobra.Command) {
 
 func (a *app) auditListCmd() *cobra.Command {
 	var dir string
-	var follow bool
+	var follow, open bool
 	var f filter
 	c := leaf(&cobra.Command{
 		Use:   "list",
 		Short: "Print the newest entries of a log, oldest first",
 		Long: `Print the newest entries of an audit log, oldest first; with --json one object a
 line. What the log says is not checked: custodianctl audit verify does that. With
---follow it goes on with those that are written, until it is interrupted.`,
+--follow it goes on with those that are written, until it is interrupted.
+
+Administrative actions are in the log before they begin and after they end. With
+--unfinished only those are listed that have begun and of whose end nobody knows:
+it is not written, or by the next start, because the daemon was killed.`,
 		Example: `  custodianctl audit list --dir /var/lib/custodian/audit --action release --limit 0 --json
   custodianctl audit list --dir DIR --kid KID --action release --outcome allowed --limit 0     who was given this key
   custodianctl audit list --dir DIR --caller NAME --action release --outcome allowed --limit 0 which keys did it get
@@ -519,15 +525,25 @@ line. What the log says is not checked: custodianctl audit verify does that. Wit
 		if f.session+f.user != "" && dir != "" {
 			return invalid(errors.New("only the daemon has the key to find a session or a user: leave --dir out"))
 		}
+		if open && (follow || f.outcome != "" || f.session+f.user != "") {
+			return invalid(errors.New("--unfinished: not together with --follow, --outcome, a session or a user"))
+		}
 		if follow {
 			if dir != "" {
 				return invalid(errors.New("--follow asks the daemon: leave --dir out"))
 			}
 			return a.follow(ctx, &f)
 		}
+		asked := &f
+		if open { // the ends are needed, too, whatever they are about
+			asked = &filter{Filter: audit.Filter{Since: f.Since}}
+		}
 		read := func(fn func(*audit.Entry) error) error { return audit.Read(dir, 0, fn) }
 		if dir == "" {
-			read = func(fn func(*audit.Entry) error) error { return a.readFromDaemon(ctx, &f, fn) }
+			read = func(fn func(*audit.Entry) error) error { return a.readFromDaemon(ctx, asked, fn) }
+		}
+		if open {
+			read = unfinished(read)
 		}
 		entries, err := newest(ctx, read, &f)
 		if err == nil && dir != "" {
@@ -546,9 +562,33 @@ line. What the log says is not checked: custodianctl audit verify does that. Wit
 		return a.printTable([]string{"INDEX", "TIME", "OUTCOME", "ACTION", "CALLER", "ABOUT"}, rows)
 	})
 	c.Flags().StringVar(&dir, "dir", "", "`DIR`ectory of the log; without it the daemon is asked (auditor)")
+	c.Flags().BoolVar(&open, "unfinished", false, "only actions that have begun and of whose end nobody knows")
 	c.Flags().BoolVar(&follow, "follow", false, "go on with the entries that are written (from the daemon only)")
 	f.flags(c)
 	return c
+}
+
+// unfinished makes of what reads a log what reads those of its attempts whose
+// end nobody has seen.
+func unfinished(read func(func(*audit.Entry) error) error) func(func(*audit.Entry) error) error {
+	return func(fn func(*audit.Entry) error) error {
+		begun := map[uint64]*audit.Entry{}
+		err := read(func(e *audit.Entry) error {
+			if e.Outcome == audit.Begun {
+				begun[e.Index] = e
+			}
+			if e.HasAttempt && e.Reason != custodian.ReasonInterrupted {
+				delete(begun, e.Attempt)
+			}
+			return nil
+		})
+		for _, i := range slices.Sorted(maps.Keys(begun)) {
+			if err == nil {
+				err = fn(begun[i])
+			}
+		}
+		return err
+	}
 }
 
 func entryRow(e *audit.Entry) []string {

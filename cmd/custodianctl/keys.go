@@ -355,6 +355,7 @@ type infoView struct {
 	KeyVersion      uint32     `json:"key_version"`
 	BirthKeyVersion uint32     `json:"birth_key_version"`
 	CreateTime      *time.Time `json:"create_time,omitempty"`
+	PackagedTime    *time.Time `json:"packaged_time,omitempty"`
 	Revision        uint64     `json:"revision"`
 }
 
@@ -365,7 +366,8 @@ func viewInfo(k *v1.ContentKeyInfo) infoView {
 		PeriodStart: timeOrNone(k.GetPeriodStartTime()), PeriodEnd: timeOrNone(k.GetPeriodEndTime()),
 		Generation: k.GetGeneration(), IV: k.GetIv(),
 		State: enum(k.GetState().String(), "KEY_STATE_"), Origin: enum(k.GetOrigin().String(), "KEY_ORIGIN_"),
-		KeyVersion: k.GetKeyVersion(), BirthKeyVersion: k.GetBirthKeyVersion(), CreateTime: timeOrNone(k.GetCreateTime()), Revision: k.GetRevision(),
+		KeyVersion: k.GetKeyVersion(), BirthKeyVersion: k.GetBirthKeyVersion(), CreateTime: timeOrNone(k.GetCreateTime()),
+		PackagedTime: timeOrNone(k.GetPackagedTime()), Revision: k.GetRevision(),
 	}
 }
 
@@ -458,7 +460,7 @@ func (a *app) keysShowCmd() *cobra.Command {
 		return a.printFields(append(fields, [][2]string{
 			{"generation", strconv.FormatUint(uint64(v.Generation), 10)}, {"state", v.State}, {"origin", v.Origin},
 			{"wrapped by", fmt.Sprintf("%s/%d, at first %s/%d", plain(v.Category), v.KeyVersion, plain(v.Category), v.BirthKeyVersion)},
-			{"created", stamp(at(k.GetCreateTime()))},
+			{"created", stamp(at(k.GetCreateTime()))}, {"packaged", orDash(stamp(at(k.GetPackagedTime())))},
 			{"revision", strconv.FormatUint(v.Revision, 10)},
 		}...))
 	})

@@ -147,34 +147,71 @@ func (a *app) rotationListCmd() *cobra.Command {
 }
 
 func (a *app) eventCmd() *cobra.Command {
+	return group(&cobra.Command{Use: "event", Short: "Tell the daemon of what has happened elsewhere"}, a.eventBatchCmd(), a.eventPackagedCmd())
+}
+
+// reportEvent reports an event and says what came of it.
+func (a *app) reportEvent(ctx context.Context, ev custodian.Event, kind v1.EventKind, say func(*v1.ReportEventResponse) error) error {
+	if err := ev.Check(); err != nil {
+		return invalid(err)
+	}
+	got, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.ReportEventResponse, error) {
+		return cl.ReportEvent(ctx, &v1.ReportEventRequest{EventId: ev.ID, Kind: kind, Category: string(ev.Category), ContentId: ev.ContentID})
+	})
+	if err != nil {
+		return fmt.Errorf("report event %s: %w", ev.ID, err)
+	}
+	if a.json {
+		return a.printJSON(struct {
+			KeyVersion uint32 `json:"key_version"`
+			Rotated    bool   `json:"rotated"`
+			Reason     string `json:"reason,omitempty"`
+			MarkedKeys uint32 `json:"marked_keys"`
+		}{got.GetKeyVersion(), got.GetRotated(), got.GetReason(), got.GetMarkedKeys()})
+	}
+	return say(got)
+}
+
+func (a *app) eventBatchCmd() *cobra.Command {
 	var id string
 	c := leaf(&cobra.Command{
-		Use:     "event new-batch CATEGORY",
-		Short:   "Tell the daemon that new content is about to be packaged (packager, officer)",
+		Use:     "new-batch CATEGORY",
+		Short:   "New content is about to be packaged (packager, event source, officer)",
 		Example: `  custodianctl event new-batch movies --id nightly-2026-11-22`,
-	}, cobra.ExactArgs(2), func(ctx context.Context, args []string) error {
-		ev := custodian.Event{ID: id, Kind: custodian.EventKind(args[0]), Category: custodian.CategoryName(args[1])}
-		if err := ev.Check(); err != nil {
+	}, cobra.ExactArgs(1), func(ctx context.Context, args []string) error {
+		ev := custodian.Event{ID: id, Kind: custodian.EventNewBatch, Category: custodian.CategoryName(args[0])}
+		return a.reportEvent(ctx, ev, v1.EventKind_EVENT_KIND_NEW_BATCH, func(got *v1.ReportEventResponse) error {
+			if !got.GetRotated() {
+				return a.printf("category %s stays at key version %d: %s\n", args[0], got.GetKeyVersion(), plain(got.GetReason()))
+			}
+			return a.printf("category %s is at key version %d by this event\n", args[0], got.GetKeyVersion())
+		})
+	})
+	return needEventID(c, &id)
+}
+
+func (a *app) eventPackagedCmd() *cobra.Command {
+	var id, content, contentHex string
+	c := leaf(&cobra.Command{
+		Use:     "packaged CATEGORY",
+		Short:   "A content item was packaged: its keys are in use, and are not issued again (packager, event source, officer)",
+		Example: `  custodianctl event packaged movies --content film-1 --id film-1-packaged`,
+	}, cobra.ExactArgs(1), func(ctx context.Context, args []string) error {
+		item, err := contentID(content, contentHex)
+		if err != nil {
 			return invalid(err)
 		}
-		got, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.ReportEventResponse, error) {
-			return cl.ReportEvent(ctx, &v1.ReportEventRequest{EventId: id, Kind: v1.EventKind_EVENT_KIND_NEW_BATCH, Category: args[1]})
+		ev := custodian.Event{ID: id, Kind: custodian.EventPackaged, Category: custodian.CategoryName(args[0]), ContentID: item}
+		return a.reportEvent(ctx, ev, v1.EventKind_EVENT_KIND_PACKAGED, func(got *v1.ReportEventResponse) error {
+			return a.printf("%d keys of %s in category %s are in use from now on\n", got.GetMarkedKeys(), contentText(item), args[0])
 		})
-		if err != nil {
-			return fmt.Errorf("report event %s: %w", id, err)
-		}
-		if a.json {
-			return a.printJSON(struct {
-				KeyVersion uint32 `json:"key_version"`
-				Rotated    bool   `json:"rotated"`
-				Reason     string `json:"reason,omitempty"`
-			}{got.GetKeyVersion(), got.GetRotated(), got.GetReason()})
-		}
-		if !got.GetRotated() {
-			return a.printf("category %s stays at key version %d: %s\n", args[1], got.GetKeyVersion(), plain(got.GetReason()))
-		}
-		return a.printf("category %s is at key version %d by this event\n", args[1], got.GetKeyVersion())
 	})
-	c.Flags().StringVar(&id, "id", "", "names the event, `ID`; one that is reported again is the same event")
+	c.Flags().StringVar(&content, "content", "", "content `ID`, as text")
+	c.Flags().StringVar(&contentHex, "content-hex", "", "content ID in `HEX`adecimal")
+	return needEventID(c, &id)
+}
+
+func needEventID(c *cobra.Command, id *string) *cobra.Command {
+	c.Flags().StringVar(id, "id", "", "names the event, `ID`; one that is reported again is the same event")
 	return need(c, "id")
 }

@@ -98,6 +98,13 @@ func (a *app) printStatus(s *v1.Status) error {
 			add("", "does not go on: %s", plain(j.GetLastError()))
 		}
 	}
+	for _, r := range s.GetRotations() {
+		v := viewRotation(r)
+		add("rotation", "%s is at %s: %d of %d records, %.0f/s, remaining %s", plain(v.Name), v.Step, v.Done, v.Total, v.Rate, orDash(v.Remaining))
+		if v.LastError != "" {
+			add("", "does not go on: %s", plain(v.LastError))
+		}
+	}
 	st, l := s.GetStore(), s.GetAudit()
 	add("store", "%s, %s, %s, schema %d", number(st.GetContentKeys(), "content key", "content keys"), bytesText(st.GetSizeBytes()), orDash(st.GetEngine()), st.GetSchema())
 	add("", "%s", orDash(st.GetPath()))

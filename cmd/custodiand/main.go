@@ -12,13 +12,13 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/rpc"
 	"github.com/keycustody/custodian/store"
 )
 
@@ -42,20 +42,12 @@ const usage = `usage:
   custodiand version
 `
 
-// gcPercent is how much garbage there may be beside what is in use, in percent.
-// That is some 10 MB however many keys are stored, so five times as much is
-// little memory, while collecting it less often saves a tenth of the CPU time
-// of a callback. GOGC in the environment comes first.
-const gcPercent = 400
-
 func main() {
 	if err := withoutPreemption(); err != nil {
 		fmt.Fprintln(os.Stderr, "custodiand:", err)
 		os.Exit(exitError)
 	}
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
+	rpc.TuneRuntime()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code := dispatch(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()

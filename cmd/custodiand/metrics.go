@@ -38,6 +38,11 @@ var (
 	descKMSCount    = desc("kms_incidents_total", "Incidents of the provider that were declared.", "provider")
 	descRewrapDone  = desc("rewrap_keys_done", "Keys whose outer wraps a job has moved; the job is there until it has ended.", "category")
 	descRewrapKeys  = desc("rewrap_keys", "Keys whose outer wraps a job moves.", "category")
+	descRotDone     = desc("rotation_records_done", "Records that the rotation's present step is done with.", "rotation", "step")
+	descRotTotal    = desc("rotation_records", "Records of the rotation's present step.", "rotation", "step")
+	descRotRate     = desc("rotation_records_per_second", "How fast the rotation's present step goes on.", "rotation", "step")
+	descRotLeft     = desc("rotation_remaining_seconds", "How long the rotation's present step will take, by that rate.", "rotation", "step")
+	descRotFault    = desc("rotation_failing", "1 where the last try of the rotation failed; it is tried again.", "rotation", "step")
 	descKeys        = desc("store_content_keys", "Content keys in the store.")
 	descStoreBytes  = desc("store_bytes", "Size of the store's file.")
 	descEntries     = desc("audit_entries", "Entries in the audit log.")
@@ -103,6 +108,14 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	for _, j := range s.Rewraps {
 		gauge(descRewrapDone, float64(j.Done), string(j.Category))
 		gauge(descRewrapKeys, float64(j.Total), string(j.Category))
+	}
+	for _, r := range s.Rotations {
+		step := r.Step.String()
+		gauge(descRotDone, float64(r.Done), r.Name, step)
+		gauge(descRotTotal, float64(r.Total), r.Name, step)
+		gauge(descRotRate, r.Rate, r.Name, step)
+		gauge(descRotLeft, r.Remaining.Seconds(), r.Name, step)
+		gauge(descRotFault, number(r.LastError != ""), r.Name, step)
 	}
 	gauge(descKeys, float64(s.Store.ContentKeys))
 	gauge(descStoreBytes, float64(s.Store.Bytes))

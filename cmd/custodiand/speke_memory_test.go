@@ -23,27 +23,11 @@ import (
 // buffers in which crypto/tls and gRPC read, until the connection reads more.
 func TestMemorySPEKE(t *testing.T) {
 	c := provision(t)
-	c.edit("packagers:\n    listen: \"\"", "packagers:\n    listen: 127.0.0.1:0")
-	c.mustRun("init", "-config", c.dev.configFile())
-	c.mustStart()
-	m := packagersLine.FindStringSubmatch(c.logText())
-	if m == nil {
-		t.Fatalf("the daemon does not say where packagers knock:\n%s", c.logText())
-	}
+	transport, port := serveEncoders(t, c)
 	boss := c.dial(custodian.RoleOfficer)
-	if _, err := boss.CreateCategory(t.Context(), &v1.CreateCategoryRequest{Name: "movies"}); err != nil {
-		t.Fatal(err)
-	}
-	pki := filepath.Join(c.dev.dir, "pki")
-	trust, err := certs.NewClient(certs.ClientOptions{CertFile: filepath.Join(pki, "packager.pem"), KeyFile: filepath.Join(pki, "packager.key"),
-		CAFile: filepath.Join(pki, "ca.pem"), ServerName: "localhost"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	transport := &http.Transport{TLSClientConfig: trust.TLSConfig()}
 	var keys [][]byte
 	for _, n := range []int{1, 199, 600} { // short answers and long ones
-		keys = append(keys, spekeKeys(t, transport, m[1], n)...)
+		keys = append(keys, spekeKeys(t, transport, port, n)...)
 	}
 	for i := range 4 {
 		req := &v1.ImportContentKeysRequest{Category: "movies", ContentId: fmt.Appendf(nil, "studio %d", i)}
@@ -93,8 +77,53 @@ func TestMemorySPEKE(t *testing.T) {
 	}
 }
 
-// spekeKeys asks for n keys of one content item.
+// serveEncoders starts a daemon with the category movies and a door for encoders,
+// of whom one has the transport.
+func serveEncoders(t *testing.T, c *custody) (transport *http.Transport, port string) {
+	t.Helper()
+	c.edit("packagers:\n    listen: \"\"", "packagers:\n    listen: 127.0.0.1:0")
+	c.mustRun("init", "-config", c.dev.configFile())
+	c.mustStart()
+	m := packagersLine.FindStringSubmatch(c.logText())
+	if m == nil {
+		t.Fatalf("the daemon does not say where packagers knock:\n%s", c.logText())
+	}
+	if _, err := c.dial(custodian.RoleOfficer).CreateCategory(t.Context(), &v1.CreateCategoryRequest{Name: "movies"}); err != nil {
+		t.Fatal(err)
+	}
+	pki := filepath.Join(c.dev.dir, "pki")
+	trust, err := certs.NewClient(certs.ClientOptions{CertFile: filepath.Join(pki, "packager.pem"), KeyFile: filepath.Join(pki, "packager.key"),
+		CAFile: filepath.Join(pki, "ca.pem"), ServerName: "localhost"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &http.Transport{TLSClientConfig: trust.TLSConfig()}, m[1]
+}
+
+// spekeKeys asks for n keys of one content item, and gets them.
 func spekeKeys(t *testing.T, transport *http.Transport, port string, n int) [][]byte {
+	t.Helper()
+	res := askSPEKE(t, transport, port, n)
+	defer res.Body.Close()
+	var answer struct {
+		Values []string `xml:"ContentKeyList>ContentKey>Data>Secret>PlainValue"`
+	}
+	if err := xml.NewDecoder(res.Body).Decode(&answer); err != nil || len(answer.Values) != n {
+		t.Fatalf("%s: %d keys instead of %d: %v", res.Status, len(answer.Values), n, err)
+	}
+	var keys [][]byte
+	for _, v := range answer.Values {
+		key, err := base64.StdEncoding.DecodeString(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys = append(keys, key)
+	}
+	return keys
+}
+
+// askSPEKE asks for n keys of one content item.
+func askSPEKE(t *testing.T, transport *http.Transport, port string, n int) *http.Response {
 	t.Helper()
 	var list, systems, rules strings.Builder
 	for i := range n {
@@ -114,20 +143,5 @@ func spekeKeys(t *testing.T, transport *http.Transport, port string, n int) [][]
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer res.Body.Close()
-	var answer struct {
-		Values []string `xml:"ContentKeyList>ContentKey>Data>Secret>PlainValue"`
-	}
-	if err := xml.NewDecoder(res.Body).Decode(&answer); err != nil || len(answer.Values) != n {
-		t.Fatalf("%s: %d keys instead of %d: %v", res.Status, len(answer.Values), n, err)
-	}
-	var keys [][]byte
-	for _, v := range answer.Values {
-		key, err := base64.StdEncoding.DecodeString(v)
-		if err != nil {
-			t.Fatal(err)
-		}
-		keys = append(keys, key)
-	}
-	return keys
+	return res
 }

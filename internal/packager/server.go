@@ -1,6 +1,7 @@
 package packager
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -25,8 +26,16 @@ const (
 	maxBody = MaxDocumentSize
 	// maxHeader in bytes, of all headers of one request.
 	maxHeader = 16 << 10
-	// maxCalls are under way at once; one more is told to come back.
-	maxCalls = 512
+	// maxCalls are under way at once; one more is told to come back. Each has
+	// room for smallBody bytes of its request, which is more than any that is
+	// not a CPIX document of many keys.
+	maxCalls  = 512
+	smallBody = 16 << 10
+	// maxLarge calls at once may have a larger body. It takes six times its
+	// size to read one, so without a bound of their own a few hundred strangers
+	// with a certificate could have the memory of the whole machine.
+	maxLarge  = 8
+	largeWait = 5 * time.Second // for such a place; no longer than Hold
 	// minReply in bytes: net/http would copy a shorter body into a buffer that
 	// nobody wipes, so that is filled up with blanks, which JSON and XML allow.
 	minReply = 2<<10 + 1
@@ -62,6 +71,7 @@ type Server struct {
 	config  Config
 	http    *http.Server
 	places  chan struct{} // one for each call under way
+	large   chan struct{} // one for each of them with a large body
 	calls   sync.WaitGroup
 	signers atomic.Pointer[signers]
 	spekes  atomic.Pointer[SPEKE]
@@ -78,7 +88,7 @@ func NewServer(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{config: c, places: make(chan struct{}, maxCalls)}
+	s := &Server{config: c, places: make(chan struct{}, maxCalls), large: make(chan struct{}, maxLarge)}
 	if err := s.SetSigners(c.Signers); err != nil {
 		return nil, fmt.Errorf("packager server: %w", err)
 	}
@@ -139,6 +149,8 @@ type call struct {
 	header   http.Header // of the request
 	body     []byte
 	asked    bool // the domain, which writes down what it answers
+	// Which places it has, until its answer is sent.
+	placed, large bool
 	// began and hold bound the wait for trouble that may pass.
 	began time.Time
 	hold  time.Duration
@@ -171,6 +183,7 @@ func (s *Server) handler(d door) http.Handler {
 		}
 		visit, err := s.config.RPC.Visit(conn.ConnectionState(), d.name, r.Header.Get("X-Request-Id"))
 		c := &call{Visit: visit, category: custodian.CategoryName(r.PathValue("category")), header: r.Header, began: time.Now(), hold: s.config.Hold}
+		defer s.leave(c)
 		var answer reply
 		if err == nil {
 			answer, err = s.answer(ctx, d, c, w, r)
@@ -181,9 +194,14 @@ func (s *Server) handler(d door) http.Handler {
 		refusal := c.End(ctx, err)
 		switch {
 		case errors.Is(err, errNoAnswer):
+			s.leave(c)
 			<-ctx.Done()
 			panic(http.ErrAbortHandler) // net/http's way to close a connection
 		case err != nil:
+			if errors.Is(err, errOverload) { // which is not of this caller's making
+				refusal.HTTPStatus = http.StatusServiceUnavailable
+				w.Header().Set("Connection", "close") // or the rest of the body would be read
+			}
 			answer = d.refuse(refusal, err)
 			if refusal.RetryAfter > 0 {
 				w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(refusal.RetryAfter.Seconds()))))
@@ -198,14 +216,17 @@ func (s *Server) handler(d door) http.Handler {
 func (s *Server) answer(ctx context.Context, d door, c *call, w http.ResponseWriter, r *http.Request) (reply, error) {
 	select {
 	case s.places <- struct{}{}:
-		defer func() { <-s.places }()
+		c.placed = true
 	default:
-		return reply{}, fmt.Errorf("%d calls are under way: %w", maxCalls, custodian.ErrRate)
+		return reply{}, fmt.Errorf("%d calls are under way: %w", maxCalls, errOverload)
 	}
 	if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil {
 		return reply{}, err
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	body, err := s.read(ctx, c, http.MaxBytesReader(w, r.Body, maxBody))
+	if errors.Is(err, errOverload) {
+		return reply{}, err
+	}
 	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return reply{}, &custodian.InvalidError{Field: "body", Err: fmt.Errorf("it has more than %d bytes", tooLarge.Limit)}
 	} else if err != nil {
@@ -220,6 +241,38 @@ func (s *Server) answer(ctx context.Context, d door, c *call, w http.ResponseWri
 		return reply{}, &custodian.InvalidError{Field: "category", Err: err}
 	}
 	return d.answer(ctx, c)
+}
+
+// errOverload: there is no place for the call now.
+var errOverload = fmt.Errorf("the front door is full: %w", custodian.ErrRate)
+
+// read reads the body. One that turns out to be large needs a place for that.
+func (s *Server) read(ctx context.Context, c *call, r io.Reader) ([]byte, error) {
+	var body bytes.Buffer
+	if n, err := body.ReadFrom(io.LimitReader(r, smallBody+1)); err != nil || n <= smallBody {
+		return body.Bytes(), err
+	}
+	wait, cancel := context.WithTimeout(ctx, min(largeWait, c.hold))
+	defer cancel()
+	select {
+	case s.large <- struct{}{}:
+		c.large = true
+	case <-wait.Done():
+		return nil, fmt.Errorf("%d requests of more than %d bytes are under way: %w", maxLarge, smallBody, errOverload)
+	}
+	_, err := body.ReadFrom(r)
+	return body.Bytes(), err
+}
+
+// leave gives the call's places back.
+func (s *Server) leave(c *call) {
+	if c.large {
+		<-s.large
+	}
+	if c.placed {
+		<-s.places
+	}
+	c.placed, c.large = false, false
 }
 
 // issue is Issue of the domain. Trouble that may pass is waited out, as long as

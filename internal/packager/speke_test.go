@@ -616,6 +616,43 @@ func TestSPEKEDoor(t *testing.T) {
 	}
 }
 
+// TestSPEKEHold: trouble of the token's that passes is waited out in the middle of
+// a request; what stays is told.
+func TestSPEKEHold(t *testing.T) {
+	small := readFile(t, "speke", "small.request.xml")
+	for _, test := range []struct {
+		name   string
+		fail   func(*doorKit)
+		hold   time.Duration
+		status int
+		text   string
+	}{
+		{"passes", func(k *doorKit) { k.hsm.Fail("Random", custodian.ErrHSMUnavailable, 2) }, 10 * time.Second, 200, "PlainValue"},
+		{"after it was done", func(k *doorKit) { k.hsm.FailAfter("Seal", custodian.ErrHSMUnavailable, 2) }, 10 * time.Second, 200, "PlainValue"},
+		{"stays", func(k *doorKit) { k.hsm.Fail("Random", custodian.ErrHSMUnavailable, 1000) }, 300 * time.Millisecond, 503, "the HSM is out of reach"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			k := newDoorKit(t, func(c *packager.Config) { c.Hold = test.hold })
+			test.fail(k)
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, k.url+"speke", bytes.NewReader(small))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header = spekeHeader("2.0")
+			res, err := k.client(t, doorPackager).Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			text, err := io.ReadAll(res.Body)
+			if err != nil || res.StatusCode != test.status || !bytes.Contains(text, []byte(test.text)) || (res.Header.Get("Retry-After") != "") != (test.status == 503) {
+				t.Errorf("got %d, %v, %s, %v; want %d %q", res.StatusCode, res.Header, text, err, test.status, test.text)
+			}
+		})
+	}
+}
+
 // What docs/OPERATIONS.md tells to paste works.
 func TestSPEKEDocumented(t *testing.T) {
 	page, err := os.ReadFile("../../docs/OPERATIONS.md")

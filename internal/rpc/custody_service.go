@@ -240,7 +240,7 @@ func encodeKEK(k custodian.KEK) *v1.KeyVersion {
 func encodeInfo(k *custodian.ContentKeyInfo) *v1.ContentKeyInfo {
 	out := &v1.ContentKeyInfo{Kid: k.KID[:], Category: string(k.Category), ContentId: k.ContentID, TrackType: string(k.TrackType),
 		Scheme: string(k.Scheme), Generation: k.Generation, Iv: k.IV, State: states[k.State], Origin: origins[k.Origin],
-		KeyVersion: k.KEK.Version, BirthKeyVersion: k.BirthKEK, CreateTime: timestamp(k.CreateTime), Revision: k.Revision}
+		KeyVersion: k.KEK.Version, BirthKeyVersion: k.BirthKEK, CreateTime: timestamp(k.CreateTime), PackagedTime: timestamp(k.PackagedTime), Revision: k.Revision}
 	if k.HasPeriod {
 		out.PeriodIndex = &k.Period
 		out.PeriodStartTime, out.PeriodEndTime = timestamp(k.PeriodStart), timestamp(k.PeriodEnd)

@@ -2,7 +2,6 @@ package rpc
 
 import (
 	"context"
-	"errors"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -82,22 +81,22 @@ func (s *rotationService) RetireRotation(ctx context.Context, req *v1.RetireRota
 	return &v1.RetireRotationResponse{Rotation: encodeRotation(r.Status())}, nil
 }
 
-var errEvent = errors.New("must be EVENT_KIND_NEW_BATCH")
+var eventKinds = map[v1.EventKind]custodian.EventKind{
+	v1.EventKind_EVENT_KIND_NEW_BATCH: custodian.EventNewBatch,
+	v1.EventKind_EVENT_KIND_PACKAGED:  custodian.EventPackaged,
+}
 
 func (s *rotationService) ReportEvent(ctx context.Context, req *v1.ReportEventRequest) (*v1.ReportEventResponse, error) {
 	custody, err := s.server.custody()
 	if err != nil {
 		return nil, err
 	}
-	if req.GetKind() != v1.EventKind_EVENT_KIND_NEW_BATCH {
-		return nil, &custodian.InvalidError{Field: "kind", Err: errEvent}
-	}
-	res, err := custody.ReportEvent(ctx, callOf(ctx).caller, custodian.Event{ID: req.GetEventId(), Kind: custodian.EventNewBatch,
-		Category: custodian.CategoryName(req.GetCategory())})
+	res, err := custody.ReportEvent(ctx, callOf(ctx).caller, custodian.Event{ID: req.GetEventId(), Kind: eventKinds[req.GetKind()],
+		Category: custodian.CategoryName(req.GetCategory()), ContentID: req.GetContentId()})
 	if err != nil {
 		return nil, err
 	}
-	return &v1.ReportEventResponse{KeyVersion: res.KEK.Version, Rotated: res.Rotated, Reason: res.Reason}, nil
+	return &v1.ReportEventResponse{KeyVersion: res.KEK.Version, Rotated: res.Rotated, Reason: res.Reason, MarkedKeys: uint32(res.Marked)}, nil
 }
 
 func encodeRotation(r custodian.RotationStatus) *v1.Rotation {

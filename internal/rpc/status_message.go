@@ -66,6 +66,9 @@ func encodeStatus(s custodian.Status) *v1.Status {
 	for _, p := range s.Providers {
 		out.Providers = append(out.Providers, encodeProvider(p))
 	}
+	for _, r := range s.Rotations {
+		out.Rotations = append(out.Rotations, encodeRotation(r))
+	}
 	for _, j := range s.Rewraps {
 		out.Rewraps = append(out.Rewraps, encodeRewrap(j))
 	}

@@ -448,7 +448,10 @@ type ContentKeyInfo struct {
 	// When it was made.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Counts the changes of this record, from 1.
-	Revision      uint64 `protobuf:"varint,16,opt,name=revision,proto3" json:"revision,omitempty"`
+	Revision uint64 `protobuf:"varint,16,opt,name=revision,proto3" json:"revision,omitempty"`
+	// When it was confirmed that the content is packaged with the key. Absent: it
+	// was not.
+	PackagedTime  *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=packaged_time,json=packagedTime,proto3" json:"packaged_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -593,6 +596,13 @@ func (x *ContentKeyInfo) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *ContentKeyInfo) GetPackagedTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PackagedTime
+	}
+	return nil
 }
 
 // CreateCategoryRequest describes the new category.
@@ -1799,7 +1809,7 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"\brevision\x18\t \x01(\x04R\brevision\"@\n" +
 	"\tOuterWrap\x12\x1a\n" +
 	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x17\n" +
-	"\akey_ref\x18\x02 \x01(\tR\x06keyRef\"\x8e\x05\n" +
+	"\akey_ref\x18\x02 \x01(\tR\x06keyRef\"\xcf\x05\n" +
 	"\x0eContentKeyInfo\x12\x10\n" +
 	"\x03kid\x18\x01 \x01(\fR\x03kid\x12\x1a\n" +
 	"\bcategory\x18\x02 \x01(\tR\bcategory\x12\x1d\n" +
@@ -1823,7 +1833,8 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"\x11birth_key_version\x18\x0e \x01(\rR\x0fbirthKeyVersion\x12;\n" +
 	"\vcreate_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12\x1a\n" +
-	"\brevision\x18\x10 \x01(\x04R\brevisionB\x0f\n" +
+	"\brevision\x18\x10 \x01(\x04R\brevision\x12?\n" +
+	"\rpackaged_time\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\fpackagedTimeB\x0f\n" +
 	"\r_period_index\"\xbe\x01\n" +
 	"\x15CreateCategoryRequest\x12\x1d\n" +
 	"\n" +
@@ -1981,45 +1992,46 @@ var file_custodian_v1_custody_service_proto_depIdxs = []int32{
 	30, // 9: custodian.v1.ContentKeyInfo.state:type_name -> custodian.v1.KeyState
 	1,  // 10: custodian.v1.ContentKeyInfo.origin:type_name -> custodian.v1.KeyOrigin
 	28, // 11: custodian.v1.ContentKeyInfo.create_time:type_name -> google.protobuf.Timestamp
-	29, // 12: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
-	2,  // 13: custodian.v1.CreateCategoryResponse.category:type_name -> custodian.v1.Category
-	0,  // 14: custodian.v1.SetCategoryModeRequest.mode:type_name -> custodian.v1.CategoryMode
-	2,  // 15: custodian.v1.SetCategoryModeResponse.category:type_name -> custodian.v1.Category
-	2,  // 16: custodian.v1.ListCategoriesResponse.categories:type_name -> custodian.v1.Category
-	3,  // 17: custodian.v1.ListKeyVersionsResponse.key_versions:type_name -> custodian.v1.KeyVersion
-	5,  // 18: custodian.v1.ListContentKeysResponse.content_keys:type_name -> custodian.v1.ContentKeyInfo
-	5,  // 19: custodian.v1.DescribeContentKeyResponse.content_key:type_name -> custodian.v1.ContentKeyInfo
-	31, // 20: custodian.v1.SetProvidersResponse.rewrap:type_name -> custodian.v1.Rewrap
-	31, // 21: custodian.v1.ReencryptResponse.rewrap:type_name -> custodian.v1.Rewrap
-	31, // 22: custodian.v1.ListRewrapsResponse.rewraps:type_name -> custodian.v1.Rewrap
-	32, // 23: custodian.v1.GetStatusResponse.status:type_name -> custodian.v1.Status
-	6,  // 24: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
-	8,  // 25: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
-	10, // 26: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
-	12, // 27: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
-	14, // 28: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
-	16, // 29: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
-	18, // 30: custodian.v1.CustodyService.SetProviders:input_type -> custodian.v1.SetProvidersRequest
-	20, // 31: custodian.v1.CustodyService.Reencrypt:input_type -> custodian.v1.ReencryptRequest
-	22, // 32: custodian.v1.CustodyService.ListRewraps:input_type -> custodian.v1.ListRewrapsRequest
-	24, // 33: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
-	26, // 34: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
-	7,  // 35: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
-	9,  // 36: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
-	11, // 37: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
-	13, // 38: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
-	15, // 39: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
-	17, // 40: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
-	19, // 41: custodian.v1.CustodyService.SetProviders:output_type -> custodian.v1.SetProvidersResponse
-	21, // 42: custodian.v1.CustodyService.Reencrypt:output_type -> custodian.v1.ReencryptResponse
-	23, // 43: custodian.v1.CustodyService.ListRewraps:output_type -> custodian.v1.ListRewrapsResponse
-	25, // 44: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
-	27, // 45: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
-	35, // [35:46] is the sub-list for method output_type
-	24, // [24:35] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	28, // 12: custodian.v1.ContentKeyInfo.packaged_time:type_name -> google.protobuf.Timestamp
+	29, // 13: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
+	2,  // 14: custodian.v1.CreateCategoryResponse.category:type_name -> custodian.v1.Category
+	0,  // 15: custodian.v1.SetCategoryModeRequest.mode:type_name -> custodian.v1.CategoryMode
+	2,  // 16: custodian.v1.SetCategoryModeResponse.category:type_name -> custodian.v1.Category
+	2,  // 17: custodian.v1.ListCategoriesResponse.categories:type_name -> custodian.v1.Category
+	3,  // 18: custodian.v1.ListKeyVersionsResponse.key_versions:type_name -> custodian.v1.KeyVersion
+	5,  // 19: custodian.v1.ListContentKeysResponse.content_keys:type_name -> custodian.v1.ContentKeyInfo
+	5,  // 20: custodian.v1.DescribeContentKeyResponse.content_key:type_name -> custodian.v1.ContentKeyInfo
+	31, // 21: custodian.v1.SetProvidersResponse.rewrap:type_name -> custodian.v1.Rewrap
+	31, // 22: custodian.v1.ReencryptResponse.rewrap:type_name -> custodian.v1.Rewrap
+	31, // 23: custodian.v1.ListRewrapsResponse.rewraps:type_name -> custodian.v1.Rewrap
+	32, // 24: custodian.v1.GetStatusResponse.status:type_name -> custodian.v1.Status
+	6,  // 25: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
+	8,  // 26: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
+	10, // 27: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
+	12, // 28: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
+	14, // 29: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
+	16, // 30: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
+	18, // 31: custodian.v1.CustodyService.SetProviders:input_type -> custodian.v1.SetProvidersRequest
+	20, // 32: custodian.v1.CustodyService.Reencrypt:input_type -> custodian.v1.ReencryptRequest
+	22, // 33: custodian.v1.CustodyService.ListRewraps:input_type -> custodian.v1.ListRewrapsRequest
+	24, // 34: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
+	26, // 35: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
+	7,  // 36: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
+	9,  // 37: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
+	11, // 38: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
+	13, // 39: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
+	15, // 40: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
+	17, // 41: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
+	19, // 42: custodian.v1.CustodyService.SetProviders:output_type -> custodian.v1.SetProvidersResponse
+	21, // 43: custodian.v1.CustodyService.Reencrypt:output_type -> custodian.v1.ReencryptResponse
+	23, // 44: custodian.v1.CustodyService.ListRewraps:output_type -> custodian.v1.ListRewrapsResponse
+	25, // 45: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
+	27, // 46: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
+	36, // [36:47] is the sub-list for method output_type
+	25, // [25:36] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_custody_service_proto_init() }

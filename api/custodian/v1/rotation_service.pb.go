@@ -166,6 +166,9 @@ const (
 	// New content is about to be packaged: its keys get a key-encryption key of
 	// their own.
 	EventKind_EVENT_KIND_NEW_BATCH EventKind = 1
+	// media.drm.packaged: a content item was packaged. Its keys are in use, and
+	// packagers get them again by a reissue grant only.
+	EventKind_EVENT_KIND_PACKAGED EventKind = 2
 )
 
 // Enum value maps for EventKind.
@@ -173,10 +176,12 @@ var (
 	EventKind_name = map[int32]string{
 		0: "EVENT_KIND_UNSPECIFIED",
 		1: "EVENT_KIND_NEW_BATCH",
+		2: "EVENT_KIND_PACKAGED",
 	}
 	EventKind_value = map[string]int32{
 		"EVENT_KIND_UNSPECIFIED": 0,
 		"EVENT_KIND_NEW_BATCH":   1,
+		"EVENT_KIND_PACKAGED":    2,
 	}
 )
 
@@ -841,7 +846,9 @@ type ReportEventRequest struct {
 	// What has happened.
 	Kind EventKind `protobuf:"varint,2,opt,name=kind,proto3,enum=custodian.v1.EventKind" json:"kind,omitempty"`
 	// The category that it is about.
-	Category      string `protobuf:"bytes,3,opt,name=category,proto3" json:"category,omitempty"`
+	Category string `protobuf:"bytes,3,opt,name=category,proto3" json:"category,omitempty"`
+	// The content item that was packaged, 1 to 300 bytes.
+	ContentId     []byte `protobuf:"bytes,4,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -897,6 +904,13 @@ func (x *ReportEventRequest) GetCategory() string {
 	return ""
 }
 
+func (x *ReportEventRequest) GetContentId() []byte {
+	if x != nil {
+		return x.ContentId
+	}
+	return nil
+}
+
 // ReportEventResponse says what the daemon did.
 type ReportEventResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -905,7 +919,9 @@ type ReportEventResponse struct {
 	// Whether this event has made it.
 	Rotated bool `protobuf:"varint,2,opt,name=rotated,proto3" json:"rotated,omitempty"`
 	// Why it has not.
-	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// How many content keys are in use since this report.
+	MarkedKeys    uint32 `protobuf:"varint,4,opt,name=marked_keys,json=markedKeys,proto3" json:"marked_keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -961,6 +977,13 @@ func (x *ReportEventResponse) GetReason() string {
 	return ""
 }
 
+func (x *ReportEventResponse) GetMarkedKeys() uint32 {
+	if x != nil {
+		return x.MarkedKeys
+	}
+	return 0
+}
+
 var File_custodian_v1_rotation_service_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_rotation_service_proto_rawDesc = "" +
@@ -1014,16 +1037,20 @@ const file_custodian_v1_rotation_service_proto_rawDesc = "" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"L\n" +
 	"\x16RetireRotationResponse\x122\n" +
-	"\brotation\x18\x01 \x01(\v2\x16.custodian.v1.RotationR\brotation\"x\n" +
+	"\brotation\x18\x01 \x01(\v2\x16.custodian.v1.RotationR\brotation\"\x97\x01\n" +
 	"\x12ReportEventRequest\x12\x19\n" +
 	"\bevent_id\x18\x01 \x01(\tR\aeventId\x12+\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x17.custodian.v1.EventKindR\x04kind\x12\x1a\n" +
-	"\bcategory\x18\x03 \x01(\tR\bcategory\"h\n" +
+	"\bcategory\x18\x03 \x01(\tR\bcategory\x12\x1d\n" +
+	"\n" +
+	"content_id\x18\x04 \x01(\fR\tcontentId\"\x89\x01\n" +
 	"\x13ReportEventResponse\x12\x1f\n" +
 	"\vkey_version\x18\x01 \x01(\rR\n" +
 	"keyVersion\x12\x18\n" +
 	"\arotated\x18\x02 \x01(\bR\arotated\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason*[\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x1f\n" +
+	"\vmarked_keys\x18\x04 \x01(\rR\n" +
+	"markedKeys*[\n" +
 	"\fRotationKind\x12\x1d\n" +
 	"\x19ROTATION_KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11ROTATION_KIND_KEK\x10\x01\x12\x15\n" +
@@ -1038,10 +1065,11 @@ const file_custodian_v1_rotation_service_proto_rawDesc = "" +
 	"\x16ROTATION_STEP_ROLLBACK\x10\x06\x12\x1d\n" +
 	"\x19ROTATION_STEP_ROLLED_BACK\x10\a\x12\x19\n" +
 	"\x15ROTATION_STEP_DESTROY\x10\b\x12\x1b\n" +
-	"\x17ROTATION_STEP_DESTROYED\x10\t*A\n" +
+	"\x17ROTATION_STEP_DESTROYED\x10\t*Z\n" +
 	"\tEventKind\x12\x1a\n" +
 	"\x16EVENT_KIND_UNSPECIFIED\x10\x00\x12\x18\n" +
-	"\x14EVENT_KIND_NEW_BATCH\x10\x012\xd9\x03\n" +
+	"\x14EVENT_KIND_NEW_BATCH\x10\x01\x12\x17\n" +
+	"\x13EVENT_KIND_PACKAGED\x10\x022\xd9\x03\n" +
 	"\x0fRotationService\x12X\n" +
 	"\rStartRotation\x12\".custodian.v1.StartRotationRequest\x1a#.custodian.v1.StartRotationResponse\x12X\n" +
 	"\rListRotations\x12\".custodian.v1.ListRotationsRequest\x1a#.custodian.v1.ListRotationsResponse\x12a\n" +

@@ -129,7 +129,9 @@ type Status struct {
 	// daemon started. Each one is an incident.
 	UnknownKidIncidents uint64 `protobuf:"varint,19,opt,name=unknown_kid_incidents,json=unknownKidIncidents,proto3" json:"unknown_kid_incidents,omitempty"`
 	// Jobs that move outer wraps and have not ended.
-	Rewraps       []*Rewrap `protobuf:"bytes,30,rep,name=rewraps,proto3" json:"rewraps,omitempty"`
+	Rewraps []*Rewrap `protobuf:"bytes,30,rep,name=rewraps,proto3" json:"rewraps,omitempty"`
+	// Rotations that have something left to do, or are held.
+	Rotations     []*Rotation `protobuf:"bytes,31,rep,name=rotations,proto3" json:"rotations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -300,6 +302,13 @@ func (x *Status) GetUnknownKidIncidents() uint64 {
 func (x *Status) GetRewraps() []*Rewrap {
 	if x != nil {
 		return x.Rewraps
+	}
+	return nil
+}
+
+func (x *Status) GetRotations() []*Rotation {
+	if x != nil {
+		return x.Rotations
 	}
 	return nil
 }
@@ -1289,7 +1298,7 @@ var File_custodian_v1_status_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_status_proto_rawDesc = "" +
 	"\n" +
-	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdf\x06\n" +
+	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a#custodian/v1/rotation_service.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x95\a\n" +
 	"\x06Status\x120\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1a.custodian.v1.ServingStateR\x05state\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
@@ -1315,7 +1324,8 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"\tkek_loads\x18\x11 \x01(\x04R\bkekLoads\x12\"\n" +
 	"\rceks_in_clear\x18\x12 \x01(\x05R\vceksInClear\x122\n" +
 	"\x15unknown_kid_incidents\x18\x13 \x01(\x04R\x13unknownKidIncidents\x12.\n" +
-	"\arewraps\x18\x1e \x03(\v2\x14.custodian.v1.RewrapR\arewraps\"\x87\x02\n" +
+	"\arewraps\x18\x1e \x03(\v2\x14.custodian.v1.RewrapR\arewraps\x124\n" +
+	"\trotations\x18\x1f \x03(\v2\x16.custodian.v1.RotationR\trotations\"\x87\x02\n" +
 	"\x06Rewrap\x12\x1a\n" +
 	"\bcategory\x18\x01 \x01(\tR\bcategory\x12\x1c\n" +
 	"\tproviders\x18\x02 \x03(\tR\tproviders\x12\x1c\n" +
@@ -1441,8 +1451,9 @@ var file_custodian_v1_status_proto_goTypes = []any{
 	(*AuditStatus)(nil),           // 9: custodian.v1.AuditStatus
 	(*AnchorStatus)(nil),          // 10: custodian.v1.AnchorStatus
 	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
-	(KeyState)(0),                 // 12: custodian.v1.KeyState
-	(*durationpb.Duration)(nil),   // 13: google.protobuf.Duration
+	(*Rotation)(nil),              // 12: custodian.v1.Rotation
+	(KeyState)(0),                 // 13: custodian.v1.KeyState
+	(*durationpb.Duration)(nil),   // 14: google.protobuf.Duration
 }
 var file_custodian_v1_status_proto_depIdxs = []int32{
 	0,  // 0: custodian.v1.Status.state:type_name -> custodian.v1.ServingState
@@ -1455,26 +1466,27 @@ var file_custodian_v1_status_proto_depIdxs = []int32{
 	8,  // 7: custodian.v1.Status.store:type_name -> custodian.v1.StoreStatus
 	9,  // 8: custodian.v1.Status.audit:type_name -> custodian.v1.AuditStatus
 	2,  // 9: custodian.v1.Status.rewraps:type_name -> custodian.v1.Rewrap
-	11, // 10: custodian.v1.Rewrap.begin_time:type_name -> google.protobuf.Timestamp
-	12, // 11: custodian.v1.MekStatus.state:type_name -> custodian.v1.KeyState
-	11, // 12: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
-	11, // 13: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
-	11, // 14: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
-	11, // 15: custodian.v1.ProviderStatus.away_since_time:type_name -> google.protobuf.Timestamp
-	13, // 16: custodian.v1.ProviderStatus.grace_left:type_name -> google.protobuf.Duration
-	11, // 17: custodian.v1.ProviderStatus.incident_time:type_name -> google.protobuf.Timestamp
-	7,  // 18: custodian.v1.ProviderStatus.calls_by_reason:type_name -> custodian.v1.ProviderCalls
-	11, // 19: custodian.v1.ProviderStatus.next_renewal_time:type_name -> google.protobuf.Timestamp
-	11, // 20: custodian.v1.ProviderStatus.login_end_time:type_name -> google.protobuf.Timestamp
-	10, // 21: custodian.v1.AuditStatus.anchors:type_name -> custodian.v1.AnchorStatus
-	11, // 22: custodian.v1.AnchorStatus.confirm_time:type_name -> google.protobuf.Timestamp
-	13, // 23: custodian.v1.AnchorStatus.lag:type_name -> google.protobuf.Duration
-	11, // 24: custodian.v1.AnchorStatus.alert_time:type_name -> google.protobuf.Timestamp
-	25, // [25:25] is the sub-list for method output_type
-	25, // [25:25] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	12, // 10: custodian.v1.Status.rotations:type_name -> custodian.v1.Rotation
+	11, // 11: custodian.v1.Rewrap.begin_time:type_name -> google.protobuf.Timestamp
+	13, // 12: custodian.v1.MekStatus.state:type_name -> custodian.v1.KeyState
+	11, // 13: custodian.v1.MekStatus.create_time:type_name -> google.protobuf.Timestamp
+	11, // 14: custodian.v1.MekStatus.end_time:type_name -> google.protobuf.Timestamp
+	11, // 15: custodian.v1.ProviderStatus.last_contact_time:type_name -> google.protobuf.Timestamp
+	11, // 16: custodian.v1.ProviderStatus.away_since_time:type_name -> google.protobuf.Timestamp
+	14, // 17: custodian.v1.ProviderStatus.grace_left:type_name -> google.protobuf.Duration
+	11, // 18: custodian.v1.ProviderStatus.incident_time:type_name -> google.protobuf.Timestamp
+	7,  // 19: custodian.v1.ProviderStatus.calls_by_reason:type_name -> custodian.v1.ProviderCalls
+	11, // 20: custodian.v1.ProviderStatus.next_renewal_time:type_name -> google.protobuf.Timestamp
+	11, // 21: custodian.v1.ProviderStatus.login_end_time:type_name -> google.protobuf.Timestamp
+	10, // 22: custodian.v1.AuditStatus.anchors:type_name -> custodian.v1.AnchorStatus
+	11, // 23: custodian.v1.AnchorStatus.confirm_time:type_name -> google.protobuf.Timestamp
+	14, // 24: custodian.v1.AnchorStatus.lag:type_name -> google.protobuf.Duration
+	11, // 25: custodian.v1.AnchorStatus.alert_time:type_name -> google.protobuf.Timestamp
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_status_proto_init() }
@@ -1483,6 +1495,7 @@ func file_custodian_v1_status_proto_init() {
 		return
 	}
 	file_custodian_v1_key_state_proto_init()
+	file_custodian_v1_rotation_service_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

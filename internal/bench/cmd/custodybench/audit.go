@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -207,7 +206,6 @@ func auditVerify(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	debug.SetGCPercent(100) // that of custodianctl
 	start := time.Now()
 	rep, err := audit.Verify(ctx, *dir, audit.VerifyOptions{Check: check})
 	if err != nil {

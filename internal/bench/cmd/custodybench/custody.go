@@ -19,6 +19,7 @@ import (
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/rpc"
 	"github.com/keycustody/custodian/kms"
 	"github.com/keycustody/custodian/softhsm"
 	"github.com/keycustody/custodian/store"
@@ -102,6 +103,7 @@ func openParts(ctx context.Context, dir string, create bool) (_ *custody, err er
 // openCustody opens a folder that prepare has made. change, where it is not
 // nil, changes the configuration.
 func openCustody(ctx context.Context, dir string, change func(*custodian.Config)) (*custody, error) {
+	rpc.TuneRuntime() // as custodiand
 	c, err := openParts(ctx, dir, false)
 	if err != nil {
 		return nil, err

@@ -10,6 +10,7 @@ import (
 	mrand "math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -72,6 +73,9 @@ func load(ctx context.Context, args []string) error {
 	length := fs.Duration("time", time.Second, "how long to measure")
 	if err := fs.Parse(args); err != nil {
 		return err
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(400) // both share the CPUs: what the load does not use, the server has
 	}
 	role := custodian.RoleProvider
 	if *method == methodIssue {

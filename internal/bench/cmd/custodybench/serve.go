@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"runtime/pprof"
 	"time"
 
@@ -117,6 +116,7 @@ func serveBare(ctx context.Context, f serverFlags, e *echo) error {
 	}
 	options := []grpc.ServerOption{grpc.Creds(credentials.NewTLS(tls.TLSConfig()))}
 	if f.tuned {
+		rpc.TuneRuntime()
 		options = append(options,
 			grpc.MaxRecvMsgSize(rpc.MaxRequestSize),
 			grpc.MaxConcurrentStreams(512),
@@ -125,8 +125,6 @@ func serveBare(ctx context.Context, f serverFlags, e *echo) error {
 			grpc.WriteBufferSize(32<<10),
 			grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		)
-	} else if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(100)
 	}
 	s := grpc.NewServer(options...)
 	v1.RegisterKeyRetrievalServiceServer(s, e)
