@@ -48,6 +48,12 @@ var kinds = map[PlanKind]kind{
 	KindKEKCompromise: {check: checkRotate, work: beginRotations},
 	KindRollback:      {check: checkRollBack, work: rollBackRotations},
 	KindRetire:        {check: checkRetire, work: retireRotations},
+
+	KindCallerCompromise: {check: checkCallerCompromise, apply: applyCallerCompromise},
+	KindDestroy:          {check: checkDestroy, work: destroyKEKs},
+	KindCategoryPolicy:   {check: checkCategoryPolicy, apply: applyCategoryPolicy},
+	KindRekey:            {check: checkRekey, work: rekeyContent},
+	KindWithdraw:         {check: checkRekey, work: rekeyContent},
 }
 
 // basis is the digest of what a plan stands on: who the officers are, and the
@@ -68,7 +74,7 @@ func (s *controlSet) basis(p *Plan) [32]byte {
 		e.grants(grants)
 	case KindSeal, KindUnseal:
 		e.bool(sealed)
-	case KindUnfreeze:
+	case KindUnfreeze, KindCallerCompromise:
 		for _, name := range p.Categories {
 			e.str(string(name))
 			e.uint(uint64(s.categories[name].Mode))
@@ -83,6 +89,17 @@ func (s *controlSet) basis(p *Plan) [32]byte {
 			e.str(string(name))
 			e.str(names(s.categories[name].Providers))
 		}
+	}
+	if p.Kind == KindCategoryPolicy {
+		for _, name := range p.Categories {
+			e.uint(uint64(s.categories[name].Mode))
+			e.bytes(encodeCategoryPolicy(s.policyFor(name)))
+		}
+	}
+	for _, named := range p.Content {
+		item, _ := named.item() // checked by ParsePlan
+		e.uint(uint64(s.rekeys[item].Generation))
+		e.uint(uint64(s.rekeys[item].Withdrawn))
 	}
 	s.rotationBasis(e, p)
 	return sha256.Sum256(e.b)
@@ -327,6 +344,10 @@ type Snapshot struct {
 	Policy     string             `json:"policy"` // digest of the grants
 	Sealed     bool               `json:"sealed"`
 	Callers    []CallerEvidence   `json:"callers,omitempty"`
+	// Rekeyed and Withdrawn are the content items that the ceremony has raised the
+	// generation of, and whose older keys it has withdrawn.
+	Rekeyed   uint64 `json:"content_items_rekeyed,omitempty"`
+	Withdrawn uint64 `json:"content_items_withdrawn,omitempty"`
 	// ContentKeys is how many content keys the store has.
 	ContentKeys uint64 `json:"content_keys"`
 }
@@ -353,16 +374,20 @@ type KeyEvidence struct {
 
 // A CategoryEvidence is a category that a plan names.
 type CategoryEvidence struct {
-	Name      CategoryName `json:"name"`
-	Mode      string       `json:"mode"`
-	Providers []string     `json:"providers"`
-	ActiveKEK uint32       `json:"active_key_version"`
+	Name      CategoryName  `json:"name"`
+	Mode      string        `json:"mode"`
+	Providers []string      `json:"providers"`
+	ActiveKEK uint32        `json:"active_key_version"`
+	Standing  *NewBatchPlan `json:"new_batch,omitempty"`
 }
 
 // A CallerEvidence is a caller that a plan names.
 type CallerEvidence struct {
 	Identity string `json:"identity"`
 	Frozen   bool   `json:"frozen"`
+	// Given is how many content keys the audit log says that it was given, of a
+	// compromised one.
+	Given uint64 `json:"content_keys_given,omitempty"`
 }
 
 // A RotationEvidence is a rotation of the ceremony.
@@ -397,16 +422,35 @@ func (c *Custodian) snapshot(ctx context.Context, set *controlSet, x Ceremony, p
 	slices.SortFunc(s.MEKs, func(a, b MEKEvidence) int { return int(a.Version) - int(b.Version) })
 	for _, name := range p.Categories {
 		cat := set.categories[name]
-		s.Categories = append(s.Categories, CategoryEvidence{name, cat.Mode.String(), cat.Providers, cat.ActiveKEK})
+		e := CategoryEvidence{Name: name, Mode: cat.Mode.String(), Providers: cat.Providers, ActiveKEK: cat.ActiveKEK}
+		if policy := set.policyFor(name); policy.Standing {
+			e.Standing = &NewBatchPlan{policy.DailyCap, policy.MinInterval.String()}
+		}
+		s.Categories = append(s.Categories, e)
 	}
+	s.Rekeyed, s.Withdrawn = set.rekeyed(x.ID)
 	for _, identity := range p.Callers {
 		_, frozen := set.frozenCallers[identity]
-		s.Callers = append(s.Callers, CallerEvidence{identity, frozen})
+		e := CallerEvidence{Identity: identity, Frozen: frozen}
+		if p.Kind == KindCallerCompromise {
+			given, err := c.handedOut(ctx, BlastRequest{Caller: identity})
+			if err != nil {
+				return nil, err
+			}
+			e.Given = uint64(len(given))
+		}
+		s.Callers = append(s.Callers, e)
 	}
 	for id, k := range set.keks {
-		s.KEKsByMEK[k.Wrapped.MEKVersion]++
+		if k.State != StateDestroyed {
+			s.KEKsByMEK[k.Wrapped.MEKVersion]++
+		}
 		if slices.Contains(p.Categories, id.Category) || slices.Contains(p.KeyVersions, id.String()) {
-			s.Keys = append(s.Keys, KeyEvidence{k.ID.String(), k.State.String(), k.Wrapped.MEKVersion, sumText(k.Wrapped.Canary)})
+			canary := ""
+			if len(k.Wrapped.Canary) > 0 { // a destroyed one has none
+				canary = sumText(k.Wrapped.Canary)
+			}
+			s.Keys = append(s.Keys, KeyEvidence{k.ID.String(), k.State.String(), k.Wrapped.MEKVersion, canary})
 		}
 	}
 	slices.SortFunc(s.Keys, func(a, b KeyEvidence) int { return strings.Compare(a.Key, b.Key) })

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/keycustody/custodian/internal/admission"
 	"github.com/keycustody/custodian/internal/audit"
 	"github.com/keycustody/custodian/internal/sealing"
 	"github.com/keycustody/custodian/internal/secret"
@@ -66,6 +67,13 @@ type Config struct {
 	// ones of its own, which tell OnIncident.
 	Outages    *Outages
 	OnIncident func(Incident)
+	// ReleaseDeadline is how long a caller of Retrieve is kept waiting at most.
+	// Where there are more calls than can be answered in that time, some are
+	// refused at once. Zero: 250 ms.
+	ReleaseDeadline time.Duration
+	// HotTitles says in which categories an opened CEK is kept in clear, and for
+	// how long, 60 s at most. Empty: in none.
+	HotTitles map[CategoryName]time.Duration
 	// MaxReleases is how many CEKs may be in clear at once. Zero: 8192.
 	MaxReleases int
 	// Anchors are held against the audit log at the start. Nil: there are none.
@@ -98,7 +106,9 @@ type Custodian struct {
 	index   *audit.Index
 	keys    *keyring
 	rewraps *rewrapping
+	gate    *admission.Gate // before Retrieve
 	arena   *secret.Arena
+	hot     *hotTitles
 	log     *slog.Logger
 	prefix  string
 	limits  GCMLimits
@@ -134,6 +144,9 @@ type Custodian struct {
 
 	joined    atomic.Pointer[joinedPolicy] // what policyOf found last
 	finishing sync.Mutex                   // held while executed ceremonies are finished: nothing is ordered twice
+	// workLists are what ceremonies have left to do of content, by their IDs.
+	// finishing guards it.
+	workLists map[string][]contentItem
 
 	// budgetMu guards the map below.
 	budgetMu sync.Mutex
@@ -162,6 +175,9 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if cfg.MaxReleases == 0 {
 		cfg.MaxReleases = 8192
 	}
+	if cfg.ReleaseDeadline == 0 {
+		cfg.ReleaseDeadline = 250 * time.Millisecond
+	}
 	if cfg.KEKLifetime == 0 {
 		cfg.KEKLifetime = 15 * time.Minute
 	}
@@ -183,8 +199,14 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	if err != nil {
 		return nil, errors.Join(err, arena.Close())
 	}
+	hot, err := newHotTitles(cfg.HotTitles, keys.clock)
+	if err != nil {
+		keys.close()
+		return nil, errors.Join(err, arena.Close())
+	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events}
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, workLists: map[string][]contentItem{}, rotations: newRotations(), events: cfg.Events,
+		hot: hot, gate: admission.New(cfg.ReleaseDeadline, time.Now) /* the clock of contexts */}
 	if cfg.RotationRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)
 	}
@@ -199,7 +221,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 // Close releases the loaded keys and wipes what is left in clear.
 func (c *Custodian) Close() error {
 	c.keys.close()
-	return errors.Join(c.index.Close(), c.arena.Close())
+	return errors.Join(c.index.Close(), c.hot.close(), c.arena.Close())
 }
 
 // Arena is where the Secrets of results lie.

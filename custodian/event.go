@@ -132,7 +132,7 @@ func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (Even
 		res.Rotated = true
 		return res, nil, nil
 	}
-	if res.Reason = set.holdsBack(c.events, cat, c.now()); res.Reason != "" {
+	if res.Reason = set.holdsBack(set.standing(c.events, cat.Name), cat, c.now()); res.Reason != "" {
 		e.Detail = "no new version: " + res.Reason
 		_, err := c.record(ctx, e)
 		return res, nil, err
@@ -151,7 +151,7 @@ func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (Even
 		if _, done := old.ordered(ev.ID); done || old.nextKEK(cat.Name) != kek.ID.Version {
 			return change{}, fmt.Errorf("category %s: its KEK changed meanwhile; report the event again: %w", cat.Name, ErrStoreUnavailable)
 		}
-		if why := old.holdsBack(c.events, cat, now); why != "" {
+		if why := old.holdsBack(old.standing(c.events, cat.Name), cat, now); why != "" {
 			return change{}, fmt.Errorf("category %s: %s: %w", cat.Name, why, ErrStoreUnavailable)
 		}
 		pred := old.keks[KEKID{cat.Name, cat.ActiveKEK}]
@@ -172,6 +172,9 @@ func (c *Custodian) newBatch(ctx context.Context, ev Event, e audit.Entry) (Even
 // a category's KEK at now, or "".
 func (s *controlSet) holdsBack(l EventLimits, cat Category, now time.Time) string {
 	if l.DailyCap == 0 {
+		if s.authority != nil {
+			return fmt.Sprintf("there is no standing approval: a plan of kind %s gives it", KindCategoryPolicy)
+		}
 		return "there is no standing approval (events.daily_cap is 0)"
 	}
 	for name, r := range s.rotations {

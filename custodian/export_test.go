@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/secret"
 )
 
 // An Alteration is a record's body with one field changed.
@@ -39,6 +40,10 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeRotation, encodeRotation)
 	case ControlRewrap:
 		return alter(r.Body, decodeRewrap, encodeRewrap)
+	case ControlCategoryPolicy:
+		return alter(r.Body, decodeCategoryPolicy, encodeCategoryPolicy)
+	case ControlRekey:
+		return alter(r.Body, decodeRekey, encodeRekey)
 	case ControlFrozenCaller:
 		return alter(r.Body, decodeFrozenCaller, encodeFrozenCaller)
 	case ControlAuthority:
@@ -177,3 +182,25 @@ func (p *Policy) ReadToken(who Caller, compact, session string, now time.Time) *
 
 // Err is why the token is not believed; nil: it is.
 func (t *Token) Err() error { return t.err }
+
+// KeptForTest are the slots of the kept CEKs, as they lie in the arena.
+func (c *Custodian) KeptForTest() (slots [][]byte) {
+	c.hot.mu.RLock()
+	defer c.hot.mu.RUnlock()
+	for _, e := range c.hot.kept {
+		slots = append(slots, e.slot)
+	}
+	return slots
+}
+
+// NewFlights returns a flight that nobody joins.
+func NewFlights() func(KID) {
+	h, _ := newHotTitles(nil, nil)
+	c := &Custodian{hot: h}
+	return func(kid KID) {
+		f, _, _ := c.board(nil, SealedKey{Key: ContentKey{KID: kid}})
+		if f != nil {
+			h.land(f, secret.Secret{}, 0, ErrDenied)
+		}
+	}
+}

@@ -393,7 +393,7 @@ func TestOneOpeningPerKEK(t *testing.T) {
 	const categories, calls = 100, 100
 	w, _, kmss, _ := graceWorld(t, "vault")
 	w.cfg.MaxReleases = categories * calls
-	w.cfg.KMS.Deadline = 30 * time.Second
+	w.cfg.KMS.Deadline, w.cfg.ReleaseDeadline = 30*time.Second, time.Minute
 	w.reopen()
 	var kids []custodian.KID
 	for i := range categories {
@@ -406,10 +406,13 @@ func TestOneOpeningPerKEK(t *testing.T) {
 	w.reopen() // all are cold
 	before := kmss[0].opened()
 	start := make(chan struct{})
+	places := make(chan struct{}, 4000) // more at once are shed
 	var wg sync.WaitGroup
 	for i := range categories * calls {
 		wg.Go(func() {
 			<-start
+			places <- struct{}{}
+			defer func() { <-places }()
 			res, err := w.c.Retrieve(t.Context(), provider, custodian.RetrieveRequest{KIDs: kids[i%categories : i%categories+1]})
 			if err != nil || res[0].Err != nil {
 				t.Errorf("callback %d: got %v %v", i, err, res)

@@ -247,7 +247,7 @@ func (c *Custodian) firstHead(ctx context.Context, j InitJournal, m MEK, signer 
 	if err := c.signLog(ctx, set); err != nil {
 		return err
 	}
-	c.set.Store(set)
+	c.publish(set)
 	_, err = c.record(ctx, e)
 	return err
 }

@@ -111,7 +111,7 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	if err := c.checkAnchors(ctx, set); err != nil {
 		return err
 	}
-	c.set.Store(set)
+	c.publish(set)
 	if !cfg.Restored && cfg.Logged.Revision < set.head.Revision {
 		// The last run ended between the store's commit and the log's.
 		e, err := c.pendingEntry(ctx, set)

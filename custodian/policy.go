@@ -221,10 +221,12 @@ type Resource struct {
 	State    State        // of the key
 	Decided  bool         // of the key's exception
 	Key      *ContentKey  // it is one that exists
+	New      bool         // it is about to be made
+	Overdue  bool         // it, or what it would stand beside, is to be re-keyed first
 }
 
 // known says whether the resource is what is there, and not only its name.
-func (r Resource) known() bool { return r.Mode != 0 || r.IsKey }
+func (r Resource) known() bool { return r.Mode != 0 || r.IsKey || r.New }
 
 // A Request is one question to Decide.
 type Request struct {
@@ -291,8 +293,10 @@ func (r Request) unusable() error {
 	if purpose == 0 {
 		return nil
 	}
-	if r.Resource.known() && r.Resource.Mode != CategoryOpen {
-		return ErrCategoryFrozen
+	if r.Resource.known() {
+		if err := r.Resource.forbids(purpose); err != nil {
+			return err
+		}
 	}
 	if !r.Resource.IsKey {
 		return nil

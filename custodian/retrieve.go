@@ -52,6 +52,7 @@ type RetrieveResult struct {
 	Grace time.Duration
 
 	decision Decision
+	kept     bool // the CEK was, as of a hot title
 }
 
 // session is the viewer's, from a licence token that is good where the caller
@@ -94,8 +95,9 @@ func (r RetrieveRequest) Check() error {
 }
 
 // Retrieve releases content keys to a DRM provider: one result for each KID,
-// in order. It fails as a whole for a malformed request, and where the audit
-// log cannot be written; then nothing is released.
+// in order. It fails as a whole for a malformed request, where there are too
+// many calls (ErrRate), and where the audit log cannot be written; then nothing
+// is released.
 func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveRequest) ([]RetrieveResult, error) {
 	if err := req.Check(); err != nil {
 		return nil, err
@@ -104,6 +106,17 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 		return nil, err
 	}
 	defer c.freezeBroken(ctx)
+	pass, err := c.admit(ctx, who, req)
+	if err != nil {
+		return nil, err
+	}
+	results, err := c.retrieve(ctx, who, req)
+	c.gate.Leave(pass, err == nil && !lateResults(results))
+	return results, err
+}
+
+// retrieve is Retrieve of a call that was let in.
+func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveRequest) ([]RetrieveResult, error) {
 	var err error
 	if req.recipient, err = c.policy.Load().recipient(who, req.RecipientKeyID); err != nil {
 		return nil, err
@@ -211,7 +224,7 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
 		return
 	}
-	if r.Key, r.Grace, r.Err = c.openCEK(ctx, set, *k); r.Err == nil {
+	if r.Key, r.Grace, r.kept, r.Err = c.openHot(ctx, set, *k); r.Err == nil {
 		r.Info = k.Key
 		r.Sealed, r.Err = sealTo(req.recipient, who, req.RequestID, &r.Info, r.Key)
 	}
@@ -250,10 +263,16 @@ func (c *Custodian) decideUnknown(who Caller, contentCategory CategoryName) (Dec
 // resourceOf is what the policy is told of a content key.
 func resourceOf(set *controlSet, k *ContentKey) Resource {
 	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, IsKey: true, Key: k, State: StateActive}
+	r.Overdue = r.Mode == CategoryRekeyRequired && set.overdue(k)
+	state, superseded := set.superseded(k)
 	if x, ok := set.exceptions[k.KID]; ok {
 		r.State, r.Decided = x.State, x.Decided
+	} else if superseded && state == StateSuspended { // withdrawn, whatever was decided before
+		r.State = state
 	} else if exposed, serve := set.compromised(k); exposed {
 		r.State, r.Decided = StateCompromised, serve
+	} else if superseded {
+		r.State = state
 	}
 	return r
 }
@@ -279,9 +298,9 @@ func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (
 	if len(k.Sealed) != CEKSize+tagSize {
 		return secret.Secret{}, 0, corrupt("content key "+k.Key.KID.String(), fmt.Errorf("sealed in %d bytes, not %d", len(k.Sealed), CEKSize+tagSize))
 	}
-	slot, err := c.arena.Get()
+	slot, err := c.slot(k)
 	if err != nil {
-		return secret.Secret{}, 0, fmt.Errorf("content key %s: %w: %w", k.Key.KID, err, ErrRate)
+		return secret.Secret{}, 0, err
 	}
 	n := 0
 	grace, err = c.keys.withKEK(ctx, set, k.Key.KEK, func(kek Key) error {
@@ -300,6 +319,15 @@ func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (
 		return secret.Secret{}, 0, fmt.Errorf("content key %s: kek %s: %w", k.Key.KID, k.Key.KEK, deadline(ctx, err))
 	}
 	return secret.New(c.arena, slot, CEKSize), grace, nil
+}
+
+// slot is room in the arena for a CEK.
+func (c *Custodian) slot(k SealedKey) ([]byte, error) {
+	slot, err := c.arena.Get()
+	if err != nil {
+		return nil, fmt.Errorf("content key %s: %w: %w", k.Key.KID, err, ErrRate)
+	}
+	return slot, nil
 }
 
 // deadline names an error that came because ctx ended.

@@ -228,9 +228,10 @@ func TestOneDecision(t *testing.T) {
 	}
 	for what, want := range map[string][]string{
 		// The CEK in clear, and what is handed over.
-		"openCEK":   {"custodian.export", "custodian.handOutAgain", "custodian.release", "custodian.sealAnew", "custodian.verifyKey"},
+		"openCEK":   {"custodian.export", "custodian.handOutAgain", "custodian.openHot", "custodian.sealAnew", "custodian.verifyKey"},
+		"openHot":   {"custodian.release"},
 		"authorize": {"custodian.Decide", "custodian.TryRules"},
-		"Decide":    {"custodian.decideLeaving", "custodian.decideRelease", "main.earlyStatus"},
+		"Decide":    {"custodian.KeyPeriods", "custodian.decideLeaving", "custodian.decideRelease", "main.earlyStatus"},
 		"mayLeave":  {"custodian.Decide"},
 	} {
 		got := slices.Compact(slices.Sorted(slices.Values(calls[what])))

@@ -29,6 +29,8 @@ type Status struct {
 	KEKsLoaded      int              `json:"keks_loaded"`
 	KEKLoads        uint64           `json:"kek_loads"`
 	CEKsInClear     int              `json:"ceks_in_clear"`
+	Admission       AdmissionStats   `json:"admission"`
+	Hot             HotStats         `json:"hot_titles"`
 	Incidents       uint64           `json:"unknown_kid_incidents"`
 	UnknownObjects  []TokenObject    `json:"unknown_token_objects"`
 	Authority       string           `json:"authority"` // who may change policy
@@ -84,7 +86,7 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 	root := c.audit.Root()
 	s := Status{Time: now, Started: c.started, StoreID: fmt.Sprintf("%x", set.head.StoreID), ControlRevision: set.head.Revision,
 		HSM: c.hsm.Status(), Store: stats, Categories: len(set.categories), KEKsLoaded: c.keys.count(), KEKLoads: c.keys.loads.Load(),
-		CEKsInClear: c.arena.InUse(), Incidents: c.incidents.Load(), UnknownObjects: c.unknownObjects,
+		CEKsInClear: c.arena.InUse(), Admission: c.Admission(), Hot: c.Hot(), Incidents: c.incidents.Load(), UnknownObjects: c.unknownObjects,
 		Audit: AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked, Full: log.Full,
 			Segments: log.Segments, Pruned: log.Pruned, Bytes: log.Bytes, Limit: log.Limit, Watermark: log.Watermark},
 		Authority: set.authority.describe(), Rewraps: c.rewrapStatuses(set)}
@@ -138,6 +140,9 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 		w = append(w, fmt.Sprintf("caller %s is frozen since %s, by %s: %s", f.Identity, f.Time.Format(time.RFC3339), f.By, f.Cause))
 	}
 	officers := len(w)
+	if hot := c.HotTitles(); len(hot) > 0 {
+		w = append(w, fmt.Sprintf("opened content keys of %s are kept in clear for a while (limits.hot_titles); %d now", strings.Trim(fmt.Sprint(hot), "[]"), s.Hot.Kept))
+	}
 	for _, m := range s.MEKs {
 		switch left := m.EndTime.Sub(s.Time); {
 		case m.State != StateActive:

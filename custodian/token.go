@@ -441,6 +441,9 @@ func (c *Custodian) decideRelease(who Caller, r Resource, call RetrieveRequest) 
 // detail is what the audit log says of a release beside its fields.
 func (r *RetrieveResult) detail(t *Token) string {
 	text := r.Sealed.detail(graceDetail(r.Grace))
+	if r.kept {
+		text = strings.TrimPrefix(text+"; kept in clear as of a hot title", "; ")
+	}
 	if r.Err != nil && !r.decision.Allow && len(r.decision.Rules) > 0 && errors.Is(r.Err, ErrDenied) {
 		return "forbidden by " + strings.Join(r.decision.Rules, ", ")
 	}

@@ -131,6 +131,9 @@ type LimitsConfig struct {
 	KEKLifetime      time.Duration `yaml:"kek_lifetime"`      // 15m
 	DrainTimeout     time.Duration `yaml:"drain_timeout"`     // of calls at shutdown; 10s
 	RotationRate     int           `yaml:"rotation_rate"`     // content keys a second that rotations move; 0: as many as the token can
+	// HotTitles keep the opened content keys of a category in clear, for so long
+	// after each was opened; 1s to 60s. Categories that are not in it keep none.
+	HotTitles map[string]time.Duration `yaml:"hot_titles"`
 }
 
 // EventsConfig is the standing approval for what events do by themselves.
@@ -335,6 +338,15 @@ func (c *Config) check() error {
 	}
 	if c.Limits.RotationRate < 0 {
 		fault("limits.rotation_rate", "%d: must not be negative; 0 is as many as the token can", c.Limits.RotationRate)
+	}
+	for name, life := range c.Limits.HotTitles {
+		key := "limits.hot_titles." + name
+		if err := custodian.CategoryName(name).Check(); err != nil {
+			fault(key, "%w", err)
+		}
+		if life < time.Second || life > custodian.MaxHotTitle {
+			fault(key, "%s: must be 1s to %s", life, custodian.MaxHotTitle)
+		}
 	}
 	if err := new(slog.Level).UnmarshalText([]byte(c.Log.Level)); err != nil {
 		fault("log.level", "%q: must be debug, info, warn or error", c.Log.Level)

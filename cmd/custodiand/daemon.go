@@ -181,6 +181,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.keepHouse(gctx) })
 	g.Go(func() error { d.custody.RunRotations(gctx); return nil })
+	g.Go(func() error { d.custody.RunHotTitles(gctx); return nil })
 	g.Go(func() error { d.pruneLog(gctx); return nil })
 	// Two of them: a KMS that hangs holds its probe up, but not the incident.
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })

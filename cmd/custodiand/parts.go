@@ -74,8 +74,13 @@ func (p *parts) config(c *Config, policy *custodian.Policy, log *slog.Logger) cu
 	for _, p := range c.KMS.Providers {
 		deadlines[p.Name] = p.Deadline
 	}
+	hot := map[custodian.CategoryName]time.Duration{}
+	for name, life := range c.Limits.HotTitles {
+		hot[custodian.CategoryName(name)] = life
+	}
 	return custodian.Config{Store: p.store, HSM: kms.Token(p.token), Providers: p.providers, Audit: p.log, Logged: p.logged, Policy: policy,
 		Now: time.Now, Log: log, LabelPrefix: c.HSM.LabelPrefix, AuditName: c.Audit.Name, DefaultProviders: c.KMS.Default, KEKLifetime: c.Limits.KEKLifetime,
+		ReleaseDeadline: c.Limits.CallbackDeadline, HotTitles: hot,
 		KMS:          custodian.KMSLimits{Deadline: c.KMS.Deadline, Deadlines: deadlines, Grace: *c.KMS.Grace, GraceCeiling: c.KMS.GraceCeiling, RewrapRate: c.KMS.RewrapRate},
 		ConfigDigest: c.digest, RotationRate: c.Limits.RotationRate,
 		Events: custodian.EventLimits{DailyCap: c.Events.DailyCap, MinInterval: c.Events.MinInterval}}

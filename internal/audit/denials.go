@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bytes"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -50,6 +51,12 @@ func (d *denials) write(e *Entry, now time.Time) bool {
 		c.written++
 		return true
 	}
+	d.add(c, e)
+	return false
+}
+
+// add counts e. The caller holds mu.
+func (d *denials) add(c *denied, e *Entry) {
 	first := *e
 	first.ContentID = bytes.Clone(e.ContentID)
 	first.KID = bytes.Clone(e.KID)
@@ -58,7 +65,24 @@ func (d *denials) write(e *Entry, now time.Time) bool {
 	first.Count = max(1, e.Count)
 	d.total += first.Count
 	d.count(c, first)
-	return false
+}
+
+// Count counts what was refused to a caller before anything was done for it,
+// such as a call too many. It waits for nothing: within a second or so, one
+// entry stands for all of a kind. An entry that Append would not take is
+// ErrInvalidEntry.
+func (l *Log) Count(e Entry) error {
+	if err := e.check(); err != nil {
+		return err
+	}
+	if e.Outcome != Denied {
+		return fmt.Errorf("%s is not counted, only what was denied: %w", e.Action, ErrInvalidEntry)
+	}
+	d := l.denials
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.add(d.caller(e.Caller), &e)
+	return nil
 }
 
 func (d *denials) caller(name string) *denied {

@@ -26,10 +26,8 @@ const (
 	maxBody = MaxDocumentSize
 	// maxHeader in bytes, of all headers of one request.
 	maxHeader = 16 << 10
-	// maxCalls are under way at once; one more is told to come back. Each has
-	// room for smallBody bytes of its request, which is more than any that is
-	// not a CPIX document of many keys.
-	maxCalls  = 512
+	// smallBody bytes of its request each call under way has room for, which is
+	// more than any that is not a CPIX document of many keys.
 	smallBody = 16 << 10
 	// maxLarge calls at once may have a larger body. It takes six times its
 	// size to read one, so without a bound of their own a few hundred strangers
@@ -70,7 +68,7 @@ const defaultHold = 55 * time.Second
 type Server struct {
 	config  Config
 	http    *http.Server
-	places  chan struct{} // one for each call under way
+	places  *rpc.Places
 	large   chan struct{} // one for each of them with a large body
 	calls   sync.WaitGroup
 	signers atomic.Pointer[signers]
@@ -88,7 +86,7 @@ func NewServer(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{config: c, places: make(chan struct{}, maxCalls), large: make(chan struct{}, maxLarge)}
+	s := &Server{config: c, places: rpc.NewPlaces(rpc.MaxCalls), large: make(chan struct{}, maxLarge)}
 	if err := s.SetSigners(c.Signers); err != nil {
 		return nil, fmt.Errorf("packager server: %w", err)
 	}
@@ -150,7 +148,8 @@ type call struct {
 	body     []byte
 	asked    bool // the domain, which writes down what it answers
 	// Which places it has, until its answer is sent.
-	placed, large bool
+	place func()
+	large bool
 	// began and hold bound the wait for trouble that may pass.
 	began time.Time
 	hold  time.Duration
@@ -187,7 +186,7 @@ func (s *Server) handler(d door) http.Handler {
 		var answer reply
 		if err == nil {
 			answer, err = s.answer(ctx, d, c, w, r)
-			if err != nil && !c.asked && !mayPass(err) { // else the domain has written it down, or there was no place
+			if err != nil && !c.asked && !mayPass(err) { // else the domain has written it down, or counted that there was no place
 				err = c.Refused(ctx, c.category, err)
 			}
 		}
@@ -214,11 +213,9 @@ func (s *Server) handler(d door) http.Handler {
 
 // answer reads the request and has it answered, if there is a place.
 func (s *Server) answer(ctx context.Context, d door, c *call, w http.ResponseWriter, r *http.Request) (reply, error) {
-	select {
-	case s.places <- struct{}{}:
-		c.placed = true
-	default:
-		return reply{}, fmt.Errorf("%d calls are under way: %w", maxCalls, errOverload)
+	var err error
+	if c.place, err = c.Take(s.places, custodian.ActionIssue); err != nil {
+		return reply{}, fmt.Errorf("%w: %w", errOverload, err)
 	}
 	if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil {
 		return reply{}, err
@@ -269,10 +266,10 @@ func (s *Server) leave(c *call) {
 	if c.large {
 		<-s.large
 	}
-	if c.placed {
-		<-s.places
+	if c.place != nil {
+		c.place()
 	}
-	c.placed, c.large = false, false
+	c.place, c.large = nil, false
 }
 
 // issue is Issue of the domain. Trouble that may pass is waited out, as long as

@@ -30,3 +30,7 @@ func ReceiveForTest(wire []byte, m any) error {
 	}
 	return e.err
 }
+
+// TakeForTest and LeaveForTest are what a visitor does.
+func (p *Places) TakeForTest(caller string) bool { return p.take(caller) }
+func (p *Places) LeaveForTest(caller string)     { p.leave(caller) }

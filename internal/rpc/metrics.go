@@ -21,6 +21,7 @@ type metrics struct {
 	issued   *prometheus.CounterVec
 	results  *prometheus.CounterVec
 	missing  prometheus.Counter
+	crowded  prometheus.Counter
 	peerEnd  *prometheus.GaugeVec
 	peerEnds sync.Map // caller's name to the NotAfter that peerEnd shows
 }
@@ -42,9 +43,11 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		missing: prometheus.NewCounter(prometheus.CounterOpts{Name: "custodian_data_integrity_alerts_total",
 			Help: "KIDs that a caller who may know asked for and that do not exist: a key is lost, or a title was packaged elsewhere. Page."}),
 	}
+	m.crowded = prometheus.NewCounter(prometheus.CounterOpts{Name: "custodian_calls_without_place_total",
+		Help: "Calls over HTTPS that were refused because their caller had too many under way."})
 	m.peerEnd = prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "custodian_peer_cert_end_timestamp_seconds",
 		Help: "End of validity of the certificate that a caller showed last."}, []string{"caller"})
-	for _, c := range []prometheus.Collector{m.calls, m.latency, m.inFlight, m.released, m.issued, m.results, m.missing, m.peerEnd} {
+	for _, c := range []prometheus.Collector{m.calls, m.latency, m.inFlight, m.released, m.issued, m.results, m.missing, m.crowded, m.peerEnd} {
 		if err := r.Register(c); err != nil {
 			return nil, err
 		}

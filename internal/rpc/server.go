@@ -32,10 +32,14 @@ type Custody interface {
 	KeyPeriods(context.Context, custodian.Caller, custodian.KeyPeriodsRequest) ([]custodian.ContentKey, error)
 	Import(context.Context, custodian.Caller, custodian.ImportRequest) ([]custodian.ImportedKey, error)
 	Export(context.Context, custodian.Caller, custodian.ExportRequest) ([]custodian.ExportedKey, error)
+	CountRefused(who custodian.Caller, what custodian.Action, requestID string, refused error) error
 	Arena() *secret.Arena
 	Ready(context.Context) error
 	CreateCategory(context.Context, custodian.Caller, custodian.CreateCategoryRequest) (custodian.Category, error)
 	SetCategoryMode(context.Context, custodian.Caller, custodian.SetModeRequest) (custodian.Category, error)
+	FreezeCaller(context.Context, custodian.Caller, custodian.FreezeCallerRequest) (custodian.FrozenCaller, error)
+	LiftCaller(context.Context, custodian.Caller, custodian.FreezeCallerRequest) (custodian.FrozenCaller, error)
+	FrozenCallers(context.Context, custodian.Caller) ([]custodian.FrozenCaller, error)
 	SetProviders(context.Context, custodian.Caller, custodian.SetProvidersRequest) (custodian.RewrapStatus, error)
 	Reencrypt(context.Context, custodian.Caller, custodian.ReencryptRequest) (custodian.RewrapStatus, error)
 	Rewraps(context.Context, custodian.Caller) ([]custodian.RewrapStatus, error)

@@ -34,8 +34,6 @@ const (
 	// twinMinReply in bytes: net/http would copy a shorter body into a buffer
 	// that nobody wipes, so that is filled up with blanks, which JSON allows.
 	twinMinReply = 2<<10 + 1
-	// twinMaxCalls are under way at once; one more is told to come back.
-	twinMaxCalls = 512
 )
 
 // A twin is GetContentKeys as JSON over HTTPS, for providers without gRPC. It
@@ -44,7 +42,7 @@ const (
 type twin struct {
 	server *Server
 	method retrieval
-	places chan struct{} // one for each call under way
+	places *Places
 	calls  sync.WaitGroup
 }
 
@@ -52,7 +50,7 @@ type twin struct {
 // it takes no new calls, waits up to drain for those under way, and cancels the
 // others. It closes l. When it returns no call is left.
 func (s *Server) ServeTwin(ctx context.Context, l net.Listener, drain time.Duration) error {
-	t := &twin{server: s, method: retrieval{server: s}, places: make(chan struct{}, twinMaxCalls)}
+	t := &twin{server: s, method: retrieval{server: s}, places: NewPlaces(MaxCalls)}
 	defer t.calls.Wait()
 	mux := http.NewServeMux()
 	mux.Handle("POST "+TwinPath, t)
@@ -94,7 +92,7 @@ func (t *twin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ctx = context.WithValue(ctx, callKey{}, &visit.call)
 	var resp *v1.GetContentKeysResponse
 	if err == nil {
-		resp, err = t.call(ctx, &visit.call, w, r)
+		resp, err = t.call(ctx, visit, w, r)
 	}
 	refusal := visit.End(ctx, err)
 	body, status := []byte(nil), http.StatusOK
@@ -113,13 +111,12 @@ func (t *twin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // call reads the request and makes the call, if there is a place.
-func (t *twin) call(ctx context.Context, c *call, w http.ResponseWriter, r *http.Request) (*v1.GetContentKeysResponse, error) {
-	select {
-	case t.places <- struct{}{}:
-		defer func() { <-t.places }()
-	default:
-		return nil, fmt.Errorf("%d calls are under way: %w", twinMaxCalls, custodian.ErrRate)
+func (t *twin) call(ctx context.Context, v *Visit, w http.ResponseWriter, r *http.Request) (*v1.GetContentKeysResponse, error) {
+	leave, err := v.Take(t.places, custodian.ActionRelease)
+	if err != nil {
+		return nil, err
 	}
+	defer leave()
 	if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(twinBodyTimeout)); err != nil {
 		return nil, err
 	}
@@ -136,7 +133,7 @@ func (t *twin) call(ctx context.Context, c *call, w http.ResponseWriter, r *http
 		return nil, err
 	}
 	if req.GetRequestId() != "" {
-		if err := c.name(req.GetRequestId()); err != nil {
+		if err := v.call.name(req.GetRequestId()); err != nil {
 			return nil, err
 		}
 	}
