@@ -137,7 +137,7 @@ type CeremonyInfo struct {
 
 // A CeremonyProgress is a piece of a ceremony's work, and how far it is.
 type CeremonyProgress struct {
-	Name        string // kek/movies/5; "content"; "outer wraps of movies"
+	Name        string // kek/movies/5; "content"; "outer wraps of category movies"
 	Step        string
 	Done, Total uint64
 	Rate        float64 // a second; 0: not known
@@ -153,8 +153,8 @@ func (c *Custodian) ceremonyProgress(set *controlSet, x Ceremony, p *Plan) (out 
 	switch {
 	case p.Kind == KindProviders:
 		for _, s := range c.rewrapStatuses(set) {
-			if slices.Contains(p.Categories, s.Category) {
-				out = append(out, CeremonyProgress{Name: "outer wraps of " + string(s.Category), Step: "MOVE", Done: uint64(s.Done), Total: uint64(s.Total), LastError: s.LastError})
+			if slices.Contains(p.Categories, s.Category) || s.HelperKeys && p.HelperKeys {
+				out = append(out, CeremonyProgress{Name: "outer wraps of " + scope(s.Category), Step: "MOVE", Done: uint64(s.Done), Total: uint64(s.Total), LastError: s.LastError})
 			}
 		}
 	case (p.Kind == KindRekey || p.Kind == KindWithdraw) && x.State >= CeremonyExecuted:

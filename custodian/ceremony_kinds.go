@@ -89,6 +89,9 @@ func (s *controlSet) basis(p *Plan) [32]byte {
 			e.str(string(name))
 			e.str(names(s.categories[name].Providers))
 		}
+		if p.HelperKeys {
+			e.str(names(s.helperProviders()))
+		}
 	}
 	if p.Kind == KindCategoryPolicy {
 		for _, name := range p.Categories {
@@ -287,6 +290,12 @@ func checkMove(_ context.Context, c *Custodian, set *controlSet, p *Plan, r *Reh
 	if err := c.keys.configured(p.Providers); err != nil {
 		return refusePlan(ErrPlan, "%v", err)
 	}
+	if was := set.helperProviders(); p.HelperKeys {
+		if slices.Equal(was, p.Providers) {
+			return refusePlan(ErrPlan, "the helper keys have these providers already")
+		}
+		r.Changes = append(r.Changes, fmt.Sprintf("the helper keys, without which no record is believed, move from %s to %s: %d keys get other outer wraps", names(was), names(p.Providers), len(set.rewrappable(""))))
+	}
 	for _, name := range p.Categories {
 		cat, ok := set.categories[name]
 		if !ok {
@@ -303,19 +312,35 @@ func checkMove(_ context.Context, c *Custodian, set *controlSet, p *Plan, r *Reh
 // moveToProviders has the wraps of the categories moved, and says whether all
 // of them have.
 func moveToProviders(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error) {
+	moving := slices.Clone(p.Categories)
+	if p.HelperKeys {
+		moving = append(moving, "") // as jobs name them
+	}
 	over := true
-	for _, name := range p.Categories {
-		if !slices.Equal(c.set.Load().categories[name].Providers, p.Providers) {
+	for _, name := range moving {
+		if !slices.Equal(c.set.Load().providersWanted(name), p.Providers) {
 			e := audit.Entry{Action: string(ActionSetProviders), Caller: x.Executor, RequestID: about(x.ID), Category: string(name)}
 			if _, err := c.putRewrap(ctx, e, name, c.toProviders(p.Providers, p.Reason)); err != nil {
 				return false, err
 			}
 			c.rewraps.wake()
 		}
-		_, moving := c.set.Load().rewraps[name]
-		over = over && !moving
+		_, left := c.set.Load().rewraps[name]
+		over = over && !left
 	}
 	return over, nil
+}
+
+// providersWanted are those of a category, or of the helper keys where name is
+// empty, once the jobs that have begun are done.
+func (s *controlSet) providersWanted(name CategoryName) []string {
+	if job, ok := s.rewraps[name]; ok {
+		return job.Providers
+	}
+	if name == "" {
+		return s.helperProviders()
+	}
+	return s.categories[name].Providers
 }
 
 // dropKeys takes every loaded KEK out of the token.

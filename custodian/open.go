@@ -29,6 +29,7 @@ type Logged struct {
 	// them is counted. Set them before the first entry.
 	Budgets  []Budget
 	spending loggedSpending
+	warned   map[string]bool // MEKAlerts by ID
 	KIDs     map[KID]KEKID
 	KEKs     map[CategoryName]uint32 // the highest version that it names
 	Changes  []ControlChange
@@ -51,6 +52,7 @@ func (l *Logged) Visit(e *audit.Entry) error {
 	l.visitAttempt(e)
 	l.tokens.visit(e)
 	l.spending.visit(e, longestWindow(l.Budgets))
+	l.visitWarning(e)
 	if len(e.ControlDigest) == 32 {
 		l.Revision, l.Digest = e.ControlRevision, [32]byte(e.ControlDigest)
 		if l.TrackKIDs {

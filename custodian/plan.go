@@ -83,6 +83,8 @@ type Plan struct {
 	// Hold is how long a rotation can be rolled back at least: 72h.
 	Hold string `yaml:"hold,omitempty" json:"hold,omitempty"`
 
+	HelperKeys bool `yaml:"helper_keys,omitempty" json:"helper_keys,omitempty"` // they move to Providers, too
+
 	Mode     string        `yaml:"mode,omitempty" json:"mode,omitempty"` // one of PlanModes
 	NewBatch *NewBatchPlan `yaml:"new_batch,omitempty" json:"new_batch,omitempty"`
 	Content  []PlanContent `yaml:"content,omitempty" json:"content,omitempty"`
@@ -136,6 +138,7 @@ var sections = []struct {
 	{"decision", func(p *Plan) bool { return p.Decision != "" }},
 	{"rotations", func(p *Plan) bool { return len(p.Rotations) > 0 }},
 	{"hold", func(p *Plan) bool { return p.Hold != "" }},
+	{"helper_keys", func(p *Plan) bool { return p.HelperKeys }},
 	{"mode", func(p *Plan) bool { return p.Mode != "" }},
 	{"new_batch", func(p *Plan) bool { return p.NewBatch != nil }},
 	{"content", func(p *Plan) bool { return len(p.Content) > 0 }},
@@ -152,7 +155,7 @@ var planSections = map[PlanKind][]string{
 	KindSeal:     {},
 	KindUnseal:   {},
 
-	KindProviders:     {"categories", "providers"},
+	KindProviders:     {"categories?", "helper_keys?", "providers"},
 	KindKEKRotation:   {"categories", "hold?"},
 	KindMEKRotation:   {"mek_version", "hold?"},
 	KindKEKCompromise: {"key_versions", "decision"},
@@ -268,6 +271,9 @@ func (p *Plan) check() error {
 	faults = slices.Concat(faults, p.checkRotationFields(), p.checkCategoryPolicy(), p.checkContent())
 	if p.Kind == KindUnfreeze && len(p.Categories)+len(p.Callers) == 0 {
 		fault("categories", "a plan of kind %s needs it, or callers", p.Kind)
+	}
+	if p.Kind == KindProviders && len(p.Categories) == 0 && !p.HelperKeys {
+		fault("categories", "a plan of kind %s needs it, or helper_keys: true", p.Kind)
 	}
 	for i, identity := range p.Callers {
 		if err := checkCallerID(identity); err != nil {
