@@ -144,9 +144,9 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
+	uses     *tokenUses // of licence tokens
+	ledger   *ledger    // of budgets
 	attempts attempts
-
-	uses *tokenUses // of licence tokens
 
 	joined    atomic.Pointer[joinedPolicy] // what policyOf found last
 	finishing sync.Mutex                   // held while executed ceremonies are finished: nothing is ordered twice
@@ -224,6 +224,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	}
 	c.started = cfg.Now()
 	c.uses = newTokenUses(cfg.Logged.tokens, c.now())
+	c.ledger = newLedger(cfg.Policy, cfg.Logged.spending, c.now())
 	return c, nil
 }
 

@@ -109,6 +109,7 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 	if err := c.anchored(); err != nil {
 		return nil, err
 	}
+	defer c.freezeBroken(ctx)
 	if req.Sealable {
 		var err error
 		if req.recipient, err = c.policy.Load().recipient(who, ""); err != nil {
@@ -486,7 +487,11 @@ func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Calle
 	if !d.Allow {
 		return d, fmt.Errorf("content key %s: %w", k.Key.KID, d.Err)
 	}
-	var err error
+	err := c.spend(c.policyOf(c.set.Load()), who, ActionReissue, k.Key.Category, k.Key.KID, c.now())
+	if err != nil {
+		d.Allow = false
+		return d, fmt.Errorf("content key %s: %w", k.Key.KID, err)
+	}
 	out.ContentKey = k.Key
 	out.Key, out.Grace, err = c.openCEK(ctx, set, k)
 	return d, err

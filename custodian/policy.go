@@ -139,6 +139,7 @@ type Policy struct {
 	granted   [32]byte     // digest of the grants alone
 	sealing   *sealingRule // nil: nothing is sealed to callers
 	tokens    *Tokens      // nil: no licence token is asked for
+	budgets   *budgetRules // nil: nobody is bounded
 }
 
 // A rule is a grant and what names it in a Decision.
