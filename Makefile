@@ -91,7 +91,7 @@ generated: tools
 	@scripts/generated.sh
 
 unit:
-	go test -race -short -timeout 10m ./...
+	go test -race -short -timeout 20m ./...
 
 # The lint tools have a module of their own. protoc-gen-go comes from the
 # product's module instead: so it has always the version of the library that the

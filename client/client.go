@@ -167,6 +167,24 @@ func (c *Client) SetCategoryMode(ctx context.Context, req *v1.SetCategoryModeReq
 	return resp.GetCategory(), wrap(err)
 }
 
+// FreezeCaller stops a caller.
+func (c *Client) FreezeCaller(ctx context.Context, req *v1.FreezeCallerRequest) (*v1.FrozenCaller, error) {
+	resp, err := c.custody.FreezeCaller(ctx, req)
+	return resp.GetCaller(), wrap(err)
+}
+
+// LiftCaller lets a caller call again.
+func (c *Client) LiftCaller(ctx context.Context, req *v1.LiftCallerRequest) (*v1.FrozenCaller, error) {
+	resp, err := c.custody.LiftCaller(ctx, req)
+	return resp.GetCaller(), wrap(err)
+}
+
+// ListFrozenCallers returns the callers that are frozen, by identity.
+func (c *Client) ListFrozenCallers(ctx context.Context) ([]*v1.FrozenCaller, error) {
+	resp, err := c.custody.ListFrozenCallers(ctx, &v1.ListFrozenCallersRequest{})
+	return resp.GetCallers(), wrap(err)
+}
+
 // ListCategories returns the categories that the caller may see, by name.
 func (c *Client) ListCategories(ctx context.Context) ([]*v1.Category, error) {
 	resp, err := c.custody.ListCategories(ctx, &v1.ListCategoriesRequest{})

@@ -67,8 +67,11 @@ type RestoreReport struct {
 	// Closed KEKs have no successor, because the MEK is past its year. They
 	// release, and nothing is issued under them until the MEK is rotated.
 	Closed []KEKID `json:"closed_keks,omitempty"`
-	// Frozen categories were frozen after the backup, and are so again.
+	// Frozen categories were frozen or restricted after the backup, and are so
+	// again.
 	Frozen []CategoryName `json:"frozen_categories"`
+	// Destroyed KEK versions were destroyed after the backup, and are so again.
+	Destroyed []DestroyedKEK `json:"destroyed_keks,omitempty"`
 	// FrozenCallers were frozen after the backup, and are so again.
 	FrozenCallers []string `json:"frozen_callers"`
 }
@@ -114,6 +117,9 @@ func (c *Custodian) restore(ctx context.Context, cfg Config) (RestoreReport, err
 		return rep, err
 	}
 	if err := c.retireKEKs(ctx, cfg.Logged, &rep); err != nil {
+		return rep, err
+	}
+	if err := c.destroyAgain(ctx, cfg.Logged, backup, &rep); err != nil {
 		return rep, err
 	}
 	if err := c.freezeAgain(ctx, cfg.Logged, backup, &rep); err != nil {
@@ -170,24 +176,26 @@ func (c *Custodian) retireKEKs(ctx context.Context, l Logged, rep *RestoreReport
 	return nil
 }
 
-// freezeAgain freezes what was frozen when the store was lost: an old backup
-// must not lift a freeze. Where the log was lost as well, nobody knows of it.
+// freezeAgain puts categories back into the mode that restricted them when the
+// store was lost: an old backup must not lift a freeze. Where the log was lost as
+// well, nobody knows of it.
 func (c *Custodian) freezeAgain(ctx context.Context, l Logged, backup uint64, rep *RestoreReport) error {
-	frozen := map[CategoryName]bool{}
+	modes := map[CategoryName]CategoryMode{}
 	for _, ch := range l.Changes {
-		if ch.Revision > backup && (ch.Action == modeActions[CategoryFrozen] || ch.Action == modeActions[CategoryOpen]) {
-			frozen[CategoryName(ch.Category)] = ch.Action == modeActions[CategoryFrozen]
+		for m, action := range modeActions {
+			if ch.Revision > backup && ch.Action == action {
+				modes[CategoryName(ch.Category)] = m
+			}
 		}
 	}
-	for name, cat := range c.set.Load().categories {
-		if !frozen[name] || cat.Mode == CategoryFrozen {
+	for name, mode := range modes {
+		cat, ok := c.set.Load().categories[name]
+		if !ok || mode == CategoryOpen || cat.Mode == mode || cat.Mode == CategoryFrozen {
 			continue
 		}
-		if err := c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
-			cat := old.categories[name]
-			cat.Mode, cat.Revision = CategoryFrozen, cat.Revision+1
-			return change{put: []ControlRecord{categoryRecord(cat)}, restricts: true,
-				entry: audit.Entry{Action: modeActions[CategoryFrozen], Category: string(name), Detail: "restore"}}, nil
+		if err := c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+			return change{put: old.setMode(old.categories[name], mode, now), restricts: true,
+				entry: audit.Entry{Action: modeActions[mode], Category: string(name), Detail: "restore"}}, nil
 		}); err != nil {
 			return fmt.Errorf("category %s: %w", name, err)
 		}

@@ -158,7 +158,7 @@ func (c *Custodian) replaceKEK(ctx context.Context, set *controlSet, cat Categor
 	})
 }
 
-// A SetModeRequest freezes a category, or opens it again.
+// A SetModeRequest freezes a category, restricts it, or opens it again.
 type SetModeRequest struct {
 	RequestID string
 	Name      CategoryName
@@ -174,8 +174,8 @@ func (r SetModeRequest) Check() error {
 	if err := r.Name.Check(); err != nil {
 		return invalid("category", err)
 	}
-	if r.Mode != CategoryOpen && r.Mode != CategoryFrozen {
-		return invalid("mode", fmt.Errorf("%s: must be OPEN or FROZEN", r.Mode))
+	if _, known := modeActions[r.Mode]; !known {
+		return invalid("mode", fmt.Errorf("%s: must be OPEN, FROZEN, NO_NEW or REKEY_REQUIRED", r.Mode))
 	}
 	if err := checkText(r.Cause, MaxCauseSize); err != nil {
 		return invalid("cause", err)
@@ -184,10 +184,12 @@ func (r SetModeRequest) Check() error {
 }
 
 // modeActions are what the audit log calls a change of mode. A restore reads
-// them to find the freezes that a backup does not know.
-var modeActions = map[CategoryMode]string{CategoryOpen: "category.open", CategoryFrozen: "category.freeze"}
+// them to find the restrictions that a backup does not know.
+var modeActions = map[CategoryMode]string{CategoryOpen: "category.open", CategoryFrozen: "category.freeze", CategoryNoNew: "category.no-new",
+	CategoryRekeyRequired: "category.rekey-required"}
 
-// SetCategoryMode freezes a category at once, or lifts a freeze.
+// SetCategoryMode freezes a category at once. Where there are no officers with a
+// quorum, it sets the other modes, too.
 func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetModeRequest) (Category, error) {
 	if err := req.Check(); err != nil {
 		return Category{}, err
@@ -203,7 +205,7 @@ func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetMode
 		// Only a freeze, the break-glass, does not wait for a clock that is believed.
 		err = c.lookAtClock()
 		if c.set.Load().authority != nil {
-			err = refusePlan(ErrQuorum, "a freeze is lifted by a ceremony of kind %s, as the officers' quorum decides", KindUnfreeze)
+			err = refusePlan(ErrQuorum, "a freeze is lifted by a ceremony of kind %s, and another mode set by one of kind %s, as the officers' quorum decides", KindUnfreeze, KindCategoryPolicy)
 		}
 	}
 	if _, ok := set.categories[req.Name]; err == nil && !ok {
@@ -217,10 +219,9 @@ func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetMode
 		}
 	}
 	if err == nil {
-		err = c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
-			cat = old.categories[req.Name]
-			cat.Mode, cat.Revision = req.Mode, cat.Revision+1
-			return change{put: []ControlRecord{categoryRecord(cat)}, entry: begun.end(e), restricts: req.Mode == CategoryFrozen}, nil
+		err = c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+			put := old.setMode(old.categories[req.Name], req.Mode, now)
+			return change{put: put, entry: begun.end(e), restricts: req.Mode == CategoryFrozen}, nil
 		})
 	}
 	if err != nil {
@@ -234,6 +235,7 @@ func (c *Custodian) SetCategoryMode(ctx context.Context, who Caller, req SetMode
 		}
 		return Category{}, err
 	}
+	cat = c.set.Load().categories[req.Name]
 	c.log.Warn("category mode set", "category", req.Name, "mode", req.Mode.String(), "by", who.ID)
 	return cat, nil
 }

@@ -57,7 +57,7 @@ func TestSetMode(t *testing.T) {
 	}{
 		{"an unknown category", officer, custodian.SetModeRequest{Name: "series", Mode: custodian.CategoryFrozen}, custodian.ErrCategoryNotFound},
 		{"no mode", officer, custodian.SetModeRequest{Name: "movies"}, custodian.ErrInvalid},
-		{"a mode that is none", officer, custodian.SetModeRequest{Name: "movies", Mode: 3}, custodian.ErrInvalid},
+		{"a mode that is none", officer, custodian.SetModeRequest{Name: "movies", Mode: 5}, custodian.ErrInvalid},
 		{"a cause that is too long", officer, custodian.SetModeRequest{Name: "movies", Mode: custodian.CategoryFrozen, Cause: strings.Repeat("x", 1001)}, custodian.ErrInvalid},
 		{"a cause that the log does not take", officer, custodian.SetModeRequest{Name: "movies", Mode: custodian.CategoryFrozen, Cause: "a\x00b"}, custodian.ErrInvalid},
 		{"without a grant", provider, custodian.SetModeRequest{Name: "movies", Mode: custodian.CategoryFrozen}, custodian.ErrDenied},

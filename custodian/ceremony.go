@@ -131,8 +131,44 @@ type CeremonyInfo struct {
 	Digest    [32]byte
 	Expires   time.Time
 	StoreID   [16]byte
-	ReadyTime time.Time        // of a recovery with its quorum: not executed before
-	Progress  []RotationStatus // what is done in the background
+	ReadyTime time.Time          // of a recovery with its quorum: not executed before
+	Progress  []CeremonyProgress // what is done in the background
+}
+
+// A CeremonyProgress is a piece of a ceremony's work, and how far it is.
+type CeremonyProgress struct {
+	Name        string // kek/movies/5; "content"; "outer wraps of category movies"
+	Step        string
+	Done, Total uint64
+	Rate        float64 // a second; 0: not known
+	Remaining   time.Duration
+	LastError   string
+}
+
+// ceremonyProgress is how far the work of a ceremony is.
+func (c *Custodian) ceremonyProgress(set *controlSet, x Ceremony, p *Plan) (out []CeremonyProgress) {
+	for _, s := range c.progressOf(set, x, p) {
+		out = append(out, CeremonyProgress{s.Name, s.Step.String(), s.Done, s.Total, s.Rate, s.Remaining, s.LastError})
+	}
+	switch {
+	case p.Kind == KindProviders:
+		for _, s := range c.rewrapStatuses(set) {
+			if slices.Contains(p.Categories, s.Category) || s.HelperKeys && p.HelperKeys {
+				out = append(out, CeremonyProgress{Name: "outer wraps of " + scope(s.Category), Step: "MOVE", Done: uint64(s.Done), Total: uint64(s.Total), LastError: s.LastError})
+			}
+		}
+	case (p.Kind == KindRekey || p.Kind == KindWithdraw) && x.State >= CeremonyExecuted:
+		s := RotationStatus{Name: about(x.ID)}
+		c.rotations.describe(&s)
+		raised, withdrawn := set.rekeyed(x.ID)
+		done := CeremonyProgress{"content", strings.ToUpper(string(p.Kind)), s.Done, s.Total, s.Rate, s.Remaining, s.LastError}
+		if s.Total == 0 {
+			done.Done = max(raised, withdrawn)
+			done.Total = done.Done
+		}
+		out = append(out, done)
+	}
+	return out
 }
 
 func (c *Custodian) describeCeremony(set *controlSet, x Ceremony) (CeremonyInfo, error) {
@@ -141,7 +177,7 @@ func (c *Custodian) describeCeremony(set *controlSet, x Ceremony) (CeremonyInfo,
 		return CeremonyInfo{}, err
 	}
 	info := CeremonyInfo{Ceremony: x, Kind: p.Kind, Reason: p.Reason, Digest: p.Digest(), Expires: p.ExpireTime(), StoreID: set.head.StoreID}
-	info.State, info.Progress = x.stateAt(c.now(), p), c.progressOf(set, x, p)
+	info.State, info.Progress = x.stateAt(c.now(), p), c.ceremonyProgress(set, x, p)
 	if p.Kind == KindRecovery && !x.QuorumTime.IsZero() {
 		info.ReadyTime = x.QuorumTime.Add(RecoveryDelay)
 	}

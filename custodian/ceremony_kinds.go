@@ -48,6 +48,12 @@ var kinds = map[PlanKind]kind{
 	KindKEKCompromise: {check: checkRotate, work: beginRotations},
 	KindRollback:      {check: checkRollBack, work: rollBackRotations},
 	KindRetire:        {check: checkRetire, work: retireRotations},
+
+	KindCallerCompromise: {check: checkCallerCompromise, apply: applyCallerCompromise},
+	KindDestroy:          {check: checkDestroy, work: destroyKEKs},
+	KindCategoryPolicy:   {check: checkCategoryPolicy, apply: applyCategoryPolicy},
+	KindRekey:            {check: checkRekey, work: rekeyContent},
+	KindWithdraw:         {check: checkRekey, work: rekeyContent},
 }
 
 // basis is the digest of what a plan stands on: who the officers are, and the
@@ -68,7 +74,7 @@ func (s *controlSet) basis(p *Plan) [32]byte {
 		e.grants(grants)
 	case KindSeal, KindUnseal:
 		e.bool(sealed)
-	case KindUnfreeze:
+	case KindUnfreeze, KindCallerCompromise:
 		for _, name := range p.Categories {
 			e.str(string(name))
 			e.uint(uint64(s.categories[name].Mode))
@@ -83,6 +89,20 @@ func (s *controlSet) basis(p *Plan) [32]byte {
 			e.str(string(name))
 			e.str(names(s.categories[name].Providers))
 		}
+		if p.HelperKeys {
+			e.str(names(s.helperProviders()))
+		}
+	}
+	if p.Kind == KindCategoryPolicy {
+		for _, name := range p.Categories {
+			e.uint(uint64(s.categories[name].Mode))
+			e.bytes(encodeCategoryPolicy(s.policyFor(name)))
+		}
+	}
+	for _, named := range p.Content {
+		item, _ := named.item() // checked by ParsePlan
+		e.uint(uint64(s.rekeys[item].Generation))
+		e.uint(uint64(s.rekeys[item].Withdrawn))
 	}
 	s.rotationBasis(e, p)
 	return sha256.Sum256(e.b)
@@ -270,6 +290,12 @@ func checkMove(_ context.Context, c *Custodian, set *controlSet, p *Plan, r *Reh
 	if err := c.keys.configured(p.Providers); err != nil {
 		return refusePlan(ErrPlan, "%v", err)
 	}
+	if was := set.helperProviders(); p.HelperKeys {
+		if slices.Equal(was, p.Providers) {
+			return refusePlan(ErrPlan, "the helper keys have these providers already")
+		}
+		r.Changes = append(r.Changes, fmt.Sprintf("the helper keys, without which no record is believed, move from %s to %s: %d keys get other outer wraps", names(was), names(p.Providers), len(set.rewrappable(""))))
+	}
 	for _, name := range p.Categories {
 		cat, ok := set.categories[name]
 		if !ok {
@@ -286,19 +312,35 @@ func checkMove(_ context.Context, c *Custodian, set *controlSet, p *Plan, r *Reh
 // moveToProviders has the wraps of the categories moved, and says whether all
 // of them have.
 func moveToProviders(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error) {
+	moving := slices.Clone(p.Categories)
+	if p.HelperKeys {
+		moving = append(moving, "") // as jobs name them
+	}
 	over := true
-	for _, name := range p.Categories {
-		if !slices.Equal(c.set.Load().categories[name].Providers, p.Providers) {
+	for _, name := range moving {
+		if !slices.Equal(c.set.Load().providersWanted(name), p.Providers) {
 			e := audit.Entry{Action: string(ActionSetProviders), Caller: x.Executor, RequestID: about(x.ID), Category: string(name)}
 			if _, err := c.putRewrap(ctx, e, name, c.toProviders(p.Providers, p.Reason)); err != nil {
 				return false, err
 			}
 			c.rewraps.wake()
 		}
-		_, moving := c.set.Load().rewraps[name]
-		over = over && !moving
+		_, left := c.set.Load().rewraps[name]
+		over = over && !left
 	}
 	return over, nil
+}
+
+// providersWanted are those of a category, or of the helper keys where name is
+// empty, once the jobs that have begun are done.
+func (s *controlSet) providersWanted(name CategoryName) []string {
+	if job, ok := s.rewraps[name]; ok {
+		return job.Providers
+	}
+	if name == "" {
+		return s.helperProviders()
+	}
+	return s.categories[name].Providers
 }
 
 // dropKeys takes every loaded KEK out of the token.
@@ -327,6 +369,10 @@ type Snapshot struct {
 	Policy     string             `json:"policy"` // digest of the grants
 	Sealed     bool               `json:"sealed"`
 	Callers    []CallerEvidence   `json:"callers,omitempty"`
+	// Rekeyed and Withdrawn are the content items that the ceremony has raised the
+	// generation of, and whose older keys it has withdrawn.
+	Rekeyed   uint64 `json:"content_items_rekeyed,omitempty"`
+	Withdrawn uint64 `json:"content_items_withdrawn,omitempty"`
 	// ContentKeys is how many content keys the store has.
 	ContentKeys uint64 `json:"content_keys"`
 }
@@ -353,16 +399,20 @@ type KeyEvidence struct {
 
 // A CategoryEvidence is a category that a plan names.
 type CategoryEvidence struct {
-	Name      CategoryName `json:"name"`
-	Mode      string       `json:"mode"`
-	Providers []string     `json:"providers"`
-	ActiveKEK uint32       `json:"active_key_version"`
+	Name      CategoryName  `json:"name"`
+	Mode      string        `json:"mode"`
+	Providers []string      `json:"providers"`
+	ActiveKEK uint32        `json:"active_key_version"`
+	Standing  *NewBatchPlan `json:"new_batch,omitempty"`
 }
 
 // A CallerEvidence is a caller that a plan names.
 type CallerEvidence struct {
 	Identity string `json:"identity"`
 	Frozen   bool   `json:"frozen"`
+	// Given is how many content keys the audit log says that it was given, of a
+	// compromised one.
+	Given uint64 `json:"content_keys_given,omitempty"`
 }
 
 // A RotationEvidence is a rotation of the ceremony.
@@ -397,16 +447,35 @@ func (c *Custodian) snapshot(ctx context.Context, set *controlSet, x Ceremony, p
 	slices.SortFunc(s.MEKs, func(a, b MEKEvidence) int { return int(a.Version) - int(b.Version) })
 	for _, name := range p.Categories {
 		cat := set.categories[name]
-		s.Categories = append(s.Categories, CategoryEvidence{name, cat.Mode.String(), cat.Providers, cat.ActiveKEK})
+		e := CategoryEvidence{Name: name, Mode: cat.Mode.String(), Providers: cat.Providers, ActiveKEK: cat.ActiveKEK}
+		if policy := set.policyFor(name); policy.Standing {
+			e.Standing = &NewBatchPlan{policy.DailyCap, policy.MinInterval.String()}
+		}
+		s.Categories = append(s.Categories, e)
 	}
+	s.Rekeyed, s.Withdrawn = set.rekeyed(x.ID)
 	for _, identity := range p.Callers {
 		_, frozen := set.frozenCallers[identity]
-		s.Callers = append(s.Callers, CallerEvidence{identity, frozen})
+		e := CallerEvidence{Identity: identity, Frozen: frozen}
+		if p.Kind == KindCallerCompromise {
+			given, err := c.handedOut(ctx, BlastRequest{Caller: identity})
+			if err != nil {
+				return nil, err
+			}
+			e.Given = uint64(len(given))
+		}
+		s.Callers = append(s.Callers, e)
 	}
 	for id, k := range set.keks {
-		s.KEKsByMEK[k.Wrapped.MEKVersion]++
+		if k.State != StateDestroyed {
+			s.KEKsByMEK[k.Wrapped.MEKVersion]++
+		}
 		if slices.Contains(p.Categories, id.Category) || slices.Contains(p.KeyVersions, id.String()) {
-			s.Keys = append(s.Keys, KeyEvidence{k.ID.String(), k.State.String(), k.Wrapped.MEKVersion, sumText(k.Wrapped.Canary)})
+			canary := ""
+			if len(k.Wrapped.Canary) > 0 { // a destroyed one has none
+				canary = sumText(k.Wrapped.Canary)
+			}
+			s.Keys = append(s.Keys, KeyEvidence{k.ID.String(), k.State.String(), k.Wrapped.MEKVersion, canary})
 		}
 	}
 	slices.SortFunc(s.Keys, func(a, b KeyEvidence) int { return strings.Compare(a.Key, b.Key) })

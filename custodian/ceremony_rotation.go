@@ -12,11 +12,17 @@ import (
 	"github.com/keycustody/custodian/internal/audit"
 )
 
-// Decisions about what a compromised KEK has wrapped.
+// Decisions about what a compromised KEK has wrapped, or a compromised caller was
+// given: it goes on being released; its categories are frozen; or it goes on
+// being released, and is issued to nobody until its content is re-keyed.
 const (
 	DecisionServe  = "serve"
 	DecisionFreeze = "freeze"
+	DecisionRekey  = "rekey"
 )
+
+// decisions are the modes that decisions put a category into.
+var decisions = map[string]CategoryMode{DecisionServe: CategoryOpen, DecisionFreeze: CategoryFrozen, DecisionRekey: CategoryRekeyRequired}
 
 // checkRotationFields says what is wrong with the fields of a plan that are
 // about rotations.
@@ -29,8 +35,8 @@ func (p *Plan) checkRotationFields() (faults []error) {
 			fault("hold", "%.40q: must be a duration of up to a year: 72h", p.Hold)
 		}
 	}
-	if p.Decision != "" && p.Decision != DecisionServe && p.Decision != DecisionFreeze {
-		fault("decision", "%.40q: must be %s, to go on serving what the key has wrapped, or %s", p.Decision, DecisionServe, DecisionFreeze)
+	if _, known := decisions[p.Decision]; p.Decision != "" && !known {
+		fault("decision", "%.40q: must be %s, to go on serving what is exposed, %s, to serve it until it is re-keyed, or %s", p.Decision, DecisionServe, DecisionRekey, DecisionFreeze)
 	}
 	for i, text := range p.KeyVersions {
 		id, err := ParseKEKID(text)
@@ -96,7 +102,7 @@ func (p *Plan) orders(id string) (orders []RotationOrder) {
 			k, _ := ParseKEKID(text) // checked by ParsePlan
 			order.Category, order.Compromised = k.Category, append(order.Compromised, k.Version)
 		}
-		order.Serve = p.Decision == DecisionServe
+		order.Serve, order.Mode = p.Decision != DecisionFreeze, decisions[p.Decision]
 		return []RotationOrder{order}
 	}
 	for _, name := range p.Categories {
@@ -195,8 +201,11 @@ func (c *Custodian) rehearseCompromise(ctx context.Context, o RotationOrder, r *
 		return nil
 	})
 	what := "are not released any more, and the category stays frozen"
-	if o.Serve {
+	switch o.Mode {
+	case CategoryOpen:
 		what = "go on being released, by this decision"
+	case CategoryRekeyRequired:
+		what = "go on being released, by this decision, and their content must be re-keyed before it is packaged again"
 	}
 	r.Changes = append(r.Changes, fmt.Sprintf("content keys of %s that count as compromised: %d; they %s", o.Category, n, what))
 	return err

@@ -111,6 +111,33 @@ func TestProvidersCeremony(t *testing.T) {
 	a.whole()
 }
 
+// The helper keys move by a plan, too, alone or beside categories.
+func TestHelperProvidersCeremony(t *testing.T) {
+	a := newAssembly(t)
+	a.cfg.Providers = append(a.cfg.Providers, &badKMS{name: "vault"})
+	a.reopen()
+	a.category("movies")
+	kid := a.issue("movies", "film", "SD")[0].KID
+	text := a.plan("providers", "categories: [movies]\nhelper_keys: true\nproviders: [vault, local]")
+	a.rehearse(text, "the helper keys, without which no record is believed, move from local to vault, local: 3 keys", "category movies moves from local to vault, local")
+	a.refusePlan(a.plan("providers", "helper_keys: true\nproviders: [local]"), "the helper keys have these providers already")
+	info := a.propose(text)
+	a.approve(info, text, a.anna, a.ben)
+	wantErr(t, "execute", a.execute(info), nil)
+	got, err := a.c.Ceremony(t.Context(), officer, info.ID)
+	if want := "[{outer wraps of helper keys MOVE 0 3 0 0s } {outer wraps of category movies MOVE 0 1 0 0s }]"; err != nil || fmt.Sprint(got.Progress) != want {
+		t.Errorf("progress: got %v and %v, want %s", got.Progress, err, want)
+	}
+	a.rewraps(func(left []custodian.RewrapStatus) bool { return len(left) == 0 })
+	a.wantDone(a.finish(info.ID))
+	a.refusePlan(text, "the helper keys have these providers already")
+	a.reopen()
+	wantErr(t, "release", a.release(provider, kid), nil)
+	_, err = custodian.ParsePlan([]byte(a.plan("providers", "providers: [local]")))
+	wantErr(t, "a plan about nothing", err, custodian.ErrInvalid)
+	a.whole()
+}
+
 // A record that still refers to the old version keeps it from being retired,
 // when the plan is proposed and when it is executed.
 func TestRetireWithReferences(t *testing.T) {

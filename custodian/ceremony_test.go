@@ -194,7 +194,8 @@ func (a *assembly) hold(text string, by ...signatory) custodian.CeremonyInfo {
 }
 
 // What an attacker tries, each refused, and each written to the audit log
-// with its outcome.
+// with its outcome. TestRetireWithReferences and TestDestroyCeremony have the
+// rows for which a record must be forged.
 func TestCeremonyAttacks(t *testing.T) {
 	type attack struct {
 		name   string
@@ -400,6 +401,33 @@ func TestCeremonyAttacks(t *testing.T) {
 			_, err := a.c.SetCategoryMode(ctx, officer, custodian.SetModeRequest{Name: "movies", Mode: custodian.CategoryOpen})
 			return err
 		}, custodian.ErrQuorum, "category.mode"},
+		{"destroy an active key", func(a *assembly) error {
+			_, _, err := a.c.ProposeCeremony(ctx, officer, []byte(a.plan("destroy", "key_versions: [movies/1]")), "", false)
+			return err
+		}, custodian.ErrPlan, "ceremony.propose"},
+		{"lift the freeze of a caller without the quorum", func(a *assembly) error {
+			a.freezeCaller(packager.ID)
+			_, err := a.c.LiftCaller(ctx, officer, custodian.FreezeCallerRequest{Identity: packager.ID, Cause: "alone"})
+			return err
+		}, custodian.ErrQuorum, "caller.lift"},
+		{"silence the other officers", func(a *assembly) error {
+			_, err := a.c.FreezeCaller(ctx, officer, custodian.FreezeCallerRequest{Identity: officer.ID, Cause: "a coup"})
+			return err
+		}, custodian.ErrInvalid, "caller.freeze"},
+		{"set a mode without the quorum", func(a *assembly) error {
+			text := a.plan("category-policy", "categories: [movies]\nmode: open")
+			info := a.propose(text)
+			a.approve(info, text, a.cleo)
+			return a.execute(info)
+		}, custodian.ErrQuorum, "ceremony.execute"},
+		{"bring keys in alone", func(a *assembly) error {
+			_, err := a.take(officer, a.bring("movies", "film", a.foreign("SD", 9, 9)))
+			return err
+		}, custodian.ErrQuorum, "keys.import"},
+		{"take keys out alone", func(a *assembly) error {
+			_, err := a.c.Export(ctx, officer, custodian.ExportRequest{Category: "movies", ContentID: []byte("film"), Recipient: "studio"})
+			return err
+		}, custodian.ErrQuorum, "keys.export"},
 		{"take away the outer layer alone", func(a *assembly) error {
 			_, err := a.c.SetProviders(ctx, officer, custodian.SetProvidersRequest{Category: "movies", Providers: []string{"local"}, Cause: "alone"})
 			return err
@@ -465,7 +493,7 @@ func TestLiftCallerCeremony(t *testing.T) {
 	wantErr(t, "a caller that is not frozen", err, custodian.ErrPlan)
 	wantErr(t, "release", a.release(provider, kid), custodian.ErrCallerFrozen)
 	e := a.wantDone(a.hold(text, a.anna, a.ben))
-	if fmt.Sprint(e.Before.Callers, e.After.Callers) != fmt.Sprintf("[{%s true}] [{%s false}]", provider.ID, provider.ID) {
+	if fmt.Sprint(e.Before.Callers, e.After.Callers) != fmt.Sprintf("[{%s true 0}] [{%s false 0}]", provider.ID, provider.ID) {
 		t.Errorf("evidence: got %v before and %v after", e.Before.Callers, e.After.Callers)
 	}
 	wantErr(t, "release", a.release(provider, kid), nil)

@@ -42,17 +42,19 @@ type controlKey struct {
 // A controlSet is the control records, decoded, at one revision of the head.
 // It never changes once it is published: a change makes a new one.
 type controlSet struct {
-	head          Head
-	meks          map[uint32]MEK
-	keks          map[KEKID]KEK
-	helpers       map[helperID]Helper
-	signers       map[string]Signer
-	categories    map[CategoryName]Category
-	exceptions    map[KID]Exception
-	rotations     map[string]Rotation // by name
-	exposed       map[CategoryName][]exposure
-	rewraps       map[CategoryName]RewrapJob // those of the helper keys under ""
-	frozenCallers map[string]FrozenCaller    // by identity
+	head             Head
+	meks             map[uint32]MEK
+	keks             map[KEKID]KEK
+	helpers          map[helperID]Helper
+	signers          map[string]Signer
+	categories       map[CategoryName]Category
+	exceptions       map[KID]Exception
+	rotations        map[string]Rotation // by name
+	exposed          map[CategoryName][]exposure
+	rewraps          map[CategoryName]RewrapJob // those of the helper keys under ""
+	categoryPolicies map[CategoryName]CategoryPolicy
+	rekeys           map[contentItem]Rekey
+	frozenCallers    map[string]FrozenCaller // by identity
 	ceremonial
 	revoked
 	// buckets hold the hash of every record, by the first byte of the hash of
@@ -70,7 +72,8 @@ type helperID struct {
 func newControlSet() *controlSet {
 	return &controlSet{meks: map[uint32]MEK{}, keks: map[KEKID]KEK{}, helpers: map[helperID]Helper{}, signers: map[string]Signer{},
 		categories: map[CategoryName]Category{}, exceptions: map[KID]Exception{}, rotations: map[string]Rotation{}, rewraps: map[CategoryName]RewrapJob{}, exposed: map[CategoryName][]exposure{},
-		frozenCallers: map[string]FrozenCaller{}, ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}, revoked: newRevoked()}
+		frozenCallers: map[string]FrozenCaller{}, categoryPolicies: map[CategoryName]CategoryPolicy{}, rekeys: map[contentItem]Rekey{},
+		ceremonial: ceremonial{ceremonies: map[string]Ceremony{}}, revoked: newRevoked()}
 }
 
 func (s *controlSet) clone() *controlSet {
@@ -79,6 +82,7 @@ func (s *controlSet) clone() *controlSet {
 	n.signers, n.categories, n.exceptions = maps.Clone(s.signers), maps.Clone(s.categories), maps.Clone(s.exceptions)
 	n.rotations, n.exposed = maps.Clone(s.rotations), maps.Clone(s.exposed)
 	n.rewraps, n.frozenCallers = maps.Clone(s.rewraps), maps.Clone(s.frozenCallers)
+	n.categoryPolicies, n.rekeys = maps.Clone(s.categoryPolicies), maps.Clone(s.rekeys)
 	n.ceremonies = maps.Clone(s.ceremonies)
 	n.revoked = s.revoked.clone()
 	return &n
@@ -203,6 +207,14 @@ func (s *controlSet) decode(r ControlRecord) error {
 		var f FrozenCaller
 		f, err = decodeFrozenCaller(r.Body)
 		s.frozenCallers[f.Identity], want = f, frozenCallerName(f.Identity)
+	case ControlCategoryPolicy:
+		var p CategoryPolicy
+		p, err = decodeCategoryPolicy(r.Body)
+		s.categoryPolicies[p.Category], want = p, string(p.Category)
+	case ControlRekey:
+		var x Rekey
+		x, err = decodeRekey(r.Body)
+		s.rekeys[x.item()], want = x, x.item().recordName()
 	case ControlAuthority, ControlCeremony:
 		want, err = s.decodeCeremonial(r)
 	case ControlRevocation:

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -90,6 +91,9 @@ type Config struct {
 	RotationRate int
 	// Events is the standing approval for what events do by themselves.
 	Events EventLimits
+	// Warnings are sentences for the status about parts that the domain does not
+	// know; nil: there are none.
+	Warnings func() []string
 	// GCMLimits replaces the limits of invocations, for tests. Zero: the
 	// constants above.
 	GCMLimits GCMLimits
@@ -116,6 +120,8 @@ type Custodian struct {
 	limiter   *rate.Limiter
 	rotations *rotations
 	events    EventLimits
+	foreign   func() []string // warnings of others
+	warned    map[string]bool // MEKAlerts that were told, by ID; WarnMEK owns it
 
 	clock          func() time.Time
 	defaultWraps   []string
@@ -138,12 +144,15 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
+	uses     *tokenUses // of licence tokens
+	ledger   *ledger    // of budgets
 	attempts attempts
-
-	uses *tokenUses // of licence tokens
 
 	joined    atomic.Pointer[joinedPolicy] // what policyOf found last
 	finishing sync.Mutex                   // held while executed ceremonies are finished: nothing is ordered twice
+	// workLists are what ceremonies have left to do of content, by their IDs.
+	// finishing guards it.
+	workLists map[string][]contentItem
 
 	// budgetMu guards the map below.
 	budgetMu sync.Mutex
@@ -202,15 +211,20 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, rotations: newRotations(), events: cfg.Events,
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, workLists: map[string][]contentItem{}, rotations: newRotations(), events: cfg.Events, foreign: cfg.Warnings,
 		hot: hot, gate: admission.New(cfg.ReleaseDeadline, time.Now) /* the clock of contexts */}
 	if cfg.RotationRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)
 	}
 	c.attempts.open = map[uint64]bool{}
 	c.policy.Store(cfg.Policy)
+	c.warned = maps.Clone(cfg.Logged.warned)
+	if c.warned == nil {
+		c.warned = map[string]bool{}
+	}
 	c.started = cfg.Now()
 	c.uses = newTokenUses(cfg.Logged.tokens, c.now())
+	c.ledger = newLedger(cfg.Policy, cfg.Logged.spending, c.now())
 	return c, nil
 }
 

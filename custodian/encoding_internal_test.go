@@ -81,6 +81,10 @@ var forms = map[byte]form{
 		Recovery: sampleOfficers[2:], RecoveryQuorum: 2, Grants: []PlanGrant{{Identity: "spiffe://a/b", Role: "packager", Categories: []string{"*"}, Reissue: true, SPKI: "ab"}},
 		Sealed: true, Revision: 3}),
 	formFrozenCaller: formOf("frozen caller", decodeFrozenCaller, encodeFrozenCaller, FrozenCaller{Identity: "spiffe://a/b", By: "spiffe://a/anna", Cause: "stolen", Time: sampleTime, Revision: 1}),
+	formCategoryPolicy: formOf("category policy", decodeCategoryPolicy, encodeCategoryPolicy, CategoryPolicy{Category: "movies", RekeyUntil: sampleTime, Standing: true,
+		DailyCap: 300, MinInterval: time.Hour, Revision: 2}),
+	formRekey: formOf("re-key", decodeRekey, encodeRekey, Rekey{Category: "movies", ContentID: []byte("film\x00"), Generation: 3, Withdrawn: 2, Ceremony: "0123456789abcdef",
+		By: "fedcba9876543210", Time: sampleTime, Revision: 3}),
 	formRevocation: formOf("revocation", decodeRevocation, encodeRevocation, Revocation{Session: audit.Ref{Kind: refSession, KeyVersion: 300, MAC: [16]byte{8}}, Issuer: "https://playback.test",
 		Until: sampleTime, Cause: "shared", By: "spiffe://a/oli", Time: sampleTime.Add(1), Revision: 4}),
 	formCeremony: formOf("ceremony", decodeCeremony, encodeCeremony, Ceremony{ID: "0123456789abcdef", Plan: "{}", State: CeremonyDone, Base: 7, Nonce: [32]byte{1},
@@ -116,6 +120,10 @@ func encodeAny(t testing.TB, v any) []byte {
 		return encodeAuthority(v)
 	case Ceremony:
 		return encodeCeremony(v)
+	case CategoryPolicy:
+		return encodeCategoryPolicy(v)
+	case Rekey:
+		return encodeRekey(v)
 	case Revocation:
 		return encodeRevocation(v)
 	case FrozenCaller:

@@ -40,6 +40,10 @@ func AlterControl(r ControlRecord) ([]Alteration, error) {
 		return alter(r.Body, decodeRotation, encodeRotation)
 	case ControlRewrap:
 		return alter(r.Body, decodeRewrap, encodeRewrap)
+	case ControlCategoryPolicy:
+		return alter(r.Body, decodeCategoryPolicy, encodeCategoryPolicy)
+	case ControlRekey:
+		return alter(r.Body, decodeRekey, encodeRekey)
 	case ControlFrozenCaller:
 		return alter(r.Body, decodeFrozenCaller, encodeFrozenCaller)
 	case ControlAuthority:

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/internal/sealing"
 	"github.com/keycustody/custodian/internal/secret"
 )
 
@@ -139,7 +140,7 @@ func (c *Custodian) importKeys(ctx context.Context, who Caller, req ImportReques
 		return d, nil, nil, 0, err
 	}
 	for {
-		keys, sequence, err := c.storeImports(ctx, req)
+		keys, sequence, err := c.storeImports(ctx, who, req)
 		if errors.Is(err, ErrChanged) && ctx.Err() == nil {
 			continue // the KEK was rotated meanwhile; its successor seals
 		}
@@ -164,9 +165,12 @@ func (c *Custodian) mayMove(who Caller, a Action, name CategoryName) (Decision, 
 }
 
 // storeImports seals the keys outside any transaction and stores them in one.
-func (c *Custodian) storeImports(ctx context.Context, req ImportRequest) ([]ImportedKey, uint64, error) {
+func (c *Custodian) storeImports(ctx context.Context, who Caller, req ImportRequest) ([]ImportedKey, uint64, error) {
 	kek, set, err := c.reserve(ctx, req.Category, uint64(len(req.Keys)))
 	if err != nil {
+		return nil, 0, err
+	}
+	if err := c.mayMake(ctx, set, who, ActionImport, sealing.PublicKey{}, req.Category, req.ContentID); err != nil {
 		return nil, 0, err
 	}
 	fresh, older := make([]SealedKey, len(req.Keys)), make([][]Fingerprint, len(req.Keys))
@@ -182,7 +186,7 @@ func (c *Custodian) storeImports(ctx context.Context, req ImportRequest) ([]Impo
 	var sequence uint64
 	err = c.store.Update(ctx, func(tx UpdateTx) error {
 		keys = make([]ImportedKey, len(fresh))
-		if err := stillProtects(tx, set, kek); err != nil {
+		if err := stillProtects(tx, set, kek, req.ContentID); err != nil {
 			return err
 		}
 		for i := range fresh {
@@ -200,7 +204,7 @@ func (c *Custodian) storeImports(ctx context.Context, req ImportRequest) ([]Impo
 
 // sealImport fingerprints and seals one key.
 func (c *Custodian) sealImport(ctx context.Context, set *controlSet, kek KEKID, req ImportRequest, k ImportKey) (SealedKey, error) {
-	natural := IssueRequest{Category: req.Category, ContentID: req.ContentID}.natural(k.KeySpec)
+	natural := IssueRequest{Category: req.Category, ContentID: req.ContentID}.natural(k.KeySpec, set.generation(req.Category, req.ContentID))
 	natural.ContentID = slices.Clone(natural.ContentID)
 	s := SealedKey{Key: ContentKey{NaturalKey: natural, KID: k.KID, IV: k.IV, PeriodStart: k.Period.Start.UTC(), PeriodEnd: k.Period.End.UTC(),
 		Origin: OriginImported, KEK: kek, BirthKEK: kek.Version, CreateTime: c.now(), Revision: 1}}

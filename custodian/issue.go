@@ -92,9 +92,9 @@ func (r IssueRequest) Check() error {
 	return nil
 }
 
-func (r IssueRequest) natural(k KeySpec) NaturalKey {
+func (r IssueRequest) natural(k KeySpec, generation uint32) NaturalKey {
 	return NaturalKey{Category: r.Category, ContentID: r.ContentID, TrackType: k.TrackType, Scheme: k.Scheme,
-		HasPeriod: k.Period.Set, Period: k.Period.Index, Generation: 1}
+		HasPeriod: k.Period.Set, Period: k.Period.Index, Generation: generation}
 }
 
 // Issue returns the keys of a content item, making those that do not exist.
@@ -107,6 +107,7 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 	if err := c.anchored(); err != nil {
 		return nil, err
 	}
+	defer c.freezeBroken(ctx)
 	if req.Sealable {
 		var err error
 		if req.recipient, err = c.policy.Load().recipient(who, ""); err != nil {
@@ -175,25 +176,15 @@ func (c *Custodian) issue(ctx context.Context, who Caller, req IssueRequest) (De
 	if err := c.lookAtClock(); err != nil {
 		return d, nil, err
 	}
-	found, err := c.existing(ctx, req)
-	if err != nil {
-		return d, nil, err
-	}
-	var missing []int
-	for i := range found {
-		if found[i].Sealed == nil {
-			missing = append(missing, i)
-		}
-	}
 	keys := make([]issued, len(req.Keys))
-	for again := len(missing) > 0; again; {
-		err := c.createKeys(ctx, cat.Name, req, missing, found, keys)
-		if again = errors.Is(err, ErrChanged); again && ctx.Err() == nil {
-			continue // the KEK was rotated meanwhile; its successor seals
-		}
-		if err != nil {
-			return d, keys, err
-		}
+	found, err := c.findOrCreate(ctx, who, req, keys)
+	for errors.Is(err, ErrChanged) && ctx.Err() == nil { // the KEK was rotated, or the content re-keyed, meanwhile
+		destroy(keys)
+		clear(keys)
+		found, err = c.findOrCreate(ctx, who, req, keys)
+	}
+	if err != nil {
+		return d, keys, err
 	}
 	for i := range keys {
 		if keys[i].Created {
@@ -211,9 +202,29 @@ func (c *Custodian) issue(ctx context.Context, who Caller, req IssueRequest) (De
 	return d, keys, nil
 }
 
-// existing reads what the natural keys of the request have already.
+// findOrCreate returns the keys that exist, and makes those that do not.
+func (c *Custodian) findOrCreate(ctx context.Context, who Caller, req IssueRequest, keys []issued) ([]SealedKey, error) {
+	found, err := c.existing(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	var missing []int
+	for i := range found {
+		if found[i].Sealed == nil {
+			missing = append(missing, i)
+		}
+	}
+	if len(missing) > 0 {
+		err = c.createKeys(ctx, who, req, missing, found, keys)
+	}
+	return found, err
+}
+
+// existing reads what the natural keys of the request have already, of the
+// content's generation.
 func (c *Custodian) existing(ctx context.Context, req IssueRequest) ([]SealedKey, error) {
 	found := make([]SealedKey, len(req.Keys))
+	generation := c.set.Load().generation(req.Category, req.ContentID)
 	err := c.store.View(ctx, func(tx Tx) error {
 		if owner, err := tx.ContentCategory(req.ContentID); err == nil && owner != req.Category {
 			return fmt.Errorf("content %q: %w", []byte(req.ContentID), ErrContentCategory)
@@ -221,7 +232,7 @@ func (c *Custodian) existing(ctx context.Context, req IssueRequest) ([]SealedKey
 			return err
 		}
 		for i, spec := range req.Keys {
-			k, err := findExisting(tx, req.natural(spec))
+			k, err := findExisting(tx, req.natural(spec, generation))
 			if err != nil {
 				return err
 			}
@@ -239,7 +250,7 @@ func (c *Custodian) existing(ctx context.Context, req IssueRequest) ([]SealedKey
 }
 
 // findExisting returns the newest key of a natural key; a zero SealedKey
-// where there is none.
+// where there is none of its generation or a later one.
 func findExisting(tx Tx, n NaturalKey) (SealedKey, error) {
 	k, err := tx.HighestGeneration(n)
 	if errors.Is(err, ErrNotFound) {
@@ -247,6 +258,9 @@ func findExisting(tx Tx, n NaturalKey) (SealedKey, error) {
 	}
 	if err == nil && !k.Key.SameItem(n) {
 		err = corrupt(fmt.Sprintf("natural key %s", n), fmt.Errorf("its index names the key of %s", k.Key.NaturalKey))
+	}
+	if err == nil && k.Key.Generation < n.Generation {
+		return SealedKey{}, nil // superseded: the content was re-keyed
 	}
 	return k, err
 }
@@ -261,9 +275,12 @@ func orConflict(err error) error {
 // createKeys makes the missing keys outside any transaction and stores them
 // in one. Where another request was quicker, its key wins: found[i] is set,
 // and ours is wiped.
-func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req IssueRequest, missing []int, found []SealedKey, keys []issued) error {
-	kek, set, err := c.reserve(ctx, category, uint64(len(missing)))
+func (c *Custodian) createKeys(ctx context.Context, who Caller, req IssueRequest, missing []int, found []SealedKey, keys []issued) error {
+	kek, set, err := c.reserve(ctx, req.Category, uint64(len(missing)))
 	if err != nil {
+		return err
+	}
+	if err := c.mayMake(ctx, set, who, ActionIssue, req.recipient, req.Category, req.ContentID); err != nil {
 		return err
 	}
 	fresh := make([]SealedKey, len(req.Keys))
@@ -280,7 +297,7 @@ func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req I
 	var sequence uint64
 	var created []bool
 	err = c.store.Update(ctx, func(tx UpdateTx) error {
-		if err := stillProtects(tx, set, kek); err != nil {
+		if err := stillProtects(tx, set, kek, req.ContentID); err != nil {
 			return err
 		}
 		if err := unusedUnder(tx, others); err != nil {
@@ -316,9 +333,10 @@ func (c *Custodian) createKeys(ctx context.Context, category CategoryName, req I
 	return nil
 }
 
-// stillProtects says whether the category is open and kek its active key in
-// the store's own state: a freeze or a rotation may have come since set.
-func stillProtects(tx Tx, set *controlSet, kek KEKID) error {
+// stillProtects says whether a new key of the content item may be stored under
+// kek in the store's own state: a freeze, a rotation or a re-key may have come
+// since set.
+func stillProtects(tx Tx, set *controlSet, kek KEKID, id ContentID) error {
 	r, err := tx.Head()
 	if err != nil {
 		return err
@@ -330,10 +348,14 @@ func stillProtects(tx Tx, set *controlSet, kek KEKID) error {
 	if err != nil {
 		return err
 	}
-	if cat.Mode != CategoryOpen {
+	if cat.Mode == CategoryFrozen { // not ErrChanged: set may not know it before the log can be written
 		return fmt.Errorf("category %s: %w", kek.Category, ErrCategoryFrozen)
 	}
-	if cat.ActiveKEK != kek.Version {
+	generation, err := generationIn(tx, kek.Category, id)
+	if err != nil {
+		return err
+	}
+	if cat.ActiveKEK != kek.Version || cat.Mode != set.categories[kek.Category].Mode || generation != set.generation(kek.Category, id) {
 		return fmt.Errorf("kek %s: %w", kek, ErrChanged)
 	}
 	return nil
@@ -350,7 +372,7 @@ func categoryIn(tx Tx, name CategoryName) (Category, error) {
 
 // newKey draws a CEK in the token and seals it.
 func (c *Custodian) newKey(ctx context.Context, set *controlSet, kek KEKID, req IssueRequest, spec KeySpec) (sealed SealedKey, cek secret.Secret, grace time.Duration, err error) {
-	k := SealedKey{Key: ContentKey{NaturalKey: req.natural(spec), KID: spec.KID, PeriodStart: spec.Period.Start.UTC(), PeriodEnd: spec.Period.End.UTC(),
+	k := SealedKey{Key: ContentKey{NaturalKey: req.natural(spec, set.generation(req.Category, req.ContentID)), KID: spec.KID, PeriodStart: spec.Period.Start.UTC(), PeriodEnd: spec.Period.End.UTC(),
 		Origin: OriginGenerated, KEK: kek, BirthKEK: kek.Version, CreateTime: c.now(), Revision: 1}}
 	k.Key.ContentID = slices.Clone(k.Key.ContentID)
 	var public [2 * KIDSize]byte // KID and explicit IV in one call
@@ -463,7 +485,11 @@ func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Calle
 	if !d.Allow {
 		return d, fmt.Errorf("content key %s: %w", k.Key.KID, d.Err)
 	}
-	var err error
+	err := c.spend(c.policyOf(c.set.Load()), who, ActionReissue, k.Key.Category, k.Key.KID, c.now())
+	if err != nil {
+		d.Allow = false
+		return d, fmt.Errorf("content key %s: %w", k.Key.KID, err)
+	}
 	out.ContentKey = k.Key
 	out.Key, out.Grace, err = c.openCEK(ctx, set, k)
 	return d, err

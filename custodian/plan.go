@@ -45,6 +45,12 @@ const (
 	KindKEKCompromise PlanKind = "kek-compromise" // KEK versions became known to others
 	KindRollback      PlanKind = "rollback"       // rotations that are held are taken back
 	KindRetire        PlanKind = "retire"         // rotations that are held are ended for good
+
+	KindCallerCompromise PlanKind = "caller-compromise" // a caller is stopped, and what it was given decided about
+	KindDestroy          PlanKind = "destroy"           // retired KEK versions are erased
+	KindCategoryPolicy   PlanKind = "category-policy"   // mode and standing approval of categories
+	KindRekey            PlanKind = "rekey"             // content gets new keys
+	KindWithdraw         PlanKind = "withdraw"          // the keys that were superseded are released no more
 )
 
 // A Plan says what a ceremony is to do, and names every object that it will
@@ -76,6 +82,12 @@ type Plan struct {
 	Rotations   []string `yaml:"rotations,omitempty" json:"rotations,omitempty"`       // kek/movies/5, mek/2
 	// Hold is how long a rotation can be rolled back at least: 72h.
 	Hold string `yaml:"hold,omitempty" json:"hold,omitempty"`
+
+	HelperKeys bool `yaml:"helper_keys,omitempty" json:"helper_keys,omitempty"` // they move to Providers, too
+
+	Mode     string        `yaml:"mode,omitempty" json:"mode,omitempty"` // one of PlanModes
+	NewBatch *NewBatchPlan `yaml:"new_batch,omitempty" json:"new_batch,omitempty"`
+	Content  []PlanContent `yaml:"content,omitempty" json:"content,omitempty"`
 }
 
 // A GenesisPlan is the part of a genesis plan that never changes again.
@@ -126,6 +138,10 @@ var sections = []struct {
 	{"decision", func(p *Plan) bool { return p.Decision != "" }},
 	{"rotations", func(p *Plan) bool { return len(p.Rotations) > 0 }},
 	{"hold", func(p *Plan) bool { return p.Hold != "" }},
+	{"helper_keys", func(p *Plan) bool { return p.HelperKeys }},
+	{"mode", func(p *Plan) bool { return p.Mode != "" }},
+	{"new_batch", func(p *Plan) bool { return p.NewBatch != nil }},
+	{"content", func(p *Plan) bool { return len(p.Content) > 0 }},
 }
 
 // planSections are the sections that a kind must have; one with a question
@@ -139,12 +155,18 @@ var planSections = map[PlanKind][]string{
 	KindSeal:     {},
 	KindUnseal:   {},
 
-	KindProviders:     {"categories", "providers"},
+	KindProviders:     {"categories?", "helper_keys?", "providers"},
 	KindKEKRotation:   {"categories", "hold?"},
 	KindMEKRotation:   {"mek_version", "hold?"},
 	KindKEKCompromise: {"key_versions", "decision"},
 	KindRollback:      {"rotations"},
 	KindRetire:        {"rotations"},
+
+	KindCallerCompromise: {"callers", "categories?", "decision"},
+	KindDestroy:          {"key_versions"},
+	KindCategoryPolicy:   {"categories", "mode?", "new_batch?"},
+	KindRekey:            {"content?", "key_versions?", "callers?"},
+	KindWithdraw:         {"content?", "key_versions?", "callers?"},
 }
 
 // ParsePlan reads a plan, and says everything that is wrong with it at once.
@@ -246,9 +268,12 @@ func (p *Plan) check() error {
 			faults = append(faults, err)
 		}
 	}
-	faults = append(faults, p.checkRotationFields()...)
+	faults = slices.Concat(faults, p.checkRotationFields(), p.checkCategoryPolicy(), p.checkContent())
 	if p.Kind == KindUnfreeze && len(p.Categories)+len(p.Callers) == 0 {
 		fault("categories", "a plan of kind %s needs it, or callers", p.Kind)
+	}
+	if p.Kind == KindProviders && len(p.Categories) == 0 && !p.HelperKeys {
+		fault("categories", "a plan of kind %s needs it, or helper_keys: true", p.Kind)
 	}
 	for i, identity := range p.Callers {
 		if err := checkCallerID(identity); err != nil {

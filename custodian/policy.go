@@ -57,6 +57,7 @@ const (
 	ActionReadAudit      Action = "audit.read"
 	ActionRotate         Action = "rotation"
 	ActionReadRotations  Action = "rotation.read"
+	ActionRevokeByEvent  Action = "event.revoke"
 	ActionReportEvent    Action = "event"
 	ActionSetProviders   Action = "category.providers"
 	ActionReencrypt      Action = "category.reencrypt"
@@ -90,6 +91,7 @@ var permits = map[Action][]Role{
 	ActionRotate:         {RoleOfficer},
 	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionReportEvent:    {RolePackager, RoleOfficer, RoleEventSource},
+	ActionRevokeByEvent:  {RoleEventSource},
 	// Who holds the outer layer is decided by those who decide who holds keys;
 	// that its wraps follow a provider's own rotation is housekeeping.
 	ActionSetProviders:   {RoleOfficer},
@@ -137,6 +139,7 @@ type Policy struct {
 	granted   [32]byte     // digest of the grants alone
 	sealing   *sealingRule // nil: nothing is sealed to callers
 	tokens    *Tokens      // nil: no licence token is asked for
+	budgets   *budgetRules // nil: nobody is bounded
 }
 
 // A rule is a grant and what names it in a Decision.
@@ -220,10 +223,12 @@ type Resource struct {
 	State    State        // of the key
 	Decided  bool         // of the key's exception
 	Key      *ContentKey  // it is one that exists
+	New      bool         // it is about to be made
+	Overdue  bool         // it, or what it would stand beside, is to be re-keyed first
 }
 
 // known says whether the resource is what is there, and not only its name.
-func (r Resource) known() bool { return r.Mode != 0 || r.IsKey }
+func (r Resource) known() bool { return r.Mode != 0 || r.IsKey || r.New }
 
 // A Request is one question to Decide.
 type Request struct {
@@ -290,8 +295,10 @@ func (r Request) unusable() error {
 	if purpose == 0 {
 		return nil
 	}
-	if r.Resource.known() && r.Resource.Mode != CategoryOpen {
-		return ErrCategoryFrozen
+	if r.Resource.known() {
+		if err := r.Resource.forbids(purpose); err != nil {
+			return err
+		}
 	}
 	if !r.Resource.IsKey {
 		return nil

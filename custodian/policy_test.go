@@ -129,7 +129,7 @@ func TestDecide(t *testing.T) {
 // state. Modes and states that do not exist are among them.
 func resources() []custodian.Resource {
 	out := []custodian.Resource{{Category: "movies"}}
-	for mode := custodian.CategoryMode(0); mode <= 3; mode++ {
+	for mode := custodian.CategoryMode(0); mode <= 5; mode++ {
 		if mode != 0 {
 			out = append(out, custodian.Resource{Category: "movies", Mode: mode})
 		}
@@ -138,6 +138,9 @@ func resources() []custodian.Resource {
 				out = append(out, custodian.Resource{Category: "movies", Mode: mode, IsKey: true, State: state, Decided: decided})
 			}
 		}
+		// One that is about to be made, and one that must be re-keyed first.
+		out = append(out, custodian.Resource{Category: "movies", Mode: mode, New: true}, custodian.Resource{Category: "movies", Mode: mode, New: true, Overdue: true},
+			custodian.Resource{Category: "movies", Mode: mode, IsKey: true, State: custodian.StateActive, Overdue: true})
 	}
 	return out
 }
@@ -149,7 +152,11 @@ func unusable(a custodian.Action, r custodian.Resource) error {
 	switch {
 	case purpose == 0 || r == custodian.Resource{Category: "movies"}:
 		return nil
-	case r.Mode != custodian.CategoryOpen:
+	case r.Mode == custodian.CategoryNoNew && r.New && purpose == custodian.Protect:
+		return custodian.ErrKeyState
+	case r.Mode == custodian.CategoryRekeyRequired && r.Overdue && purpose == custodian.Protect:
+		return custodian.ErrKeyCompromised
+	case r.Mode != custodian.CategoryOpen && r.Mode != custodian.CategoryNoNew && r.Mode != custodian.CategoryRekeyRequired:
 		return custodian.ErrCategoryFrozen
 	case !r.IsKey:
 		return nil

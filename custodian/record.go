@@ -104,10 +104,15 @@ type Signer struct {
 // A CategoryMode restricts a whole category. The zero mode serves nothing.
 type CategoryMode uint8
 
-// Open is normal service; Frozen releases and issues nothing.
+// Open is normal service; Frozen releases and issues nothing. NoNew makes no new
+// content key, and serves those that exist. RekeyRequired releases the content
+// keys that exist, and issues them to nobody before their content is re-keyed;
+// new content is issued as ever.
 const (
-	CategoryOpen   CategoryMode = 1
-	CategoryFrozen CategoryMode = 2
+	CategoryOpen          CategoryMode = 1
+	CategoryFrozen        CategoryMode = 2
+	CategoryNoNew         CategoryMode = 3
+	CategoryRekeyRequired CategoryMode = 4
 )
 
 func (m CategoryMode) String() string {
@@ -116,6 +121,10 @@ func (m CategoryMode) String() string {
 		return "OPEN"
 	case CategoryFrozen:
 		return "FROZEN"
+	case CategoryNoNew:
+		return "NO_NEW"
+	case CategoryRekeyRequired:
+		return "REKEY_REQUIRED"
 	}
 	return "UNSPECIFIED"
 }

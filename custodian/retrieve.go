@@ -105,6 +105,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if err := c.anchored(); err != nil {
 		return nil, err
 	}
+	defer c.freezeBroken(ctx)
 	pass, err := c.admit(ctx, who, req)
 	if err != nil {
 		return nil, err
@@ -262,10 +263,16 @@ func (c *Custodian) decideUnknown(who Caller, contentCategory CategoryName) (Dec
 // resourceOf is what the policy is told of a content key.
 func resourceOf(set *controlSet, k *ContentKey) Resource {
 	r := Resource{Category: k.Category, Mode: set.categories[k.Category].Mode, IsKey: true, Key: k, State: StateActive}
+	r.Overdue = r.Mode == CategoryRekeyRequired && set.overdue(k)
+	state, superseded := set.superseded(k)
 	if x, ok := set.exceptions[k.KID]; ok {
 		r.State, r.Decided = x.State, x.Decided
+	} else if superseded && state == StateSuspended { // withdrawn, whatever was decided before
+		r.State = state
 	} else if exposed, serve := set.compromised(k); exposed {
 		r.State, r.Decided = StateCompromised, serve
+	} else if superseded {
+		r.State = state
 	}
 	return r
 }

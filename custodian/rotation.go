@@ -163,6 +163,7 @@ type RotationOrder struct {
 	// why; Serve says whether what they wrapped is released all the same.
 	Compromised []uint32
 	Serve       bool
+	Mode        CategoryMode // that a compromise puts the category into; zero: OPEN or FROZEN, by Serve
 	// Hold is how long the rotation can be rolled back at least before it may
 	// be retired. A compromised KEK has no hold.
 	Hold  time.Duration
@@ -193,6 +194,17 @@ func (o RotationOrder) Check() error {
 		return invalid("kind", fmt.Errorf("%q: must be %s or %s", o.Kind, RotateKEK, RotateMEK))
 	}
 	return nil
+}
+
+// modeAfter is the mode of a category after a compromise of its KEK.
+func (o RotationOrder) modeAfter() CategoryMode {
+	switch {
+	case o.Mode != 0:
+		return o.Mode
+	case o.Serve:
+		return CategoryOpen
+	}
+	return CategoryFrozen
 }
 
 // StartRotation makes the successor, has it protect from now on, and leaves
@@ -307,13 +319,12 @@ func (c *Custodian) startKEK(ctx context.Context, o RotationOrder, e audit.Entry
 		pred := old.keks[KEKID{cat.Name, cat.ActiveKEK}]
 		pred.State, pred.DeactivateTime, pred.Revision = StateDeactivated, now, pred.Revision+1
 		cat.ActiveKEK, cat.Revision = r.To, cat.Revision+1
+		put := []ControlRecord{categoryRecord(cat)}
 		if len(o.Compromised) > 0 {
-			if cat.Mode = CategoryFrozen; o.Serve {
-				cat.Mode = CategoryOpen
-			}
+			put = old.setMode(cat, o.modeAfter(), now)
 		}
 		e.Action, e.KeyVersion, e.Detail = actionRotationStart, kek.ID.String(), r.text()
-		return change{put: []ControlRecord{categoryRecord(cat), kekRecord(pred), kekRecord(kek), rotationRecord(r)}, entry: e}, nil
+		return change{put: append(put, kekRecord(pred), kekRecord(kek), rotationRecord(r)), entry: e}, nil
 	})
 	return r, err
 }

@@ -69,6 +69,7 @@ func testPolicy(t *testing.T) *custodian.Policy {
 		{Identity: narrowOfficer.ID, Role: custodian.RoleOfficer, Categories: []custodian.CategoryName{"movies"}, SPKI: &[32]byte{2}},
 		{Identity: auditor.ID, Role: custodian.RoleAuditor, AllCategories: true},
 		{Identity: operator.ID, Role: custodian.RoleOperator},
+		{Identity: anySource.ID, Role: custodian.RoleEventSource, AllCategories: true},
 		{Identity: source.ID, Role: custodian.RoleEventSource, Categories: []custodian.CategoryName{"movies"}},
 	})
 	if err != nil {
@@ -162,7 +163,7 @@ func (w *world) tryParts() (err error) {
 	if w.st, err = store.Open(w.t.Context(), w.storePath(), store.Options{}); err != nil {
 		return err
 	}
-	w.logged = custodian.Logged{TrackKIDs: true}
+	w.logged = custodian.Logged{TrackKIDs: true, Budgets: w.cfg.Policy.Budgets()}
 	wrap := func(f audit.File) audit.File { return brokenFile{f, w.breaker} }
 	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment}); err != nil {
 		return err

@@ -20,7 +20,9 @@ func (a *app) categoryCmd() *cobra.Command {
 	return group(&cobra.Command{Use: "category", Short: "Content categories, each with its line of key-encryption keys"},
 		a.categoryCreateCmd(), a.categoryListCmd(), a.categoryVersionsCmd(), a.categoryProvidersCmd(),
 		a.categoryModeCmd("freeze", "Stop issuing and releasing keys of a category at once (officer)", v1.CategoryMode_CATEGORY_MODE_FROZEN),
-		a.categoryModeCmd("unfreeze", "Let a frozen category serve again (officer)", v1.CategoryMode_CATEGORY_MODE_OPEN))
+		a.categoryModeCmd("unfreeze", "Let a frozen or restricted category serve again (officer)", v1.CategoryMode_CATEGORY_MODE_OPEN),
+		a.categoryModeCmd("no-new", "Make no new content keys in a category, and serve those that exist (officer)", v1.CategoryMode_CATEGORY_MODE_NO_NEW),
+		a.categoryModeCmd("rekey-required", "Issue no content key of a category that exists now until its content is re-keyed (officer)", v1.CategoryMode_CATEGORY_MODE_REKEY_REQUIRED))
 }
 
 // A categoryView is a category in JSON.
@@ -37,7 +39,7 @@ type categoryView struct {
 
 func viewCategory(c *v1.Category) categoryView {
 	v := categoryView{
-		Name: c.GetName(), Mode: enum(c.GetMode().String(), "CATEGORY_MODE_"), ActiveKeyVersion: c.GetActiveKeyVersion(),
+		Name: c.GetName(), Mode: modeText(c.GetMode()), ActiveKeyVersion: c.GetActiveKeyVersion(),
 		Providers: c.GetProviders(), Live: c.GetLive(), CreateTime: timeOrNone(c.GetCreateTime()), Revision: c.GetRevision(),
 	}
 	window := c.GetReissueWindow().AsDuration()
@@ -48,6 +50,11 @@ func viewCategory(c *v1.Category) categoryView {
 		v.ReissueWindow = window.String()
 	}
 	return v
+}
+
+// modeText is a mode as plans have it: rekey-required.
+func modeText(m v1.CategoryMode) string {
+	return strings.ReplaceAll(enum(m.String(), "CATEGORY_MODE_"), "_", "-")
 }
 
 func (a *app) categoryCreateCmd() *cobra.Command {
@@ -194,7 +201,7 @@ func (a *app) categoryModeCmd(verb, short string, mode v1.CategoryMode) *cobra.C
 		if a.json {
 			return a.printJSON(viewCategory(got))
 		}
-		return a.printf("category %s is %s\n", plain(got.GetName()), enum(got.GetMode().String(), "CATEGORY_MODE_"))
+		return a.printf("category %s is %s\n", plain(got.GetName()), modeText(got.GetMode()))
 	})
 	c.Flags().StringVar(&cause, "cause", "", "why, `TEXT` for the audit log")
 	return need(c, "cause")

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -46,14 +47,15 @@ type rekeyView struct {
 
 func (a *app) blastRadiusCmd() *cobra.Command {
 	req := &v1.GetBlastRadiusRequest{}
-	var workList bool
+	var workList, asPlan bool
 	c := leaf(&cobra.Command{
 		Use:   "blast-radius",
 		Short: "Show what the loss of a key version, or of a caller, exposes (officer, auditor)",
 		Long: `Show every content key that the loss of a key-encryption key's version exposes, which
 is all that it ever wrapped, or that a caller was given; with who was given each of
 them and when, as far back as the audit log goes. With --json each is an object on a
-line; with --work-list each line is a content item that needs new keys.`,
+line; with --work-list each line is a content item that needs new keys. With
+--plan-content these items are the content section of a plan of kind rekey.`,
 		Example: `  custodianctl ceremony blast-radius --kek movies/4
   custodianctl ceremony blast-radius --caller spiffe://example.org/provider --work-list`,
 	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
@@ -75,7 +77,7 @@ line; with --work-list each line is a content item that needs new keys.`,
 		lines := json.NewEncoder(a.out)
 		err = cl.GetBlastRadius(ctx, req, func(r *v1.GetBlastRadiusResponse) error {
 			switch {
-			case workList:
+			case workList || asPlan:
 				work.add(r)
 			case a.json:
 				return lines.Encode(viewBlast(r))
@@ -86,6 +88,9 @@ line; with --work-list each line is a content item that needs new keys.`,
 		})
 		if err != nil {
 			return fmt.Errorf("blast radius: %w", err)
+		}
+		if asPlan {
+			return a.printf("%s", work.content())
 		}
 		for _, item := range work.items {
 			if err := lines.Encode(item); err != nil {
@@ -101,6 +106,8 @@ line; with --work-list each line is a content item that needs new keys.`,
 	f.StringVar(&req.KeyVersion, "kek", "", "key `VERSION`: movies/4")
 	f.StringVar(&req.Caller, "caller", "", "`IDENTITY` of a caller")
 	f.BoolVar(&workList, "work-list", false, "the content items that need new keys, a JSON object on a line")
+	f.BoolVar(&asPlan, "plan-content", false, "the content items that need new keys, as the content section of a plan")
+	c.MarkFlagsMutuallyExclusive("work-list", "plan-content")
 	return c
 }
 
@@ -150,4 +157,21 @@ func (w *workItems) add(r *v1.GetBlastRadiusResponse) {
 		w.index[at] = item
 	}
 	item.KIDs = append(item.KIDs, kidText(r.GetKid()))
+}
+
+// content is the content section of a plan that names the items. An item of
+// which only the audit log knows has nothing to re-key.
+func (w *workItems) content() string {
+	var b strings.Builder
+	b.WriteString("content:\n")
+	for _, item := range w.items {
+		switch id, err := json.Marshal(item.Content); {
+		case len(item.ContentID) == 0:
+		case err == nil && item.Content != "":
+			fmt.Fprintf(&b, "- {category: %s, id: %s}\n", item.Category, id)
+		default:
+			fmt.Fprintf(&b, "- {category: %s, hex: %s}\n", item.Category, item.ContentID)
+		}
+	}
+	return b.String()
 }

@@ -80,7 +80,7 @@ The file is the one named by --config, else by $CUSTODIANCTL_CONFIG, else
 ~/.config/custodian/custodianctl.yaml where there is one.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-	}, a.categoryCmd(), a.keysCmd(), a.ceremonyCmd(), a.rotationCmd(), a.eventCmd(), a.revocationCmd(), a.statusCmd(), a.auditCmd(), a.backupCmd(), a.pkiCmd(), a.policyCmd(), a.versionCmd(), exitCodesTopic())
+	}, a.categoryCmd(), a.callerCmd(), a.keysCmd(), a.ceremonyCmd(), a.rotationCmd(), a.eventCmd(), a.revocationCmd(), a.statusCmd(), a.auditCmd(), a.backupCmd(), a.pkiCmd(), a.policyCmd(), a.versionCmd(), exitCodesTopic())
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usage(c, err) })
 	f := root.PersistentFlags()
 	f.StringVar(&a.configFile, "config", "", "config `FILE`")

@@ -232,3 +232,23 @@ func TestStatusOfKMS(t *testing.T) {
 		}
 	}
 }
+
+// What ceremony watch shows of work: a bar, how far it is, how fast, and what is
+// left.
+func TestProgressText(t *testing.T) {
+	for _, test := range []struct {
+		p    progressView
+		want string
+	}{
+		{progressView{Name: "kek/movies/5", Step: "REWRAP"}, "kek/movies/5 rewrap"},
+		{progressView{Name: "kek/movies/5", Step: "REWRAP", Total: 1_000_000}, "kek/movies/5 rewrap [....................] 0 of 1000000"},
+		{progressView{Name: "content", Step: "REKEY", Done: 250, Total: 1000, Rate: 12.4, Remaining: "1m0s"}, "content rekey [#####...............] 250 of 1000, 12 a second, 1m0s left"},
+		{progressView{Name: "mek/2", Step: "VERIFY", Done: 999, Total: 1000}, "mek/2 verify [###################.] 999 of 1000"},
+		{progressView{Name: "mek/2", Step: "VERIFY", Done: 1000, Total: 1000, LastError: "kms away"}, "mek/2 verify [####################] 1000 of 1000; it is tried again after: kms away"},
+		{progressView{Name: "mek/2", Step: "VERIFY", Done: 1001, Total: 1000}, "mek/2 verify [####################] 1001 of 1000"},
+	} {
+		if got := test.p.text(); got != test.want {
+			t.Errorf("got %q, want %q", got, test.want)
+		}
+	}
+}

@@ -110,6 +110,7 @@ func copyTree(t testing.TB, from, to string) {
 // see it, and with an anchor of either kind it refuses, whatever is written
 // after that.
 func TestRollback(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -193,6 +194,7 @@ func TestRollback(t *testing.T) {
 // and issues and releases for the configured time; then it stops that, and goes
 // on when the anchor is back.
 func TestNoAnchor(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	c := newCustody(t)
 	s := serve(c)
 	if code := c.stop(); code != 0 {

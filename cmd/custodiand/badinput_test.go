@@ -251,6 +251,7 @@ path "transit/decrypt/custodian" { capabilities = ["update"] }`
 // that is taken away ends the grace at once. A start while Vault is sealed
 // waits.
 func TestVaultSealed(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	if testing.Short() {
 		t.Skip("a real Vault takes minutes to build; not in -short")
 	}

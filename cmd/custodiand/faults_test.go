@@ -148,6 +148,7 @@ func TestDeviceErrors(t *testing.T) {
 // DEADLINE in its 250 ms, others go on, and a stop ends with the documented
 // self-exit because the call cannot be cancelled.
 func TestCallThatHangs(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	c, f := withFaults(t)
 	s := serve(c)
 	f.Hang("C_Decrypt")
@@ -198,6 +199,7 @@ func TestHangUnderCallbacksOnly(t *testing.T) {
 // TestTokenTakenAway: the token's files go and come back. Readiness follows,
 // no key is called unknown, and service returns without a restart.
 func TestTokenTakenAway(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	s := serve(newCustody(t))
 	tokens := filepath.Join(filepath.Dir(s.config.HSM.SoftHSMConf), "tokens")
 	if _, err := os.Stat(tokens); err != nil {

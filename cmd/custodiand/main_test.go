@@ -58,10 +58,16 @@ type custody struct {
 	log bytes.Buffer
 }
 
+// provisioning is held by whoever provisions: the token's module is in this
+// process meanwhile, and a module is one custody's at a time.
+var provisioning sync.Mutex
+
 // provision makes a custody that is not initialised.
 func provision(t testing.TB) *custody {
 	t.Helper()
 	c := &custody{t: t, dev: devDir{dir: filepath.Join(t.TempDir(), "custody"), listen: "127.0.0.1:0", admin: "127.0.0.1:0"}}
+	provisioning.Lock()
+	defer provisioning.Unlock()
 	var err error
 	if c.config, err = c.dev.provision(t.Context()); err != nil {
 		t.Fatal(err)

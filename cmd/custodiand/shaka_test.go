@@ -563,6 +563,7 @@ func TestShakaPlayReady(t *testing.T) {
 // TestShakaTokenAway: the token fails while the packager asks. It is back before
 // the packager's patience ends, and the packager has noticed nothing.
 func TestShakaTokenAway(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	needShaka(t)
 	c, f := provisionWithFaults(t)
 	s := newShaka(t, c, false)

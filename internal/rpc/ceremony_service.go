@@ -201,7 +201,7 @@ func encodeCeremony(x custodian.CeremonyInfo) *v1.Ceremony {
 		ApprovalsNeeded: x.Needed, Approvals: encodeApprovals(x.Approvals), Cancellations: encodeApprovals(x.Cancels), Proposer: x.Proposer,
 		ProposeTime: timestamp(x.ProposeTime), ReadyTime: timestamp(x.ReadyTime), Executor: x.Executor, ExecuteTime: timestamp(x.ExecTime), EndTime: timestamp(x.EndTime)}
 	for _, p := range x.Progress {
-		out.Progress = append(out.Progress, &v1.CeremonyProgress{Name: p.Name, Step: p.Step.String(), Done: p.Done, Total: p.Total, Rate: p.Rate,
+		out.Progress = append(out.Progress, &v1.CeremonyProgress{Name: p.Name, Step: p.Step, Done: p.Done, Total: p.Total, Rate: p.Rate,
 			Remaining: durationpb.New(p.Remaining), LastError: p.LastError})
 	}
 	return out

@@ -185,13 +185,17 @@ func decodeDuration(d *durationpb.Duration, field string) (time.Duration, error)
 
 var (
 	errNegative = errors.New("must not be negative")
-	errMode     = errors.New("must be CATEGORY_MODE_OPEN or CATEGORY_MODE_FROZEN")
+	errMode     = errors.New("must be one of the modes")
 )
 
 func decodeMode(m v1.CategoryMode) (custodian.CategoryMode, error) {
 	switch m {
 	case v1.CategoryMode_CATEGORY_MODE_OPEN:
 		return custodian.CategoryOpen, nil
+	case v1.CategoryMode_CATEGORY_MODE_NO_NEW:
+		return custodian.CategoryNoNew, nil
+	case v1.CategoryMode_CATEGORY_MODE_REKEY_REQUIRED:
+		return custodian.CategoryRekeyRequired, nil
 	case v1.CategoryMode_CATEGORY_MODE_FROZEN:
 		return custodian.CategoryFrozen, nil
 	}
@@ -204,6 +208,10 @@ func encodeMode(m custodian.CategoryMode) v1.CategoryMode {
 		return v1.CategoryMode_CATEGORY_MODE_OPEN
 	case custodian.CategoryFrozen:
 		return v1.CategoryMode_CATEGORY_MODE_FROZEN
+	case custodian.CategoryNoNew:
+		return v1.CategoryMode_CATEGORY_MODE_NO_NEW
+	case custodian.CategoryRekeyRequired:
+		return v1.CategoryMode_CATEGORY_MODE_REKEY_REQUIRED
 	}
 	return v1.CategoryMode_CATEGORY_MODE_UNSPECIFIED
 }

@@ -37,6 +37,9 @@ type Custody interface {
 	Ready(context.Context) error
 	CreateCategory(context.Context, custodian.Caller, custodian.CreateCategoryRequest) (custodian.Category, error)
 	SetCategoryMode(context.Context, custodian.Caller, custodian.SetModeRequest) (custodian.Category, error)
+	FreezeCaller(context.Context, custodian.Caller, custodian.FreezeCallerRequest) (custodian.FrozenCaller, error)
+	LiftCaller(context.Context, custodian.Caller, custodian.FreezeCallerRequest) (custodian.FrozenCaller, error)
+	FrozenCallers(context.Context, custodian.Caller) ([]custodian.FrozenCaller, error)
 	SetProviders(context.Context, custodian.Caller, custodian.SetProvidersRequest) (custodian.RewrapStatus, error)
 	Reencrypt(context.Context, custodian.Caller, custodian.ReencryptRequest) (custodian.RewrapStatus, error)
 	Rewraps(context.Context, custodian.Caller) ([]custodian.RewrapStatus, error)
@@ -55,6 +58,7 @@ type Custody interface {
 	AuditInclusion(ctx context.Context, who custodian.Caller, index, size uint64) (custodian.AuditProof, error)
 	AuditConsistency(ctx context.Context, who custodian.Caller, old, size uint64) ([][32]byte, []byte, error)
 	AuditEntries(context.Context, custodian.Caller, custodian.AuditQuery) ([]custodian.AuditEntry, uint64, error)
+	AuditPrunedBefore() uint64
 	FollowAudit(context.Context, custodian.Caller, custodian.AuditQuery, func([]custodian.AuditEntry) error) error
 	Revoke(context.Context, custodian.Caller, custodian.RevokeRequest) (custodian.Revocation, error)
 	LiftRevocation(context.Context, custodian.Caller, custodian.LiftRequest) error

@@ -33,6 +33,11 @@ const (
 	CategoryMode_CATEGORY_MODE_OPEN CategoryMode = 1
 	// Releases and issues nothing.
 	CategoryMode_CATEGORY_MODE_FROZEN CategoryMode = 2
+	// Makes no new content key; those that exist are issued and released.
+	CategoryMode_CATEGORY_MODE_NO_NEW CategoryMode = 3
+	// Releases the content keys that exist, and issues them to nobody until their
+	// content is re-keyed; new content is issued.
+	CategoryMode_CATEGORY_MODE_REKEY_REQUIRED CategoryMode = 4
 )
 
 // Enum value maps for CategoryMode.
@@ -41,11 +46,15 @@ var (
 		0: "CATEGORY_MODE_UNSPECIFIED",
 		1: "CATEGORY_MODE_OPEN",
 		2: "CATEGORY_MODE_FROZEN",
+		3: "CATEGORY_MODE_NO_NEW",
+		4: "CATEGORY_MODE_REKEY_REQUIRED",
 	}
 	CategoryMode_value = map[string]int32{
-		"CATEGORY_MODE_UNSPECIFIED": 0,
-		"CATEGORY_MODE_OPEN":        1,
-		"CATEGORY_MODE_FROZEN":      2,
+		"CATEGORY_MODE_UNSPECIFIED":    0,
+		"CATEGORY_MODE_OPEN":           1,
+		"CATEGORY_MODE_FROZEN":         2,
+		"CATEGORY_MODE_NO_NEW":         3,
+		"CATEGORY_MODE_REKEY_REQUIRED": 4,
 	}
 )
 
@@ -744,7 +753,7 @@ type SetCategoryModeRequest struct {
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// The category.
 	Category string `protobuf:"bytes,2,opt,name=category,proto3" json:"category,omitempty"`
-	// The mode: open or frozen.
+	// The mode.
 	Mode CategoryMode `protobuf:"varint,3,opt,name=mode,proto3,enum=custodian.v1.CategoryMode" json:"mode,omitempty"`
 	// Why, for the audit log.
 	Cause         string `protobuf:"bytes,4,opt,name=cause,proto3" json:"cause,omitempty"`
@@ -856,6 +865,384 @@ func (x *SetCategoryModeResponse) GetCategory() *Category {
 	return nil
 }
 
+// A FrozenCaller is a caller that is stopped.
+type FrozenCaller struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its identity: a SPIFFE ID or a DNS name.
+	Identity string `protobuf:"bytes,1,opt,name=identity,proto3" json:"identity,omitempty"`
+	// The officer who froze it, or the budget that it broke.
+	By string `protobuf:"bytes,2,opt,name=by,proto3" json:"by,omitempty"`
+	// Why.
+	Cause string `protobuf:"bytes,3,opt,name=cause,proto3" json:"cause,omitempty"`
+	// Since when.
+	Time          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FrozenCaller) Reset() {
+	*x = FrozenCaller{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FrozenCaller) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FrozenCaller) ProtoMessage() {}
+
+func (x *FrozenCaller) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FrozenCaller.ProtoReflect.Descriptor instead.
+func (*FrozenCaller) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *FrozenCaller) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *FrozenCaller) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *FrozenCaller) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+func (x *FrozenCaller) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+// FreezeCallerRequest names a caller to stop.
+type FreezeCallerRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Identifies the call in the audit log, 1 to 128 printable ASCII characters.
+	// Empty: the daemon draws one.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Its identity, as the grants name it.
+	Identity string `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
+	// Why, for the audit log.
+	Cause         string `protobuf:"bytes,3,opt,name=cause,proto3" json:"cause,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeCallerRequest) Reset() {
+	*x = FreezeCallerRequest{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeCallerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeCallerRequest) ProtoMessage() {}
+
+func (x *FreezeCallerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeCallerRequest.ProtoReflect.Descriptor instead.
+func (*FreezeCallerRequest) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *FreezeCallerRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *FreezeCallerRequest) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *FreezeCallerRequest) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+// FreezeCallerResponse has the caller as it is frozen.
+type FreezeCallerResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The caller.
+	Caller        *FrozenCaller `protobuf:"bytes,1,opt,name=caller,proto3" json:"caller,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeCallerResponse) Reset() {
+	*x = FreezeCallerResponse{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeCallerResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeCallerResponse) ProtoMessage() {}
+
+func (x *FreezeCallerResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeCallerResponse.ProtoReflect.Descriptor instead.
+func (*FreezeCallerResponse) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *FreezeCallerResponse) GetCaller() *FrozenCaller {
+	if x != nil {
+		return x.Caller
+	}
+	return nil
+}
+
+// LiftCallerRequest names a caller that may call again.
+type LiftCallerRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Identifies the call in the audit log, 1 to 128 printable ASCII characters.
+	// Empty: the daemon draws one.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Its identity.
+	Identity string `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
+	// Why, for the audit log.
+	Cause         string `protobuf:"bytes,3,opt,name=cause,proto3" json:"cause,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftCallerRequest) Reset() {
+	*x = LiftCallerRequest{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftCallerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftCallerRequest) ProtoMessage() {}
+
+func (x *LiftCallerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftCallerRequest.ProtoReflect.Descriptor instead.
+func (*LiftCallerRequest) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *LiftCallerRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *LiftCallerRequest) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *LiftCallerRequest) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+// LiftCallerResponse has the caller as it was frozen.
+type LiftCallerResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The caller.
+	Caller        *FrozenCaller `protobuf:"bytes,1,opt,name=caller,proto3" json:"caller,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftCallerResponse) Reset() {
+	*x = LiftCallerResponse{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftCallerResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftCallerResponse) ProtoMessage() {}
+
+func (x *LiftCallerResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftCallerResponse.ProtoReflect.Descriptor instead.
+func (*LiftCallerResponse) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *LiftCallerResponse) GetCaller() *FrozenCaller {
+	if x != nil {
+		return x.Caller
+	}
+	return nil
+}
+
+// ListFrozenCallersRequest asks for all frozen callers.
+type ListFrozenCallersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListFrozenCallersRequest) Reset() {
+	*x = ListFrozenCallersRequest{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFrozenCallersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFrozenCallersRequest) ProtoMessage() {}
+
+func (x *ListFrozenCallersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFrozenCallersRequest.ProtoReflect.Descriptor instead.
+func (*ListFrozenCallersRequest) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{13}
+}
+
+// ListFrozenCallersResponse has the frozen callers.
+type ListFrozenCallersResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The callers, by identity.
+	Callers       []*FrozenCaller `protobuf:"bytes,1,rep,name=callers,proto3" json:"callers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListFrozenCallersResponse) Reset() {
+	*x = ListFrozenCallersResponse{}
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFrozenCallersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFrozenCallersResponse) ProtoMessage() {}
+
+func (x *ListFrozenCallersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFrozenCallersResponse.ProtoReflect.Descriptor instead.
+func (*ListFrozenCallersResponse) Descriptor() ([]byte, []int) {
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ListFrozenCallersResponse) GetCallers() []*FrozenCaller {
+	if x != nil {
+		return x.Callers
+	}
+	return nil
+}
+
 // ListCategoriesRequest asks for all categories.
 type ListCategoriesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -865,7 +1252,7 @@ type ListCategoriesRequest struct {
 
 func (x *ListCategoriesRequest) Reset() {
 	*x = ListCategoriesRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[8]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -877,7 +1264,7 @@ func (x *ListCategoriesRequest) String() string {
 func (*ListCategoriesRequest) ProtoMessage() {}
 
 func (x *ListCategoriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[8]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -890,7 +1277,7 @@ func (x *ListCategoriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCategoriesRequest.ProtoReflect.Descriptor instead.
 func (*ListCategoriesRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{8}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{15}
 }
 
 // ListCategoriesResponse has the categories.
@@ -904,7 +1291,7 @@ type ListCategoriesResponse struct {
 
 func (x *ListCategoriesResponse) Reset() {
 	*x = ListCategoriesResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[9]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +1303,7 @@ func (x *ListCategoriesResponse) String() string {
 func (*ListCategoriesResponse) ProtoMessage() {}
 
 func (x *ListCategoriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[9]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +1316,7 @@ func (x *ListCategoriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCategoriesResponse.ProtoReflect.Descriptor instead.
 func (*ListCategoriesResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{9}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListCategoriesResponse) GetCategories() []*Category {
@@ -950,7 +1337,7 @@ type ListKeyVersionsRequest struct {
 
 func (x *ListKeyVersionsRequest) Reset() {
 	*x = ListKeyVersionsRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[10]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -962,7 +1349,7 @@ func (x *ListKeyVersionsRequest) String() string {
 func (*ListKeyVersionsRequest) ProtoMessage() {}
 
 func (x *ListKeyVersionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[10]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -975,7 +1362,7 @@ func (x *ListKeyVersionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeyVersionsRequest.ProtoReflect.Descriptor instead.
 func (*ListKeyVersionsRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{10}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListKeyVersionsRequest) GetCategory() string {
@@ -996,7 +1383,7 @@ type ListKeyVersionsResponse struct {
 
 func (x *ListKeyVersionsResponse) Reset() {
 	*x = ListKeyVersionsResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[11]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1008,7 +1395,7 @@ func (x *ListKeyVersionsResponse) String() string {
 func (*ListKeyVersionsResponse) ProtoMessage() {}
 
 func (x *ListKeyVersionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[11]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1021,7 +1408,7 @@ func (x *ListKeyVersionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeyVersionsResponse.ProtoReflect.Descriptor instead.
 func (*ListKeyVersionsResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{11}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListKeyVersionsResponse) GetKeyVersions() []*KeyVersion {
@@ -1048,7 +1435,7 @@ type ListContentKeysRequest struct {
 
 func (x *ListContentKeysRequest) Reset() {
 	*x = ListContentKeysRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[12]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1060,7 +1447,7 @@ func (x *ListContentKeysRequest) String() string {
 func (*ListContentKeysRequest) ProtoMessage() {}
 
 func (x *ListContentKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[12]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1073,7 +1460,7 @@ func (x *ListContentKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListContentKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListContentKeysRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{12}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListContentKeysRequest) GetCategory() string {
@@ -1117,7 +1504,7 @@ type ListContentKeysResponse struct {
 
 func (x *ListContentKeysResponse) Reset() {
 	*x = ListContentKeysResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[13]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1129,7 +1516,7 @@ func (x *ListContentKeysResponse) String() string {
 func (*ListContentKeysResponse) ProtoMessage() {}
 
 func (x *ListContentKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[13]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1142,7 +1529,7 @@ func (x *ListContentKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListContentKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListContentKeysResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{13}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListContentKeysResponse) GetContentKeys() []*ContentKeyInfo {
@@ -1170,7 +1557,7 @@ type DescribeContentKeyRequest struct {
 
 func (x *DescribeContentKeyRequest) Reset() {
 	*x = DescribeContentKeyRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[14]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1182,7 +1569,7 @@ func (x *DescribeContentKeyRequest) String() string {
 func (*DescribeContentKeyRequest) ProtoMessage() {}
 
 func (x *DescribeContentKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[14]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1195,7 +1582,7 @@ func (x *DescribeContentKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeContentKeyRequest.ProtoReflect.Descriptor instead.
 func (*DescribeContentKeyRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{14}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DescribeContentKeyRequest) GetKid() []byte {
@@ -1216,7 +1603,7 @@ type DescribeContentKeyResponse struct {
 
 func (x *DescribeContentKeyResponse) Reset() {
 	*x = DescribeContentKeyResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[15]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1615,7 @@ func (x *DescribeContentKeyResponse) String() string {
 func (*DescribeContentKeyResponse) ProtoMessage() {}
 
 func (x *DescribeContentKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[15]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1628,7 @@ func (x *DescribeContentKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeContentKeyResponse.ProtoReflect.Descriptor instead.
 func (*DescribeContentKeyResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{15}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DescribeContentKeyResponse) GetContentKey() *ContentKeyInfo {
@@ -1272,7 +1659,7 @@ type SetProvidersRequest struct {
 
 func (x *SetProvidersRequest) Reset() {
 	*x = SetProvidersRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[16]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1284,7 +1671,7 @@ func (x *SetProvidersRequest) String() string {
 func (*SetProvidersRequest) ProtoMessage() {}
 
 func (x *SetProvidersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[16]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1297,7 +1684,7 @@ func (x *SetProvidersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetProvidersRequest.ProtoReflect.Descriptor instead.
 func (*SetProvidersRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{16}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SetProvidersRequest) GetRequestId() string {
@@ -1346,7 +1733,7 @@ type SetProvidersResponse struct {
 
 func (x *SetProvidersResponse) Reset() {
 	*x = SetProvidersResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[17]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1358,7 +1745,7 @@ func (x *SetProvidersResponse) String() string {
 func (*SetProvidersResponse) ProtoMessage() {}
 
 func (x *SetProvidersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[17]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1371,7 +1758,7 @@ func (x *SetProvidersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetProvidersResponse.ProtoReflect.Descriptor instead.
 func (*SetProvidersResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{17}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetProvidersResponse) GetRewrap() *Rewrap {
@@ -1401,7 +1788,7 @@ type ReencryptRequest struct {
 
 func (x *ReencryptRequest) Reset() {
 	*x = ReencryptRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[18]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1800,7 @@ func (x *ReencryptRequest) String() string {
 func (*ReencryptRequest) ProtoMessage() {}
 
 func (x *ReencryptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[18]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1813,7 @@ func (x *ReencryptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReencryptRequest.ProtoReflect.Descriptor instead.
 func (*ReencryptRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{18}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ReencryptRequest) GetRequestId() string {
@@ -1475,7 +1862,7 @@ type ReencryptResponse struct {
 
 func (x *ReencryptResponse) Reset() {
 	*x = ReencryptResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[19]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1487,7 +1874,7 @@ func (x *ReencryptResponse) String() string {
 func (*ReencryptResponse) ProtoMessage() {}
 
 func (x *ReencryptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[19]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1500,7 +1887,7 @@ func (x *ReencryptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReencryptResponse.ProtoReflect.Descriptor instead.
 func (*ReencryptResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{19}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ReencryptResponse) GetRewrap() *Rewrap {
@@ -1519,7 +1906,7 @@ type ListRewrapsRequest struct {
 
 func (x *ListRewrapsRequest) Reset() {
 	*x = ListRewrapsRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[20]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1531,7 +1918,7 @@ func (x *ListRewrapsRequest) String() string {
 func (*ListRewrapsRequest) ProtoMessage() {}
 
 func (x *ListRewrapsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[20]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1544,7 +1931,7 @@ func (x *ListRewrapsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRewrapsRequest.ProtoReflect.Descriptor instead.
 func (*ListRewrapsRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{20}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{27}
 }
 
 // ListRewrapsResponse has the jobs.
@@ -1558,7 +1945,7 @@ type ListRewrapsResponse struct {
 
 func (x *ListRewrapsResponse) Reset() {
 	*x = ListRewrapsResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[21]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1570,7 +1957,7 @@ func (x *ListRewrapsResponse) String() string {
 func (*ListRewrapsResponse) ProtoMessage() {}
 
 func (x *ListRewrapsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[21]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1583,7 +1970,7 @@ func (x *ListRewrapsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRewrapsResponse.ProtoReflect.Descriptor instead.
 func (*ListRewrapsResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{21}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListRewrapsResponse) GetRewraps() []*Rewrap {
@@ -1602,7 +1989,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[22]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1614,7 +2001,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[22]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1627,7 +2014,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{22}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{29}
 }
 
 // GetStatusResponse has the status.
@@ -1641,7 +2028,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[23]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1653,7 +2040,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[23]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1666,7 +2053,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{23}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GetStatusResponse) GetStatus() *Status {
@@ -1690,7 +2077,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[24]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1702,7 +2089,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[24]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1715,7 +2102,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{24}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *BackupRequest) GetRequestId() string {
@@ -1743,7 +2130,7 @@ type BackupResponse struct {
 
 func (x *BackupResponse) Reset() {
 	*x = BackupResponse{}
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[25]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1755,7 +2142,7 @@ func (x *BackupResponse) String() string {
 func (*BackupResponse) ProtoMessage() {}
 
 func (x *BackupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_custodian_v1_custody_service_proto_msgTypes[25]
+	mi := &file_custodian_v1_custody_service_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1768,7 +2155,7 @@ func (x *BackupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
 func (*BackupResponse) Descriptor() ([]byte, []int) {
-	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{25}
+	return file_custodian_v1_custody_service_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *BackupResponse) GetChunk() []byte {
@@ -1852,7 +2239,29 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"\x04mode\x18\x03 \x01(\x0e2\x1a.custodian.v1.CategoryModeR\x04mode\x12\x14\n" +
 	"\x05cause\x18\x04 \x01(\tR\x05cause\"M\n" +
 	"\x17SetCategoryModeResponse\x122\n" +
-	"\bcategory\x18\x01 \x01(\v2\x16.custodian.v1.CategoryR\bcategory\"\x17\n" +
+	"\bcategory\x18\x01 \x01(\v2\x16.custodian.v1.CategoryR\bcategory\"\x80\x01\n" +
+	"\fFrozenCaller\x12\x1a\n" +
+	"\bidentity\x18\x01 \x01(\tR\bidentity\x12\x0e\n" +
+	"\x02by\x18\x02 \x01(\tR\x02by\x12\x14\n" +
+	"\x05cause\x18\x03 \x01(\tR\x05cause\x12.\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"f\n" +
+	"\x13FreezeCallerRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x1a\n" +
+	"\bidentity\x18\x02 \x01(\tR\bidentity\x12\x14\n" +
+	"\x05cause\x18\x03 \x01(\tR\x05cause\"J\n" +
+	"\x14FreezeCallerResponse\x122\n" +
+	"\x06caller\x18\x01 \x01(\v2\x1a.custodian.v1.FrozenCallerR\x06caller\"d\n" +
+	"\x11LiftCallerRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x1a\n" +
+	"\bidentity\x18\x02 \x01(\tR\bidentity\x12\x14\n" +
+	"\x05cause\x18\x03 \x01(\tR\x05cause\"H\n" +
+	"\x12LiftCallerResponse\x122\n" +
+	"\x06caller\x18\x01 \x01(\v2\x1a.custodian.v1.FrozenCallerR\x06caller\"\x1a\n" +
+	"\x18ListFrozenCallersRequest\"Q\n" +
+	"\x19ListFrozenCallersResponse\x124\n" +
+	"\acallers\x18\x01 \x03(\v2\x1a.custodian.v1.FrozenCallerR\acallers\"\x17\n" +
 	"\x15ListCategoriesRequest\"P\n" +
 	"\x16ListCategoriesResponse\x126\n" +
 	"\n" +
@@ -1908,15 +2317,17 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x1c\n" +
 	"\trecipient\x18\x02 \x01(\tR\trecipient\"&\n" +
 	"\x0eBackupResponse\x12\x14\n" +
-	"\x05chunk\x18\x01 \x01(\fR\x05chunk*_\n" +
+	"\x05chunk\x18\x01 \x01(\fR\x05chunk*\x9b\x01\n" +
 	"\fCategoryMode\x12\x1d\n" +
 	"\x19CATEGORY_MODE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12CATEGORY_MODE_OPEN\x10\x01\x12\x18\n" +
-	"\x14CATEGORY_MODE_FROZEN\x10\x02*Z\n" +
+	"\x14CATEGORY_MODE_FROZEN\x10\x02\x12\x18\n" +
+	"\x14CATEGORY_MODE_NO_NEW\x10\x03\x12 \n" +
+	"\x1cCATEGORY_MODE_REKEY_REQUIRED\x10\x04*Z\n" +
 	"\tKeyOrigin\x12\x1a\n" +
 	"\x16KEY_ORIGIN_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14KEY_ORIGIN_GENERATED\x10\x01\x12\x17\n" +
-	"\x13KEY_ORIGIN_IMPORTED\x10\x022\xe1\a\n" +
+	"\x13KEY_ORIGIN_IMPORTED\x10\x022\xef\t\n" +
 	"\x0eCustodyService\x12[\n" +
 	"\x0eCreateCategory\x12#.custodian.v1.CreateCategoryRequest\x1a$.custodian.v1.CreateCategoryResponse\x12^\n" +
 	"\x0fSetCategoryMode\x12$.custodian.v1.SetCategoryModeRequest\x1a%.custodian.v1.SetCategoryModeResponse\x12[\n" +
@@ -1924,6 +2335,10 @@ const file_custodian_v1_custody_service_proto_rawDesc = "" +
 	"\x0fListKeyVersions\x12$.custodian.v1.ListKeyVersionsRequest\x1a%.custodian.v1.ListKeyVersionsResponse\x12^\n" +
 	"\x0fListContentKeys\x12$.custodian.v1.ListContentKeysRequest\x1a%.custodian.v1.ListContentKeysResponse\x12g\n" +
 	"\x12DescribeContentKey\x12'.custodian.v1.DescribeContentKeyRequest\x1a(.custodian.v1.DescribeContentKeyResponse\x12U\n" +
+	"\fFreezeCaller\x12!.custodian.v1.FreezeCallerRequest\x1a\".custodian.v1.FreezeCallerResponse\x12O\n" +
+	"\n" +
+	"LiftCaller\x12\x1f.custodian.v1.LiftCallerRequest\x1a .custodian.v1.LiftCallerResponse\x12d\n" +
+	"\x11ListFrozenCallers\x12&.custodian.v1.ListFrozenCallersRequest\x1a'.custodian.v1.ListFrozenCallersResponse\x12U\n" +
 	"\fSetProviders\x12!.custodian.v1.SetProvidersRequest\x1a\".custodian.v1.SetProvidersResponse\x12L\n" +
 	"\tReencrypt\x12\x1e.custodian.v1.ReencryptRequest\x1a\x1f.custodian.v1.ReencryptResponse\x12R\n" +
 	"\vListRewraps\x12 .custodian.v1.ListRewrapsRequest\x1a!.custodian.v1.ListRewrapsResponse\x12L\n" +
@@ -1943,7 +2358,7 @@ func file_custodian_v1_custody_service_proto_rawDescGZIP() []byte {
 }
 
 var file_custodian_v1_custody_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_custodian_v1_custody_service_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_custodian_v1_custody_service_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_custodian_v1_custody_service_proto_goTypes = []any{
 	(CategoryMode)(0),                  // 0: custodian.v1.CategoryMode
 	(KeyOrigin)(0),                     // 1: custodian.v1.KeyOrigin
@@ -1955,83 +2370,100 @@ var file_custodian_v1_custody_service_proto_goTypes = []any{
 	(*CreateCategoryResponse)(nil),     // 7: custodian.v1.CreateCategoryResponse
 	(*SetCategoryModeRequest)(nil),     // 8: custodian.v1.SetCategoryModeRequest
 	(*SetCategoryModeResponse)(nil),    // 9: custodian.v1.SetCategoryModeResponse
-	(*ListCategoriesRequest)(nil),      // 10: custodian.v1.ListCategoriesRequest
-	(*ListCategoriesResponse)(nil),     // 11: custodian.v1.ListCategoriesResponse
-	(*ListKeyVersionsRequest)(nil),     // 12: custodian.v1.ListKeyVersionsRequest
-	(*ListKeyVersionsResponse)(nil),    // 13: custodian.v1.ListKeyVersionsResponse
-	(*ListContentKeysRequest)(nil),     // 14: custodian.v1.ListContentKeysRequest
-	(*ListContentKeysResponse)(nil),    // 15: custodian.v1.ListContentKeysResponse
-	(*DescribeContentKeyRequest)(nil),  // 16: custodian.v1.DescribeContentKeyRequest
-	(*DescribeContentKeyResponse)(nil), // 17: custodian.v1.DescribeContentKeyResponse
-	(*SetProvidersRequest)(nil),        // 18: custodian.v1.SetProvidersRequest
-	(*SetProvidersResponse)(nil),       // 19: custodian.v1.SetProvidersResponse
-	(*ReencryptRequest)(nil),           // 20: custodian.v1.ReencryptRequest
-	(*ReencryptResponse)(nil),          // 21: custodian.v1.ReencryptResponse
-	(*ListRewrapsRequest)(nil),         // 22: custodian.v1.ListRewrapsRequest
-	(*ListRewrapsResponse)(nil),        // 23: custodian.v1.ListRewrapsResponse
-	(*GetStatusRequest)(nil),           // 24: custodian.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),          // 25: custodian.v1.GetStatusResponse
-	(*BackupRequest)(nil),              // 26: custodian.v1.BackupRequest
-	(*BackupResponse)(nil),             // 27: custodian.v1.BackupResponse
-	(*timestamppb.Timestamp)(nil),      // 28: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 29: google.protobuf.Duration
-	(KeyState)(0),                      // 30: custodian.v1.KeyState
-	(*Rewrap)(nil),                     // 31: custodian.v1.Rewrap
-	(*Status)(nil),                     // 32: custodian.v1.Status
+	(*FrozenCaller)(nil),               // 10: custodian.v1.FrozenCaller
+	(*FreezeCallerRequest)(nil),        // 11: custodian.v1.FreezeCallerRequest
+	(*FreezeCallerResponse)(nil),       // 12: custodian.v1.FreezeCallerResponse
+	(*LiftCallerRequest)(nil),          // 13: custodian.v1.LiftCallerRequest
+	(*LiftCallerResponse)(nil),         // 14: custodian.v1.LiftCallerResponse
+	(*ListFrozenCallersRequest)(nil),   // 15: custodian.v1.ListFrozenCallersRequest
+	(*ListFrozenCallersResponse)(nil),  // 16: custodian.v1.ListFrozenCallersResponse
+	(*ListCategoriesRequest)(nil),      // 17: custodian.v1.ListCategoriesRequest
+	(*ListCategoriesResponse)(nil),     // 18: custodian.v1.ListCategoriesResponse
+	(*ListKeyVersionsRequest)(nil),     // 19: custodian.v1.ListKeyVersionsRequest
+	(*ListKeyVersionsResponse)(nil),    // 20: custodian.v1.ListKeyVersionsResponse
+	(*ListContentKeysRequest)(nil),     // 21: custodian.v1.ListContentKeysRequest
+	(*ListContentKeysResponse)(nil),    // 22: custodian.v1.ListContentKeysResponse
+	(*DescribeContentKeyRequest)(nil),  // 23: custodian.v1.DescribeContentKeyRequest
+	(*DescribeContentKeyResponse)(nil), // 24: custodian.v1.DescribeContentKeyResponse
+	(*SetProvidersRequest)(nil),        // 25: custodian.v1.SetProvidersRequest
+	(*SetProvidersResponse)(nil),       // 26: custodian.v1.SetProvidersResponse
+	(*ReencryptRequest)(nil),           // 27: custodian.v1.ReencryptRequest
+	(*ReencryptResponse)(nil),          // 28: custodian.v1.ReencryptResponse
+	(*ListRewrapsRequest)(nil),         // 29: custodian.v1.ListRewrapsRequest
+	(*ListRewrapsResponse)(nil),        // 30: custodian.v1.ListRewrapsResponse
+	(*GetStatusRequest)(nil),           // 31: custodian.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),          // 32: custodian.v1.GetStatusResponse
+	(*BackupRequest)(nil),              // 33: custodian.v1.BackupRequest
+	(*BackupResponse)(nil),             // 34: custodian.v1.BackupResponse
+	(*timestamppb.Timestamp)(nil),      // 35: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 36: google.protobuf.Duration
+	(KeyState)(0),                      // 37: custodian.v1.KeyState
+	(*Rewrap)(nil),                     // 38: custodian.v1.Rewrap
+	(*Status)(nil),                     // 39: custodian.v1.Status
 }
 var file_custodian_v1_custody_service_proto_depIdxs = []int32{
 	0,  // 0: custodian.v1.Category.mode:type_name -> custodian.v1.CategoryMode
-	28, // 1: custodian.v1.Category.create_time:type_name -> google.protobuf.Timestamp
-	29, // 2: custodian.v1.Category.reissue_window:type_name -> google.protobuf.Duration
-	30, // 3: custodian.v1.KeyVersion.state:type_name -> custodian.v1.KeyState
-	28, // 4: custodian.v1.KeyVersion.create_time:type_name -> google.protobuf.Timestamp
-	28, // 5: custodian.v1.KeyVersion.deactivate_time:type_name -> google.protobuf.Timestamp
+	35, // 1: custodian.v1.Category.create_time:type_name -> google.protobuf.Timestamp
+	36, // 2: custodian.v1.Category.reissue_window:type_name -> google.protobuf.Duration
+	37, // 3: custodian.v1.KeyVersion.state:type_name -> custodian.v1.KeyState
+	35, // 4: custodian.v1.KeyVersion.create_time:type_name -> google.protobuf.Timestamp
+	35, // 5: custodian.v1.KeyVersion.deactivate_time:type_name -> google.protobuf.Timestamp
 	4,  // 6: custodian.v1.KeyVersion.outer_wraps:type_name -> custodian.v1.OuterWrap
-	28, // 7: custodian.v1.ContentKeyInfo.period_start_time:type_name -> google.protobuf.Timestamp
-	28, // 8: custodian.v1.ContentKeyInfo.period_end_time:type_name -> google.protobuf.Timestamp
-	30, // 9: custodian.v1.ContentKeyInfo.state:type_name -> custodian.v1.KeyState
+	35, // 7: custodian.v1.ContentKeyInfo.period_start_time:type_name -> google.protobuf.Timestamp
+	35, // 8: custodian.v1.ContentKeyInfo.period_end_time:type_name -> google.protobuf.Timestamp
+	37, // 9: custodian.v1.ContentKeyInfo.state:type_name -> custodian.v1.KeyState
 	1,  // 10: custodian.v1.ContentKeyInfo.origin:type_name -> custodian.v1.KeyOrigin
-	28, // 11: custodian.v1.ContentKeyInfo.create_time:type_name -> google.protobuf.Timestamp
-	28, // 12: custodian.v1.ContentKeyInfo.packaged_time:type_name -> google.protobuf.Timestamp
-	29, // 13: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
+	35, // 11: custodian.v1.ContentKeyInfo.create_time:type_name -> google.protobuf.Timestamp
+	35, // 12: custodian.v1.ContentKeyInfo.packaged_time:type_name -> google.protobuf.Timestamp
+	36, // 13: custodian.v1.CreateCategoryRequest.reissue_window:type_name -> google.protobuf.Duration
 	2,  // 14: custodian.v1.CreateCategoryResponse.category:type_name -> custodian.v1.Category
 	0,  // 15: custodian.v1.SetCategoryModeRequest.mode:type_name -> custodian.v1.CategoryMode
 	2,  // 16: custodian.v1.SetCategoryModeResponse.category:type_name -> custodian.v1.Category
-	2,  // 17: custodian.v1.ListCategoriesResponse.categories:type_name -> custodian.v1.Category
-	3,  // 18: custodian.v1.ListKeyVersionsResponse.key_versions:type_name -> custodian.v1.KeyVersion
-	5,  // 19: custodian.v1.ListContentKeysResponse.content_keys:type_name -> custodian.v1.ContentKeyInfo
-	5,  // 20: custodian.v1.DescribeContentKeyResponse.content_key:type_name -> custodian.v1.ContentKeyInfo
-	31, // 21: custodian.v1.SetProvidersResponse.rewrap:type_name -> custodian.v1.Rewrap
-	31, // 22: custodian.v1.ReencryptResponse.rewrap:type_name -> custodian.v1.Rewrap
-	31, // 23: custodian.v1.ListRewrapsResponse.rewraps:type_name -> custodian.v1.Rewrap
-	32, // 24: custodian.v1.GetStatusResponse.status:type_name -> custodian.v1.Status
-	6,  // 25: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
-	8,  // 26: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
-	10, // 27: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
-	12, // 28: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
-	14, // 29: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
-	16, // 30: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
-	18, // 31: custodian.v1.CustodyService.SetProviders:input_type -> custodian.v1.SetProvidersRequest
-	20, // 32: custodian.v1.CustodyService.Reencrypt:input_type -> custodian.v1.ReencryptRequest
-	22, // 33: custodian.v1.CustodyService.ListRewraps:input_type -> custodian.v1.ListRewrapsRequest
-	24, // 34: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
-	26, // 35: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
-	7,  // 36: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
-	9,  // 37: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
-	11, // 38: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
-	13, // 39: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
-	15, // 40: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
-	17, // 41: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
-	19, // 42: custodian.v1.CustodyService.SetProviders:output_type -> custodian.v1.SetProvidersResponse
-	21, // 43: custodian.v1.CustodyService.Reencrypt:output_type -> custodian.v1.ReencryptResponse
-	23, // 44: custodian.v1.CustodyService.ListRewraps:output_type -> custodian.v1.ListRewrapsResponse
-	25, // 45: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
-	27, // 46: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
-	36, // [36:47] is the sub-list for method output_type
-	25, // [25:36] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	35, // 17: custodian.v1.FrozenCaller.time:type_name -> google.protobuf.Timestamp
+	10, // 18: custodian.v1.FreezeCallerResponse.caller:type_name -> custodian.v1.FrozenCaller
+	10, // 19: custodian.v1.LiftCallerResponse.caller:type_name -> custodian.v1.FrozenCaller
+	10, // 20: custodian.v1.ListFrozenCallersResponse.callers:type_name -> custodian.v1.FrozenCaller
+	2,  // 21: custodian.v1.ListCategoriesResponse.categories:type_name -> custodian.v1.Category
+	3,  // 22: custodian.v1.ListKeyVersionsResponse.key_versions:type_name -> custodian.v1.KeyVersion
+	5,  // 23: custodian.v1.ListContentKeysResponse.content_keys:type_name -> custodian.v1.ContentKeyInfo
+	5,  // 24: custodian.v1.DescribeContentKeyResponse.content_key:type_name -> custodian.v1.ContentKeyInfo
+	38, // 25: custodian.v1.SetProvidersResponse.rewrap:type_name -> custodian.v1.Rewrap
+	38, // 26: custodian.v1.ReencryptResponse.rewrap:type_name -> custodian.v1.Rewrap
+	38, // 27: custodian.v1.ListRewrapsResponse.rewraps:type_name -> custodian.v1.Rewrap
+	39, // 28: custodian.v1.GetStatusResponse.status:type_name -> custodian.v1.Status
+	6,  // 29: custodian.v1.CustodyService.CreateCategory:input_type -> custodian.v1.CreateCategoryRequest
+	8,  // 30: custodian.v1.CustodyService.SetCategoryMode:input_type -> custodian.v1.SetCategoryModeRequest
+	17, // 31: custodian.v1.CustodyService.ListCategories:input_type -> custodian.v1.ListCategoriesRequest
+	19, // 32: custodian.v1.CustodyService.ListKeyVersions:input_type -> custodian.v1.ListKeyVersionsRequest
+	21, // 33: custodian.v1.CustodyService.ListContentKeys:input_type -> custodian.v1.ListContentKeysRequest
+	23, // 34: custodian.v1.CustodyService.DescribeContentKey:input_type -> custodian.v1.DescribeContentKeyRequest
+	11, // 35: custodian.v1.CustodyService.FreezeCaller:input_type -> custodian.v1.FreezeCallerRequest
+	13, // 36: custodian.v1.CustodyService.LiftCaller:input_type -> custodian.v1.LiftCallerRequest
+	15, // 37: custodian.v1.CustodyService.ListFrozenCallers:input_type -> custodian.v1.ListFrozenCallersRequest
+	25, // 38: custodian.v1.CustodyService.SetProviders:input_type -> custodian.v1.SetProvidersRequest
+	27, // 39: custodian.v1.CustodyService.Reencrypt:input_type -> custodian.v1.ReencryptRequest
+	29, // 40: custodian.v1.CustodyService.ListRewraps:input_type -> custodian.v1.ListRewrapsRequest
+	31, // 41: custodian.v1.CustodyService.GetStatus:input_type -> custodian.v1.GetStatusRequest
+	33, // 42: custodian.v1.CustodyService.Backup:input_type -> custodian.v1.BackupRequest
+	7,  // 43: custodian.v1.CustodyService.CreateCategory:output_type -> custodian.v1.CreateCategoryResponse
+	9,  // 44: custodian.v1.CustodyService.SetCategoryMode:output_type -> custodian.v1.SetCategoryModeResponse
+	18, // 45: custodian.v1.CustodyService.ListCategories:output_type -> custodian.v1.ListCategoriesResponse
+	20, // 46: custodian.v1.CustodyService.ListKeyVersions:output_type -> custodian.v1.ListKeyVersionsResponse
+	22, // 47: custodian.v1.CustodyService.ListContentKeys:output_type -> custodian.v1.ListContentKeysResponse
+	24, // 48: custodian.v1.CustodyService.DescribeContentKey:output_type -> custodian.v1.DescribeContentKeyResponse
+	12, // 49: custodian.v1.CustodyService.FreezeCaller:output_type -> custodian.v1.FreezeCallerResponse
+	14, // 50: custodian.v1.CustodyService.LiftCaller:output_type -> custodian.v1.LiftCallerResponse
+	16, // 51: custodian.v1.CustodyService.ListFrozenCallers:output_type -> custodian.v1.ListFrozenCallersResponse
+	26, // 52: custodian.v1.CustodyService.SetProviders:output_type -> custodian.v1.SetProvidersResponse
+	28, // 53: custodian.v1.CustodyService.Reencrypt:output_type -> custodian.v1.ReencryptResponse
+	30, // 54: custodian.v1.CustodyService.ListRewraps:output_type -> custodian.v1.ListRewrapsResponse
+	32, // 55: custodian.v1.CustodyService.GetStatus:output_type -> custodian.v1.GetStatusResponse
+	34, // 56: custodian.v1.CustodyService.Backup:output_type -> custodian.v1.BackupResponse
+	43, // [43:57] is the sub-list for method output_type
+	29, // [29:43] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_custodian_v1_custody_service_proto_init() }
@@ -2048,7 +2480,7 @@ func file_custodian_v1_custody_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_custodian_v1_custody_service_proto_rawDesc), len(file_custodian_v1_custody_service_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   26,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -25,6 +25,9 @@ const (
 	CustodyService_ListKeyVersions_FullMethodName    = "/custodian.v1.CustodyService/ListKeyVersions"
 	CustodyService_ListContentKeys_FullMethodName    = "/custodian.v1.CustodyService/ListContentKeys"
 	CustodyService_DescribeContentKey_FullMethodName = "/custodian.v1.CustodyService/DescribeContentKey"
+	CustodyService_FreezeCaller_FullMethodName       = "/custodian.v1.CustodyService/FreezeCaller"
+	CustodyService_LiftCaller_FullMethodName         = "/custodian.v1.CustodyService/LiftCaller"
+	CustodyService_ListFrozenCallers_FullMethodName  = "/custodian.v1.CustodyService/ListFrozenCallers"
 	CustodyService_SetProviders_FullMethodName       = "/custodian.v1.CustodyService/SetProviders"
 	CustodyService_Reencrypt_FullMethodName          = "/custodian.v1.CustodyService/Reencrypt"
 	CustodyService_ListRewraps_FullMethodName        = "/custodian.v1.CustodyService/ListRewraps"
@@ -42,8 +45,8 @@ const (
 type CustodyServiceClient interface {
 	// CreateCategory makes a content category with its first key-encryption key.
 	CreateCategory(ctx context.Context, in *CreateCategoryRequest, opts ...grpc.CallOption) (*CreateCategoryResponse, error)
-	// SetCategoryMode freezes a category, or opens it again. A frozen category
-	// releases and issues nothing.
+	// SetCategoryMode freezes a category, restricts it, or opens it again. Where
+	// there are officers with a quorum, a freeze is all that it does.
 	SetCategoryMode(ctx context.Context, in *SetCategoryModeRequest, opts ...grpc.CallOption) (*SetCategoryModeResponse, error)
 	// ListCategories returns the categories that the caller may see, by name.
 	ListCategories(ctx context.Context, in *ListCategoriesRequest, opts ...grpc.CallOption) (*ListCategoriesResponse, error)
@@ -55,6 +58,14 @@ type CustodyServiceClient interface {
 	ListContentKeys(ctx context.Context, in *ListContentKeysRequest, opts ...grpc.CallOption) (*ListContentKeysResponse, error)
 	// DescribeContentKey returns the metadata of one content key, never the key.
 	DescribeContentKey(ctx context.Context, in *DescribeContentKeyRequest, opts ...grpc.CallOption) (*DescribeContentKeyResponse, error)
+	// FreezeCaller stops a caller at once: whatever it is granted, it is refused
+	// everything with CALLER_FROZEN.
+	FreezeCaller(ctx context.Context, in *FreezeCallerRequest, opts ...grpc.CallOption) (*FreezeCallerResponse, error)
+	// LiftCaller ends the freeze of a caller. Where there are officers with a
+	// quorum, a ceremony does.
+	LiftCaller(ctx context.Context, in *LiftCallerRequest, opts ...grpc.CallOption) (*LiftCallerResponse, error)
+	// ListFrozenCallers returns the callers that are frozen, by identity.
+	ListFrozenCallers(ctx context.Context, in *ListFrozenCallersRequest, opts ...grpc.CallOption) (*ListFrozenCallersResponse, error)
 	// SetProviders says which KMS instances hold the outer wraps of a category
 	// from now on, or of the helper keys, and begins the job that moves them. Each
 	// new wrap is opened before an old one is dropped. It does not wait for the
@@ -141,6 +152,36 @@ func (c *custodyServiceClient) DescribeContentKey(ctx context.Context, in *Descr
 	return out, nil
 }
 
+func (c *custodyServiceClient) FreezeCaller(ctx context.Context, in *FreezeCallerRequest, opts ...grpc.CallOption) (*FreezeCallerResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FreezeCallerResponse)
+	err := c.cc.Invoke(ctx, CustodyService_FreezeCaller_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *custodyServiceClient) LiftCaller(ctx context.Context, in *LiftCallerRequest, opts ...grpc.CallOption) (*LiftCallerResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LiftCallerResponse)
+	err := c.cc.Invoke(ctx, CustodyService_LiftCaller_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *custodyServiceClient) ListFrozenCallers(ctx context.Context, in *ListFrozenCallersRequest, opts ...grpc.CallOption) (*ListFrozenCallersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListFrozenCallersResponse)
+	err := c.cc.Invoke(ctx, CustodyService_ListFrozenCallers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *custodyServiceClient) SetProviders(ctx context.Context, in *SetProvidersRequest, opts ...grpc.CallOption) (*SetProvidersResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(SetProvidersResponse)
@@ -210,8 +251,8 @@ type CustodyService_BackupClient = grpc.ServerStreamingClient[BackupResponse]
 type CustodyServiceServer interface {
 	// CreateCategory makes a content category with its first key-encryption key.
 	CreateCategory(context.Context, *CreateCategoryRequest) (*CreateCategoryResponse, error)
-	// SetCategoryMode freezes a category, or opens it again. A frozen category
-	// releases and issues nothing.
+	// SetCategoryMode freezes a category, restricts it, or opens it again. Where
+	// there are officers with a quorum, a freeze is all that it does.
 	SetCategoryMode(context.Context, *SetCategoryModeRequest) (*SetCategoryModeResponse, error)
 	// ListCategories returns the categories that the caller may see, by name.
 	ListCategories(context.Context, *ListCategoriesRequest) (*ListCategoriesResponse, error)
@@ -223,6 +264,14 @@ type CustodyServiceServer interface {
 	ListContentKeys(context.Context, *ListContentKeysRequest) (*ListContentKeysResponse, error)
 	// DescribeContentKey returns the metadata of one content key, never the key.
 	DescribeContentKey(context.Context, *DescribeContentKeyRequest) (*DescribeContentKeyResponse, error)
+	// FreezeCaller stops a caller at once: whatever it is granted, it is refused
+	// everything with CALLER_FROZEN.
+	FreezeCaller(context.Context, *FreezeCallerRequest) (*FreezeCallerResponse, error)
+	// LiftCaller ends the freeze of a caller. Where there are officers with a
+	// quorum, a ceremony does.
+	LiftCaller(context.Context, *LiftCallerRequest) (*LiftCallerResponse, error)
+	// ListFrozenCallers returns the callers that are frozen, by identity.
+	ListFrozenCallers(context.Context, *ListFrozenCallersRequest) (*ListFrozenCallersResponse, error)
 	// SetProviders says which KMS instances hold the outer wraps of a category
 	// from now on, or of the helper keys, and begins the job that moves them. Each
 	// new wrap is opened before an old one is dropped. It does not wait for the
@@ -266,6 +315,15 @@ func (UnimplementedCustodyServiceServer) ListContentKeys(context.Context, *ListC
 }
 func (UnimplementedCustodyServiceServer) DescribeContentKey(context.Context, *DescribeContentKeyRequest) (*DescribeContentKeyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DescribeContentKey not implemented")
+}
+func (UnimplementedCustodyServiceServer) FreezeCaller(context.Context, *FreezeCallerRequest) (*FreezeCallerResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method FreezeCaller not implemented")
+}
+func (UnimplementedCustodyServiceServer) LiftCaller(context.Context, *LiftCallerRequest) (*LiftCallerResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method LiftCaller not implemented")
+}
+func (UnimplementedCustodyServiceServer) ListFrozenCallers(context.Context, *ListFrozenCallersRequest) (*ListFrozenCallersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListFrozenCallers not implemented")
 }
 func (UnimplementedCustodyServiceServer) SetProviders(context.Context, *SetProvidersRequest) (*SetProvidersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SetProviders not implemented")
@@ -411,6 +469,60 @@ func _CustodyService_DescribeContentKey_Handler(srv interface{}, ctx context.Con
 	return interceptor(ctx, in, info, handler)
 }
 
+func _CustodyService_FreezeCaller_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FreezeCallerRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CustodyServiceServer).FreezeCaller(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CustodyService_FreezeCaller_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CustodyServiceServer).FreezeCaller(ctx, req.(*FreezeCallerRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CustodyService_LiftCaller_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LiftCallerRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CustodyServiceServer).LiftCaller(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CustodyService_LiftCaller_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CustodyServiceServer).LiftCaller(ctx, req.(*LiftCallerRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CustodyService_ListFrozenCallers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListFrozenCallersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CustodyServiceServer).ListFrozenCallers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CustodyService_ListFrozenCallers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CustodyServiceServer).ListFrozenCallers(ctx, req.(*ListFrozenCallersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _CustodyService_SetProviders_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(SetProvidersRequest)
 	if err := dec(in); err != nil {
@@ -524,6 +636,18 @@ var CustodyService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DescribeContentKey",
 			Handler:    _CustodyService_DescribeContentKey_Handler,
+		},
+		{
+			MethodName: "FreezeCaller",
+			Handler:    _CustodyService_FreezeCaller_Handler,
+		},
+		{
+			MethodName: "LiftCaller",
+			Handler:    _CustodyService_LiftCaller_Handler,
+		},
+		{
+			MethodName: "ListFrozenCallers",
+			Handler:    _CustodyService_ListFrozenCallers_Handler,
 		},
 		{
 			MethodName: "SetProviders",
