@@ -211,9 +211,12 @@ func (p *Policy) tokenRules() *Tokens {
 	return p.tokens
 }
 
-// readToken verifies a token that who shows. It is judged once for a call, and
+// Err is why the token is not believed, whatever it is shown for; nil: it is.
+func (t *Token) Err() error { return t.err }
+
+// ReadToken verifies a token that who shows. It is judged once for a call, and
 // what it is worth for one key is decided with the key.
-func (p *Policy) readToken(who Caller, compact, session string, now time.Time) *Token {
+func (p *Policy) ReadToken(who Caller, compact, session string, now time.Time) *Token {
 	if compact == "" {
 		return nil
 	}
@@ -424,6 +427,11 @@ func (c *Custodian) decideRelease(who Caller, r Resource, call RetrieveRequest) 
 	set, now, t := c.set.Load(), c.now(), call.token
 	p := c.policyOf(set)
 	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Asserted: call.Asserted, Recipient: call.recipient, Now: now}.under(set))
+	if d.Allow {
+		// Before the token's use: who is told to come back may come back with it.
+		d.Err = c.spend(p, who, ActionRelease, r.Category, r.Key.KID, now)
+		d.Allow = d.Err == nil
+	}
 	if !d.Allow || t == nil || t.use != nil {
 		return d
 	}

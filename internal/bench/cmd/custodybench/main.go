@@ -72,6 +72,8 @@ var roles = map[string]func(context.Context, []string) error{
 	rolePrepare:    prepare,
 	roleLoad:       load,
 	roleToken:      token,
+	roleOverload:   overloadLoad,
+	rolePolicy:     policyCost,
 
 	roleAuditAppend: auditAppend,
 	roleAuditMake:   auditMake,
@@ -102,11 +104,12 @@ type scale struct {
 	million     int // in the big store
 	rotated     int // that move to another key
 	connections int
+	lifetime    time.Duration // of a loaded KEK that ends in the middle of a run
 }
 
 var (
-	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, rotated: 50_000, connections: 4}
-	quickScale = scale{warm: 200 * time.Millisecond, time: 600 * time.Millisecond, rounds: 3, keys: 10_000, million: 50_000, rotated: 10_000, connections: 4}
+	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, rotated: 50_000, connections: 4, lifetime: time.Second}
+	quickScale = scale{warm: 150 * time.Millisecond, time: 500 * time.Millisecond, rounds: 3, keys: 2_000, million: 20_000, rotated: 5_000, connections: 4, lifetime: 200 * time.Millisecond}
 )
 
 // sections in the order in which they run.
@@ -121,11 +124,14 @@ var sections = []struct {
 	{"kms", (*rig).kms},
 	{"audit", (*rig).audit},
 	{"rotation", (*rig).rotation},
+	{"policy", (*rig).policy},
+	{"overload", (*rig).overload},
+	{"hot", (*rig).hot},
 }
 
 func parent(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("custodybench", flag.ContinueOnError)
-	only := fs.String("sections", "", "comma-separated: callback, issue, doors, million, kms, audit, rotation; all if empty")
+	only := fs.String("sections", "", "comma-separated: callback, issue, doors, million, kms, audit, rotation, policy, overload, hot; all if empty")
 	quick := fs.Bool("quick", false, "less of everything, within a minute")
 	out := fs.String("out", "bench.json", "file of the results")
 	dir := fs.String("dir", "bin", "folder, on a real disk, under which data is kept while this runs")
