@@ -109,7 +109,7 @@ type scale struct {
 
 var (
 	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, rotated: 50_000, connections: 4, lifetime: time.Second}
-	quickScale = scale{warm: 150 * time.Millisecond, time: 500 * time.Millisecond, rounds: 3, keys: 2_000, million: 20_000, rotated: 5_000, connections: 4, lifetime: 200 * time.Millisecond}
+	quickScale = scale{warm: 150 * time.Millisecond, time: 500 * time.Millisecond, rounds: 2, keys: 2_000, million: 20_000, rotated: 5_000, connections: 4, lifetime: 200 * time.Millisecond}
 )
 
 // sections in the order in which they run.
