@@ -46,6 +46,7 @@ const (
 	KindRollback      PlanKind = "rollback"       // rotations that are held are taken back
 	KindRetire        PlanKind = "retire"         // rotations that are held are ended for good
 
+	KindRestore          PlanKind = "restore"           // a backup takes the place of a lost store, by custodiand restore
 	KindCallerCompromise PlanKind = "caller-compromise" // a caller is stopped, and what it was given decided about
 	KindDestroy          PlanKind = "destroy"           // retired KEK versions are erased
 	KindCategoryPolicy   PlanKind = "category-policy"   // mode and standing approval of categories
@@ -84,6 +85,8 @@ type Plan struct {
 	Hold string `yaml:"hold,omitempty" json:"hold,omitempty"`
 
 	HelperKeys bool `yaml:"helper_keys,omitempty" json:"helper_keys,omitempty"` // they move to Providers, too
+
+	Backup *BackupPlan `yaml:"backup,omitempty" json:"backup,omitempty"`
 
 	Mode     string        `yaml:"mode,omitempty" json:"mode,omitempty"` // one of PlanModes
 	NewBatch *NewBatchPlan `yaml:"new_batch,omitempty" json:"new_batch,omitempty"`
@@ -139,6 +142,7 @@ var sections = []struct {
 	{"rotations", func(p *Plan) bool { return len(p.Rotations) > 0 }},
 	{"hold", func(p *Plan) bool { return p.Hold != "" }},
 	{"helper_keys", func(p *Plan) bool { return p.HelperKeys }},
+	{"backup", func(p *Plan) bool { return p.Backup != nil }},
 	{"mode", func(p *Plan) bool { return p.Mode != "" }},
 	{"new_batch", func(p *Plan) bool { return p.NewBatch != nil }},
 	{"content", func(p *Plan) bool { return len(p.Content) > 0 }},
@@ -162,6 +166,7 @@ var planSections = map[PlanKind][]string{
 	KindRollback:      {"rotations"},
 	KindRetire:        {"rotations"},
 
+	KindRestore:          {"backup"},
 	KindCallerCompromise: {"callers", "categories?", "decision"},
 	KindDestroy:          {"key_versions"},
 	KindCategoryPolicy:   {"categories", "mode?", "new_batch?"},
@@ -259,6 +264,9 @@ func (p *Plan) check() error {
 	}
 	if p.Genesis != nil {
 		faults = append(faults, p.Genesis.check()...)
+	}
+	if p.Backup != nil {
+		faults = append(faults, p.Backup.check()...)
 	}
 	if len(p.Officers) > 0 {
 		faults = append(faults, p.checkOfficers()...)
