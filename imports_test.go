@@ -41,7 +41,7 @@ var testKits = []string{"custodian/custodiantest", "testservers", "internal/benc
 var sdks = []string{
 	"google.golang.org/grpc/...", "google.golang.org/protobuf/...", "google.golang.org/genproto/...",
 	"github.com/miekg/pkcs11/...", "github.com/ThalesIgnite/...", "go.etcd.io/...", "github.com/hashicorp/...",
-	"github.com/aws/...", "cloud.google.com/...", "github.com/prometheus/...", "github.com/spf13/...", "net/http/...", "C",
+	"github.com/aws/...", "cloud.google.com/...", "github.com/prometheus/...", "github.com/spf13/...", "github.com/twmb/...", "net/http/...", "C",
 }
 
 // house are the rules; the first that fits a package is its rule.
@@ -49,6 +49,7 @@ var house = []rule{
 	{pkg: "api/..."},
 	{pkg: "certs"},
 	{pkg: "internal/anchor", ours: []string{"custodian", "internal/checkpoint"}, never: []string{"google.golang.org/grpc/...", "github.com/prometheus/..."}},
+	{pkg: "internal/kafka", ours: []string{"custodian", "internal/anchor"}, never: []string{"google.golang.org/grpc/...", "github.com/prometheus/..."}},
 	{pkg: "internal/secret"},
 	{pkg: "internal/admission"},
 	{pkg: "internal/checkpoint"},
@@ -174,6 +175,9 @@ func TestViolations(t *testing.T) {
 		{"custodian", "google.golang.org/grpc/codes", "custodian depends on google.golang.org/grpc/codes"},
 		{"custodian", "github.com/miekg/pkcs11", "custodian depends on github.com/miekg/pkcs11"},
 		{"custodian", "filippo.io/age", ""},
+		{"custodian", "github.com/twmb/franz-go/pkg/kgo", "custodian depends on github.com/twmb/franz-go/pkg/kgo"},
+		{"internal/kafka", "custodian", ""},
+		{"internal/kafka", "store", "internal/kafka imports store"},
 		{"store", "custodian", ""},
 		{"store", "go.etcd.io/bbolt", ""},
 		{"store", "hsm", "store imports hsm"},

@@ -116,6 +116,11 @@ func (c *Custodian) AuditEntries(ctx context.Context, who Caller, q AuditQuery) 
 	return page, next, auditError("from_index", err)
 }
 
+// AuditPrunedBefore is the index of the first entry of the log that no pruning
+// has taken away; 0 where nothing is pruned. Of the entries before it there are
+// those that KeepInLog picks.
+func (c *Custodian) AuditPrunedBefore() uint64 { return c.audit.Stats().Pruned }
+
 // KeepIndex keeps the index of the audit log up to date until ctx ends, so that
 // questions are answered soon.
 func (c *Custodian) KeepIndex(ctx context.Context) { c.index.UpdateEvery(ctx, indexInterval) }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -92,6 +93,9 @@ type Config struct {
 	RotationRate int
 	// Events is the standing approval for what events do by themselves.
 	Events EventLimits
+	// Warnings are sentences for the status about parts that the domain does not
+	// know; nil: there are none.
+	Warnings func() []string
 	// GCMLimits replaces the limits of invocations, for tests. Zero: the
 	// constants above.
 	GCMLimits GCMLimits
@@ -118,6 +122,8 @@ type Custodian struct {
 	limiter   *rate.Limiter
 	rotations *rotations
 	events    EventLimits
+	foreign   func() []string // warnings of others
+	warned    map[string]bool // MEKAlerts that were told, by ID; WarnMEK owns it
 
 	clock          func() time.Time
 	defaultWraps   []string
@@ -207,13 +213,17 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 		return nil, errors.Join(err, arena.Close())
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
-		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, workLists: map[string][]contentItem{}, rotations: newRotations(), events: cfg.Events,
+		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, workLists: map[string][]contentItem{}, rotations: newRotations(), events: cfg.Events, foreign: cfg.Warnings,
 		hot: hot, gate: admission.New(cfg.ReleaseDeadline, time.Now) /* the clock of contexts */}
 	if cfg.RotationRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)
 	}
 	c.attempts.open = map[uint64]bool{}
 	c.policy.Store(cfg.Policy)
+	c.warned = maps.Clone(cfg.Logged.warned)
+	if c.warned == nil {
+		c.warned = map[string]bool{}
+	}
 	c.started = cfg.Now()
 	c.uses = newTokenUses(cfg.Logged.tokens, c.now())
 	return c, nil

@@ -34,18 +34,21 @@ const (
 	// EventPackaged: a content item was packaged. Its keys are in use, and their
 	// re-issue window closes.
 	EventPackaged EventKind = "packaged"
+	// EventSessionRevoked: nothing more is to be released for a viewer's session.
+	EventSessionRevoked EventKind = "session-revoked"
 )
 
 // EventKinds are all of them.
-var EventKinds = []EventKind{EventNewBatch, EventPackaged}
+var EventKinds = []EventKind{EventNewBatch, EventPackaged, EventSessionRevoked}
 
 // An Event is something that happened elsewhere. One that is reported again is
 // the same event, and has the same effect once.
 type Event struct {
 	ID        string
 	Kind      EventKind
-	Category  CategoryName
-	ContentID ContentID // of EventPackaged
+	Category  CategoryName // but of EventSessionRevoked: a session is every category's
+	ContentID ContentID    // of EventPackaged
+	SessionID string       // of EventSessionRevoked
 }
 
 // Check says what is wrong with the event, or nil.
@@ -59,15 +62,30 @@ func (e Event) Check() error {
 	if !slices.Contains(EventKinds, e.Kind) {
 		return invalid("kind", fmt.Errorf("%.40q: must be one of %v", string(e.Kind), EventKinds))
 	}
+	none := fmt.Errorf("an event of kind %s has none", e.Kind)
+	if e.Kind == EventSessionRevoked {
+		switch {
+		case e.SessionID == "":
+			return invalid("session_id", errors.New("empty"))
+		case e.Category != "":
+			return invalid("category", none)
+		case len(e.ContentID) > 0:
+			return invalid("content_id", none)
+		}
+		return checkViewer("session_id", e.SessionID)
+	}
 	if err := e.Category.Check(); err != nil {
 		return invalid("category", err)
+	}
+	if e.SessionID != "" {
+		return invalid("session_id", none)
 	}
 	if e.Kind == EventPackaged {
 		if err := e.ContentID.Check(); err != nil {
 			return invalid("content_id", err)
 		}
 	} else if len(e.ContentID) > 0 {
-		return invalid("content_id", fmt.Errorf("an event of kind %s has none", e.Kind))
+		return invalid("content_id", none)
 	}
 	return nil
 }
@@ -87,6 +105,9 @@ type EventResult struct {
 func (c *Custodian) ReportEvent(ctx context.Context, who Caller, ev Event) (EventResult, error) {
 	if err := ev.Check(); err != nil {
 		return EventResult{}, err
+	}
+	if ev.Kind == EventSessionRevoked {
+		return EventResult{}, c.revokeByEvent(ctx, who, ev)
 	}
 	d := c.decide(who, ActionReportEvent, Resource{Category: ev.Category})
 	about := ref{category: ev.Category, contentID: ev.ContentID}
@@ -116,6 +137,17 @@ func (c *Custodian) ReportEvent(ctx context.Context, who Caller, ev Event) (Even
 		return EventResult{}, err
 	}
 	return res, nil
+}
+
+// revokeByEvent revokes a session for as long as licence tokens that are out for
+// it can be valid. Only who may report about every category may do that.
+func (c *Custodian) revokeByEvent(ctx context.Context, who Caller, ev Event) error {
+	d := c.decide(who, ActionRevokeByEvent, Resource{})
+	if d.Allow && !d.KnowIt {
+		d.Allow, d.Err = false, ErrDenied
+	}
+	_, err := c.revoke(ctx, who, d, RevokeRequest{RequestID: ev.ID, SessionID: ev.SessionID, Cause: "reported by an event"})
+	return err
 }
 
 // newBatch makes the version of an event. The rotation's record is what the

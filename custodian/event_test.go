@@ -78,6 +78,9 @@ func TestReportEvent(t *testing.T) {
 // source may report events about movies, and nothing else.
 var source = custodian.Caller{ID: "kafka:media", CA: "kafka", Roles: []custodian.Role{custodian.RoleEventSource}}
 
+// anySource may report about every category.
+var anySource = custodian.Caller{ID: "kafka:all", CA: "kafka", Roles: []custodian.Role{custodian.RoleEventSource}}
+
 func packagedEvent(id string, cat custodian.CategoryName, content string) custodian.Event {
 	return custodian.Event{ID: id, Kind: custodian.EventPackaged, Category: cat, ContentID: custodian.ContentID(content)}
 }
@@ -154,6 +157,41 @@ func TestPackaged(t *testing.T) {
 	_, err = w.c.Issue(t.Context(), packager, film)
 	wantErr(t, "packaged and rotated", err, custodian.ErrDenied)
 	w.whole()
+}
+
+// An event source that may report about every category can revoke a session;
+// one that is granted some of them cannot, nor can a packager.
+func TestSessionRevokedByEvent(t *testing.T) {
+	w := newWorld(t)
+	ev := custodian.Event{ID: "s1", Kind: custodian.EventSessionRevoked, SessionID: "viewer-7"}
+	for name, who := range map[string]custodian.Caller{"movies only": source, "packager": packager, "officer": officer, "nobody": nobody} {
+		_, err := w.c.ReportEvent(t.Context(), who, ev)
+		wantErr(t, name, err, custodian.ErrDenied)
+	}
+	for _, bad := range []custodian.Event{{ID: "s1", Kind: custodian.EventSessionRevoked}, {ID: "s1", Kind: custodian.EventSessionRevoked, SessionID: "x", Category: "movies"},
+		{ID: "s1", Kind: custodian.EventNewBatch, SessionID: "x", Category: "movies"}} {
+		_, err := w.c.ReportEvent(t.Context(), anySource, bad)
+		wantErr(t, "malformed", err, custodian.ErrInvalid)
+	}
+	for range 2 { // it is the same event
+		if _, err := w.c.ReportEvent(t.Context(), anySource, ev); err != nil {
+			t.Fatal(err)
+		}
+		got, err := w.c.Revocations(t.Context(), operator)
+		if err != nil || len(got) != 1 || got[0].By != anySource.ID || !got[0].Until.After(w.now()) {
+			t.Errorf("revocations: got %+v, %v, want one", got, err)
+		}
+		w.reopen()
+	}
+	w.category("movies")
+	kid := w.issue("movies", "film", "SD")[0].KID
+	res, err := w.c.Retrieve(t.Context(), provider, custodian.RetrieveRequest{KIDs: []custodian.KID{kid}, SessionID: ev.SessionID})
+	if err == nil {
+		err = res[0].Err
+		res[0].Key.Destroy()
+	}
+	wantErr(t, "the session's next callback", err, custodian.ErrTokenRevoked)
+	wantErr(t, "another session's", w.release(provider, kid), nil)
 }
 
 // A flood of events makes no more versions than the cap.

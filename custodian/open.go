@@ -25,6 +25,7 @@ type Logged struct {
 	// changes by revision; only a restore needs them.
 	TrackKIDs bool
 	tokens    loggedUses
+	warned    map[string]bool // MEKAlerts by ID
 	KIDs      map[KID]KEKID
 	KEKs      map[CategoryName]uint32 // the highest version that it names
 	Changes   []ControlChange
@@ -46,6 +47,7 @@ func (l *Logged) Visit(e *audit.Entry) error {
 	l.Entries++
 	l.visitAttempt(e)
 	l.tokens.visit(e)
+	l.visitWarning(e)
 	if len(e.ControlDigest) == 32 {
 		l.Revision, l.Digest = e.ControlRevision, [32]byte(e.ControlDigest)
 		if l.TrackKIDs {

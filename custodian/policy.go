@@ -57,6 +57,7 @@ const (
 	ActionReadAudit      Action = "audit.read"
 	ActionRotate         Action = "rotation"
 	ActionReadRotations  Action = "rotation.read"
+	ActionRevokeByEvent  Action = "event.revoke"
 	ActionReportEvent    Action = "event"
 	ActionSetProviders   Action = "category.providers"
 	ActionReencrypt      Action = "category.reencrypt"
@@ -90,6 +91,7 @@ var permits = map[Action][]Role{
 	ActionRotate:         {RoleOfficer},
 	ActionReadRotations:  {RoleOfficer, RoleOperator, RoleAuditor},
 	ActionReportEvent:    {RolePackager, RoleOfficer, RoleEventSource},
+	ActionRevokeByEvent:  {RoleEventSource},
 	// Who holds the outer layer is decided by those who decide who holds keys;
 	// that its wraps follow a provider's own rotation is housekeeping.
 	ActionSetProviders:   {RoleOfficer},

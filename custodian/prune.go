@@ -66,8 +66,28 @@ func describePruned(pruned []audit.Pruned) string {
 		return "nothing"
 	}
 	first, last := pruned[0], pruned[len(pruned)-1]
-	return fmt.Sprintf("segments %d to %d, entries %d to %d", first.Segment, last.Segment, first.First, last.First+last.Entries-1)
+	return fmt.Sprintf(prunedForm, first.Segment, last.Segment, first.First, last.First+last.Entries-1)
 }
+
+// RecordsPrune says whether an entry of the audit log tells that the segment was
+// pruned: by the daemon, or by somebody else and seen by the daemon.
+func RecordsPrune(e *AuditEntry, p audit.Pruned) bool {
+	if e.Action != actionPrune || e.Outcome != audit.Allowed {
+		return false
+	}
+	var ignored, first, last, seen uint64
+	if _, err := fmt.Sscanf(e.Detail, prunedForm, &ignored, &ignored, &first, &last); err == nil {
+		return first <= p.First && p.First+p.Entries-1 <= last
+	}
+	_, err := fmt.Sscanf(e.Detail, prunedSeen, &seen)
+	return err == nil && p.First+p.Entries <= seen
+}
+
+// What the audit log says of pruning; RecordsPrune reads it.
+const (
+	prunedForm = "segments %d to %d, entries %d to %d"
+	prunedSeen = "seen: of %d entries there are no more than those that outlive pruning"
+)
 
 // notePruned writes down that segments were pruned, by whomever, since it was
 // called last.
@@ -77,7 +97,7 @@ func (c *Custodian) notePruned(ctx context.Context) error {
 		return nil
 	}
 	_, err := c.record(ctx, audit.Entry{Action: actionPrune, Outcome: audit.Allowed,
-		Detail: fmt.Sprintf("seen: of %d entries there are no more than those that outlive pruning", n)})
+		Detail: fmt.Sprintf(prunedSeen, n)})
 	if err == nil {
 		c.prunedNoted.Store(n)
 	}

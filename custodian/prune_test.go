@@ -101,6 +101,10 @@ func TestPruneLog(t *testing.T) {
 	}}); err != nil || len(r.Pruned) == 0 {
 		t.Errorf("%d pruned segments, %v", len(r.Pruned), err)
 	}
+	w.wantRecorded("pruned by the daemon", true)
+	if got, want := w.c.AuditPrunedBefore(), w.log.Stats().Pruned; got == 0 || got != want {
+		t.Errorf("entries before %d are said to be pruned, want %d", got, want)
+	}
 
 	// Somebody else prunes: that is in the log after the next tick, once.
 	if err := w.c.Tick(t.Context()); err != nil {
@@ -109,6 +113,7 @@ func TestPruneLog(t *testing.T) {
 	if pruned, err := audit.Prune(t.Context(), w.auditDir(), audit.PruneOptions{Keep: custodian.KeepInLog}); err != nil || len(pruned) == 0 {
 		t.Fatalf("pruned %v, %v", pruned, err)
 	}
+	w.wantRecorded("pruned by somebody else", false)
 	release(1)
 	from := w.log.Size()
 	for range 2 {
@@ -118,5 +123,20 @@ func TestPruneLog(t *testing.T) {
 	}
 	if e := w.entries(from); len(e) != 1 || e[0].Action != "audit.prune" || !strings.HasPrefix(e[0].Detail, "seen: ") {
 		t.Errorf("entries after it: %v, want one that tells it", e)
+	}
+	w.wantRecorded("seen by the daemon", true)
+}
+
+// wantRecorded checks whether the log tells of the newest segment that is
+// pruned.
+func (w *world) wantRecorded(what string, want bool) {
+	w.t.Helper()
+	pruned, err := audit.ListPruned(w.auditDir())
+	if err != nil || len(pruned) == 0 {
+		w.t.Fatalf("%s: %d segments are pruned, %v", what, len(pruned), err)
+	}
+	got := slices.ContainsFunc(w.entries(0), func(e audit.Entry) bool { return custodian.RecordsPrune(&e, pruned[len(pruned)-1]) })
+	if got != want {
+		w.t.Errorf("%s: an entry tells of segment %d: %v, want %v", what, pruned[len(pruned)-1].Segment, got, want)
 	}
 }

@@ -47,6 +47,9 @@ type MEKStatus struct {
 	CreateTime time.Time  `json:"create_time"`
 	EndTime    time.Time  `json:"end_time"`
 	DaysLeft   int        `json:"days_left"`
+	// Warning is the last of MEKWarnings that has come, in days; nil: none, or it
+	// does not protect.
+	Warning *int `json:"warning,omitempty"`
 }
 
 // An AuditStatus describes the audit log.
@@ -91,7 +94,12 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 			Segments: log.Segments, Pruned: log.Pruned, Bytes: log.Bytes, Limit: log.Limit, Watermark: log.Watermark},
 		Authority: set.authority.describe(), Rewraps: c.rewrapStatuses(set)}
 	for _, m := range set.meks {
-		s.MEKs = append(s.MEKs, MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24)})
+		st := MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24), nil}
+		if before, due := m.mekWarning(now); due && m.State == StateActive {
+			days := int(before / (24 * time.Hour))
+			st.Warning = &days
+		}
+		s.MEKs = append(s.MEKs, st)
 	}
 	slices.SortFunc(s.MEKs, func(a, b MEKStatus) int { return int(a.Version) - int(b.Version) })
 	for _, r := range c.rotationStatuses(set) {
@@ -201,6 +209,9 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 	}
 	if s.Audit.Blocked != "" {
 		w = append(w, "the audit log is blocked, so nothing is released: "+s.Audit.Blocked)
+	}
+	if c.foreign != nil {
+		w = append(w, c.foreign()...)
 	}
 	slices.Sort(w[officers:])
 	return w

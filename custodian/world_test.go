@@ -69,6 +69,7 @@ func testPolicy(t *testing.T) *custodian.Policy {
 		{Identity: narrowOfficer.ID, Role: custodian.RoleOfficer, Categories: []custodian.CategoryName{"movies"}, SPKI: &[32]byte{2}},
 		{Identity: auditor.ID, Role: custodian.RoleAuditor, AllCategories: true},
 		{Identity: operator.ID, Role: custodian.RoleOperator},
+		{Identity: anySource.ID, Role: custodian.RoleEventSource, AllCategories: true},
 		{Identity: source.ID, Role: custodian.RoleEventSource, Categories: []custodian.CategoryName{"movies"}},
 	})
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/keycustody/custodian/internal/secret"
 )
 
 // Config says which token to use and how. Module, Token, PINFile and LatchFile
@@ -115,6 +117,20 @@ func tokenURI(s string) (URI, error) {
 
 // maxPIN is the longest PIN in bytes.
 const maxPIN = 255
+
+// takePIN reads a PIN into a slot of the arena. Its caller calls free when it
+// has logged in.
+func takePIN(pins *secret.Arena, path string) (pin []byte, free func(), err error) {
+	slot, err := pins.Get()
+	if err != nil {
+		return nil, nil, err
+	}
+	if pin, err = readPIN(path, slot); err != nil {
+		pins.Put(slot)
+		return nil, nil, err
+	}
+	return pin, func() { pins.Put(slot) }, nil
+}
 
 // readPIN reads a PIN into slot, which is locked memory, without a copy
 // elsewhere; the result is a part of slot.

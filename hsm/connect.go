@@ -274,15 +274,11 @@ func (t *Token) login(session pkcs11.SessionHandle, ti pkcs11.TokenInfo) error {
 	if ti.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0 {
 		t.c.Log.Warn("somebody tried a wrong PIN since the last login", "token", t.c.Token)
 	}
-	slot, err := t.arena.Get()
+	pin, free, err := takePIN(t.arena, t.c.PINFile)
 	if err != nil {
 		return err
 	}
-	defer t.arena.Put(slot)
-	pin, err := readPIN(t.c.PINFile, slot)
-	if err != nil {
-		return err
-	}
+	defer free()
 	l := latch(t.c.LatchFile)
 	if err := l.set(ti.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0); err != nil {
 		return err

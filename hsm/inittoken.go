@@ -80,15 +80,11 @@ func (l *library) makeToken(s TokenSpec, pins *secret.Arena) error {
 	if err != nil {
 		return err
 	}
-	buf, err := pins.Get()
+	pin, free, err := takePIN(pins, s.SOPINFile)
 	if err != nil {
 		return err
 	}
-	defer pins.Put(buf)
-	pin, err := readPIN(s.SOPINFile, buf)
-	if err != nil {
-		return err
-	}
+	defer free()
 	label := [32]byte([]byte(fmt.Sprintf("%-32s", s.Label)))
 	return newFault(callInitToken, l.initToken(slot, pin, label))
 }
@@ -120,24 +116,16 @@ func (l *library) makeUserPIN(s TokenSpec, pins *secret.Arena) (err error) {
 	if err != nil {
 		return faultOf(callSession, err)
 	}
-	soBuf, err := pins.Get()
+	so, freeSO, err := takePIN(pins, s.SOPINFile)
 	if err != nil {
 		return err
 	}
-	defer pins.Put(soBuf)
-	so, err := readPIN(s.SOPINFile, soBuf)
+	defer freeSO()
+	pin, free, err := takePIN(pins, s.PINFile)
 	if err != nil {
 		return err
 	}
-	buf, err := pins.Get()
-	if err != nil {
-		return err
-	}
-	defer pins.Put(buf)
-	pin, err := readPIN(s.PINFile, buf)
-	if err != nil {
-		return err
-	}
+	defer free()
 	if rv := l.login(session, pkcs11.CKU_SO, so); rv != ckrOK {
 		return newFault(callLogin, rv)
 	}

@@ -162,10 +162,14 @@ func (a *app) verifyLog(ctx context.Context, dir string, key crypto.PublicKey, o
 	if key != nil && r.Checkpoints == 0 {
 		return fmt.Errorf("verify: no entry of the log is signed: %w", checkpoint.ErrSignature)
 	}
+	pruned, err := prunedBy(ctx, dir, r.Pruned)
+	if err != nil {
+		return fmt.Errorf("verify: %w", err)
+	}
 	if a.json {
 		v := reportView{LogID: r.ID[:], Entries: r.Entries, Batches: r.Batches, Root: r.Root[:], Bytes: r.Bytes, Torn: r.Torn,
 			Checkpoints: r.Checkpoints, Unsigned: r.Unsigned, Checkpoint: string(r.Checkpoint), Signed: key != nil,
-			From: r.From, Segments: r.Segments, Pruned: viewPruned(r.Pruned)}
+			From: r.From, Segments: r.Segments, Pruned: pruned}
 		if r.Entries > 0 {
 			v.First, v.Last = &r.First, &r.Last
 		}
@@ -180,8 +184,8 @@ func (a *app) verifyLog(ctx context.Context, dir string, key crypto.PublicKey, o
 		{"from", stamp(r.First)},
 		{"to", stamp(r.Last)},
 	}
-	for _, p := range r.Pruned {
-		fields = append(fields, [2]string{"pruned", fmt.Sprintf("segment %d: entries %d to %d, of which %d are kept; on %s", p.Segment, p.First, p.First+p.Entries-1, p.Kept, stamp(p.At))})
+	for _, p := range pruned {
+		fields = append(fields, [2]string{"pruned", p.String()})
 	}
 	if r.Torn > 0 {
 		fields = append(fields, [2]string{"note", fmt.Sprintf("%s follow the last whole batch: one that is being written, or that a crash cut off; nobody was answered on it", number(r.Torn, "byte", "bytes"))})
@@ -716,6 +720,11 @@ func (a *app) readFromDaemon(ctx context.Context, f *filter, fn func(*audit.Entr
 				return err
 			}
 			if err := fn(&e); err != nil {
+				return err
+			}
+		}
+		if n := resp.GetPrunedBeforeIndex(); n > 0 && req.FromIndex == 0 { // once
+			if err := a.notePrunedBefore(n); err != nil {
 				return err
 			}
 		}

@@ -24,14 +24,43 @@ type prunedView struct {
 	FirstTime time.Time `json:"first_time"`
 	LastTime  time.Time `json:"last_time"`
 	PruneTime time.Time `json:"prune_time"`
+	// Recorded is the index of the newest entry that tells of the pruning, in
+	// what verify prints: null where there is none.
+	Recorded *uint64 `json:"recorded_by,omitempty"`
 }
 
 func viewPruned(pruned []audit.Pruned) []prunedView {
 	v := []prunedView{}
 	for _, p := range pruned {
-		v = append(v, prunedView{p.Segment, p.First, p.Entries, p.Kept, p.From, p.To, p.At.UTC()})
+		v = append(v, prunedView{p.Segment, p.First, p.Entries, p.Kept, p.From, p.To, p.At.UTC(), nil})
 	}
 	return v
+}
+
+// prunedBy finds for each pruned segment the newest entry of the log that tells
+// of its pruning.
+func prunedBy(ctx context.Context, dir string, pruned []audit.Pruned) ([]prunedView, error) {
+	v := viewPruned(pruned)
+	if len(v) == 0 {
+		return v, nil
+	}
+	err := audit.Read(dir, 0, func(e *audit.Entry) error {
+		for i := range pruned {
+			if custodian.RecordsPrune(e, pruned[i]) {
+				v[i].Recorded = &e.Index
+			}
+		}
+		return ctx.Err()
+	})
+	return v, err
+}
+
+func (p prunedView) String() string {
+	by := "NOT RECORDED: no entry of the log tells of it"
+	if p.Recorded != nil {
+		by = fmt.Sprintf("recorded by entry %d", *p.Recorded)
+	}
+	return fmt.Sprintf("segment %d: entries %d to %d, of which %d are kept; on %s; %s", p.Segment, p.First, p.First+p.Entries-1, p.Kept, stamp(p.PruneTime), by)
 }
 
 // entriesText says how many entries were verified, and in what.
@@ -105,8 +134,11 @@ func (a *app) notePruned(dir string) error {
 		return err
 	}
 	last := pruned[len(pruned)-1]
-	_, err = fmt.Fprintf(a.err, "note: %s pruned, entries %d to %d: of these, releases, denials and failures are not listed\n",
-		number(uint64(len(pruned)), "segment is", "segments are"), pruned[0].First, last.First+last.Entries-1)
+	return a.notePrunedBefore(last.First + last.Entries)
+}
+
+func (a *app) notePrunedBefore(index uint64) error {
+	_, err := fmt.Fprintf(a.err, "note: entries 0 to %d are pruned: of these, releases, denials and failures are not listed\n", index-1)
 	return err
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/internal/kafka"
 	"github.com/keycustody/custodian/kms"
 )
 
@@ -49,6 +50,8 @@ type Config struct {
 	Tokens    *TokensConfig   `yaml:"tokens"` // nil: no licence token is asked for
 	Limits    LimitsConfig    `yaml:"limits"`
 	Events    EventsConfig    `yaml:"events"`
+	MEK       MEKConfig       `yaml:"mek"`
+	Kafka     kafka.Config    `yaml:"kafka"` // where events come from; without brokers, none do
 	Audit     AuditConfig     `yaml:"audit"`
 	Anchors   AnchorsConfig   `yaml:"anchors"`
 	Log       LogConfig       `yaml:"log"`
@@ -186,6 +189,7 @@ func parseConfig(raw []byte) (*Config, error) {
 	}
 	set(&c.Mode, modeProduction)
 	c.Anchors.defaults()
+	c.Kafka.Default()
 	set(&c.Listen, "127.0.0.1:7443")
 	set(&c.AdminListen, "127.0.0.1:7480")
 	set(&c.HSM.LabelPrefix, "custodian-mek")
@@ -221,13 +225,14 @@ func parseConfig(raw []byte) (*Config, error) {
 
 // resolve makes relative paths relative to dir.
 func (c *Config) resolve(dir string) {
-	paths := []*string{&c.DataDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile,
+	paths := []*string{&c.DataDir, &c.MEK.DraftDir, &c.HSM.PINFile, &c.HSM.SoftHSMConf, &c.TLS.CertFile, &c.TLS.KeyFile,
 		&c.KMS.Webhook.SecretFile, &c.KMS.Webhook.CAFile, &c.Audit.ArchiveDir}
 	paths = append(paths, c.Packagers.paths()...)
 	paths = append(paths, c.CPIX.paths()...)
 	for i := range c.Anchors.List {
 		c.Anchors.List[i].Resolve(dir)
 	}
+	c.Kafka.Resolve(dir)
 	for i := range c.TLS.ClientCAs {
 		paths = append(paths, &c.TLS.ClientCAs[i].File, &c.TLS.ClientCAs[i].CRLFile)
 	}
@@ -281,6 +286,10 @@ func (c *Config) check() error {
 		fault("admin_listen", "%s: must be a loopback address; it speaks in clear", c.AdminListen)
 	}
 	faults = append(faults, c.checkAnchors()...)
+	faults = append(faults, c.MEK.check()...)
+	for _, err := range c.Kafka.Check(c.Mode == modeDevelopment) {
+		faults = append(faults, fmt.Errorf("kafka.%w", err))
+	}
 	need("data_dir", c.DataDir)
 	need("hsm.module", c.HSM.Module)
 	if _, err := os.Stat(c.HSM.Module); c.HSM.Module != "" && err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/hsm"
 	"github.com/keycustody/custodian/internal/anchor"
+	"github.com/keycustody/custodian/internal/kafka"
 	"github.com/keycustody/custodian/internal/packager"
 	"github.com/keycustody/custodian/internal/rpc"
 	"github.com/keycustody/custodian/store"
@@ -41,8 +42,10 @@ type daemon struct {
 	packagers    *packager.Server
 	packagerAddr net.Addr
 	exports      *packager.Exports
+	book         *incidentBook
 	webhook      *webhook // nil: nobody is told of incidents
 	anchors      *anchor.Set
+	events       *kafka.Source // has no topics where none are configured
 	custody      *custodian.Custodian
 	parts        parts
 	// tokenKeys of the issuers of licence tokens; a reload keeps them.
@@ -88,9 +91,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	book := openIncidentBook(d.config.incidentsPath(), d.config.KMS.Webhook.URL != "", d.log)
-	d.outages = custodian.NewOutages(time.Now, d.log, book.tell, book.open())
-	if d.webhook, err = newWebhook(d.config.KMS.Webhook, book, d.log); err != nil {
+	d.book = openIncidentBook(d.config.incidentsPath(), d.config.KMS.Webhook.URL != "", d.log)
+	d.outages = custodian.NewOutages(time.Now, d.log, d.book.tell, d.book.open())
+	if d.webhook, err = newWebhook(d.config.KMS.Webhook, d.book, d.log); err != nil {
 		return err
 	}
 	listener, err := net.Listen("tcp", d.config.Listen)
@@ -187,6 +190,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
 	g.Go(func() error { d.custody.RunRewraps(gctx); return nil })
+	g.Go(func() error { d.events.Run(gctx, d.custody); return nil })
 	g.Go(func() error { return d.anchors.Run(gctx) })
 	g.Go(func() error { d.custody.KeepIndex(gctx); return nil })
 	return g.Wait()
@@ -247,6 +251,8 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 		return err
 	}
 	cfg.Anchors = d.anchors
+	d.events = kafka.New(kafka.Options{Config: d.config.Kafka, Log: d.log})
+	cfg.Warnings = d.events.Warnings
 	if d.custody, err = custodian.Open(ctx, cfg); err != nil {
 		return err
 	}
@@ -300,6 +306,9 @@ func (d *daemon) keepHouse(ctx context.Context) error {
 		case <-tick.C:
 			if err := d.custody.Tick(ctx); err != nil {
 				d.log.Error("keeping the highest time seen", "err", err)
+			}
+			if err := d.custody.WarnMEK(ctx, d.tellMEK); err != nil {
+				d.log.Error("the end of the MEK is told again", "err", err)
 			}
 		}
 	}

@@ -35,7 +35,7 @@ type incidentBook struct {
 // bookPages are what is on disk, as JSON.
 type bookPages struct {
 	Open  []custodian.Incident `json:"open"`
-	Queue []message            `json:"queue"`
+	Queue []json.RawMessage    `json:"queue"` // bodies
 }
 
 func openIncidentBook(path string, queues bool, log *slog.Logger) *incidentBook {
@@ -72,28 +72,48 @@ func (b *incidentBook) tell(i custodian.Incident) {
 	if i.Closed.IsZero() {
 		b.pages.Open = append(b.pages.Open, i)
 	}
-	switch {
-	case !b.queues:
-	case len(b.pages.Queue) == maxMessages:
-		b.log.Error("the webhook takes nothing; an incident is not told", "incident", i.ID)
-	default:
-		b.pages.Queue = append(b.pages.Queue, messageOf(i))
-		select {
-		case b.poke <- struct{}{}:
-		default:
-		}
-	}
+	b.queue(messageOf(i))
 	b.save()
 }
 
-// next is the message that waits for the longest time.
-func (b *incidentBook) next() (m message, ok bool) {
+// say takes a message about something else down, and does not wait either.
+func (b *incidentBook) say(body any) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.queue(body)
+	b.save()
+}
+
+// queue puts a message behind the others; mu is held.
+func (b *incidentBook) queue(body any) {
+	if !b.queues {
+		return
+	}
+	raw, err := json.Marshal(body)
+	if err != nil || len(b.pages.Queue) == maxMessages {
+		b.log.Error("the webhook takes nothing; a message is not sent", "message", string(raw), "err", err)
+		return
+	}
+	b.pages.Queue = append(b.pages.Queue, raw)
+	select {
+	case b.poke <- struct{}{}:
+	default:
+	}
+}
+
+// next is the message that waits for the longest time: what event it is of,
+// which one, and all of it.
+func (b *incidentBook) next() (event, id string, body json.RawMessage, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if len(b.pages.Queue) == 0 {
-		return m, false
+		return "", "", nil, false
 	}
-	return b.pages.Queue[0], true
+	var m struct{ Event, ID string }
+	if err := json.Unmarshal(b.pages.Queue[0], &m); err != nil {
+		b.log.Error("a message to the webhook is malformed", "err", err)
+	}
+	return m.Event, m.ID, b.pages.Queue[0], true
 }
 
 // done takes the message that next returned out.

@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/keycustody/custodian/certs"
@@ -31,8 +32,13 @@ const (
 	exitHung      = 5 // a call to the token hung beyond the drain deadline: start again
 )
 
-// version is set by the build.
-var version = "dev"
+// version is that of the module or of the commit that this was built from.
+var version = func() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info.Main.Version
+	}
+	return "unknown"
+}()
 
 const usage = `usage:
   custodiand -config FILE [-check-config] [-confirm-time] [-migrate]

@@ -8,6 +8,7 @@ import (
 
 	"github.com/keycustody/custodian/certs"
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/kafka"
 )
 
 // A collector turns one snapshot of status into metrics at each scrape, so
@@ -15,10 +16,11 @@ import (
 type collector struct {
 	custody *custodian.Custodian
 	certs   *certs.Server
+	events  *kafka.Source
 }
 
 func (d *daemon) registerMetrics() {
-	d.metrics.MustRegister(&collector{d.custody, d.certs})
+	d.metrics.MustRegister(&collector{d.custody, d.certs, d.events})
 }
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -27,6 +29,10 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 
 var (
 	descMEKEnd      = desc("mek_end_timestamp_seconds", "End of the originator-usage period of a MEK.", "label", "state")
+	descMEKWarning  = desc("mek_warning_days", "The smallest of 90, 30, 7 and 0 days that the active MEK has not left any more; absent before.", "label")
+	descEvents      = desc("kafka_events_total", "Events of the topic, by what became of them.", "topic", "result")
+	descEventsHeld  = desc("kafka_held_up", "1 where an event of the topic is tried again and again.", "topic")
+	descEventsAway  = desc("kafka_away", "1 where no broker can be reached.", "topic")
 	descProvider    = desc("kms_reachable", "1 where the last call to the provider had an answer.", "provider", "kind")
 	descKMSCalls    = desc("kms_calls_total", "Calls to the provider.", "provider")
 	descKMSFailures = desc("kms_failures_total", "Calls to the provider that failed.", "provider")
@@ -92,6 +98,13 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
 	}
 	c.collectCerts(gauge)
+	for _, t := range c.events.Status() {
+		counter(descEvents, t.Handled, t.Topic, "handled")
+		counter(descEvents, t.PassedOver, t.Topic, "passed_over")
+		counter(descEvents, t.Dead, t.Topic, "dead_letter")
+		gauge(descEventsHeld, number(!t.HeldUp.IsZero()), t.Topic)
+		gauge(descEventsAway, number(!t.Away.IsZero()), t.Topic)
+	}
 	s, err := c.custody.Snapshot(ctx)
 	if err != nil {
 		out <- prometheus.NewInvalidMetric(descKeys, err)
@@ -99,6 +112,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	}
 	for _, m := range s.MEKs {
 		gauge(descMEKEnd, float64(m.EndTime.Unix()), m.Label, m.State.String())
+		if m.Warning != nil {
+			gauge(descMEKWarning, float64(*m.Warning), m.Label)
+		}
 	}
 	for _, p := range s.Providers {
 		gauge(descProvider, number(p.Reachable), p.Name, p.Kind)

@@ -122,11 +122,11 @@ func newWebhook(c WebhookConfig, book *incidentBook, log *slog.Logger) (*webhook
 func (h *webhook) run(ctx context.Context) {
 	for {
 		for {
-			m, ok := h.book.next()
+			event, id, body, ok := h.book.next()
 			if !ok {
 				break
 			}
-			if !h.deliver(ctx, m.Event, m.ID, m) {
+			if !h.deliver(ctx, event, id, body) {
 				return
 			}
 			h.book.done()

@@ -162,6 +162,29 @@ func TestPrunedFlips(t *testing.T) {
 	}
 }
 
+// A log never ends with a segment that is pruned: where all that follow are taken
+// away, and it is cut anywhere, that is damage.
+func TestPrunedEnd(t *testing.T) {
+	dir, _, k := prunedLog(t)
+	whole := load(t, dir)
+	for _, name := range segmentFiles(t, dir) {
+		if err := os.Remove(filepath.Join(dir, filepath.Base(name))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for end := range len(whole) + 1 {
+		store(t, dir, whole[:end])
+		var damage *audit.DamageError
+		if _, err := verifySigned(dir, k); !errors.As(err, &damage) {
+			t.Errorf("cut at byte %d of %d: Verify says %v", end, len(whole), err)
+		}
+	}
+	if l, err := audit.Open(dir, audit.Options{}); err == nil {
+		shut(t, l)
+		t.Error("Open takes a log that ends with a pruned segment")
+	}
+}
+
 // What goes is what both bounds let go, whole and in order, and what is under
 // the archive's name is what was there. Put back, it is the log again.
 func TestPrunePolicy(t *testing.T) {

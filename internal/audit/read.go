@@ -157,8 +157,9 @@ func Verify(ctx context.Context, dir string, o VerifyOptions) (Report, error) {
 		return r, err
 	}
 	// The files are longer than what is written, so the bound is loose; it is
-	// there so that a busy writer cannot keep Verify running.
-	for (o.To == 0 || v.tree.size < o.To) && (v.head.number < last.number || v.off < last.size) {
+	// there so that a busy writer cannot keep Verify running. A log does not end
+	// with a segment that is pruned, wherever that was cut.
+	for (o.To == 0 || v.tree.size < o.To) && (v.head.pruned != nil || v.head.number < last.number || v.off < last.size) {
 		if err := ctx.Err(); err != nil {
 			return r, err
 		}

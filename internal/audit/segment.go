@@ -182,7 +182,7 @@ func readHead(f *os.File) (segmentHead, error) {
 		return segmentHead{}, err
 	}
 	h, size, sum, err := decodeHead(b)
-	if err != nil || h.body == headerSize {
+	if err != nil || h.body == headerSize && h.pruned == nil {
 		return h, err
 	}
 	start := make([]byte, h.body-headerSize)

@@ -73,7 +73,11 @@ func (s *auditService) ListEntries(ctx context.Context, req *v1.ListEntriesReque
 		return nil, err
 	}
 	encoded, err := encodeEntries(entries)
-	return &v1.ListEntriesResponse{Entries: encoded, NextIndex: next}, err
+	resp := &v1.ListEntriesResponse{Entries: encoded, NextIndex: next}
+	if pruned := custody.AuditPrunedBefore(); q.From < pruned {
+		resp.PrunedBeforeIndex = pruned
+	}
+	return resp, err
 }
 
 func encodeEntries(entries []custodian.AuditEntry) ([][]byte, error) {

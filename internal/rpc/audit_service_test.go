@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto"
 	"errors"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/client"
+	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/internal/audit"
 	"github.com/keycustody/custodian/internal/checkpoint"
 )
@@ -292,4 +294,47 @@ func codeOf(err error) codes.Code {
 		return e.Code
 	}
 	return codes.OK
+}
+
+// An answer about entries that were pruned says so, and one about later ones
+// does not.
+func TestListPruned(t *testing.T) {
+	k := newKit(t, options{audit: func(o *audit.Options) { o.SegmentSize = 4 << 10 }})
+	k.createCategory(t, "movies")
+	kid := k.issue(t, "film-1", "SD")[0].GetKid()
+	ctx := t.Context()
+	p, a := k.dial(t, provider), k.dial(t, auditor)
+	release := func(n int) {
+		t.Helper()
+		for range n {
+			if _, err := p.GetContentKeys(ctx, &v1.GetContentKeysRequest{Kids: [][]byte{kid}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	ask := func(from uint64) uint64 {
+		t.Helper()
+		resp, err := a.ListAuditEntries(ctx, &v1.ListEntriesRequest{FromIndex: from, Action: "release"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.GetPrunedBeforeIndex()
+	}
+	release(20)
+	if got := ask(0); got != 0 {
+		t.Errorf("nothing is pruned: got entries before %d", got)
+	}
+	pruned, err := audit.Prune(ctx, filepath.Join(k.dir, "audit"), audit.PruneOptions{Keep: custodian.KeepInLog})
+	if err != nil || len(pruned) == 0 {
+		t.Fatalf("pruned %v, %v", pruned, err)
+	}
+	release(1) // the log notices
+	last := pruned[len(pruned)-1]
+	want := last.First + last.Entries
+	if got := ask(0); got != want {
+		t.Errorf("from the beginning: got entries before %d, want %d", got, want)
+	}
+	if got := ask(want); got != 0 {
+		t.Errorf("from behind them: got entries before %d, want none", got)
+	}
 }

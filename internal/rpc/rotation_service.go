@@ -82,8 +82,9 @@ func (s *rotationService) RetireRotation(ctx context.Context, req *v1.RetireRota
 }
 
 var eventKinds = map[v1.EventKind]custodian.EventKind{
-	v1.EventKind_EVENT_KIND_NEW_BATCH: custodian.EventNewBatch,
-	v1.EventKind_EVENT_KIND_PACKAGED:  custodian.EventPackaged,
+	v1.EventKind_EVENT_KIND_NEW_BATCH:       custodian.EventNewBatch,
+	v1.EventKind_EVENT_KIND_PACKAGED:        custodian.EventPackaged,
+	v1.EventKind_EVENT_KIND_SESSION_REVOKED: custodian.EventSessionRevoked,
 }
 
 func (s *rotationService) ReportEvent(ctx context.Context, req *v1.ReportEventRequest) (*v1.ReportEventResponse, error) {
@@ -92,7 +93,7 @@ func (s *rotationService) ReportEvent(ctx context.Context, req *v1.ReportEventRe
 		return nil, err
 	}
 	res, err := custody.ReportEvent(ctx, callOf(ctx).caller, custodian.Event{ID: req.GetEventId(), Kind: eventKinds[req.GetKind()],
-		Category: custodian.CategoryName(req.GetCategory()), ContentID: req.GetContentId()})
+		Category: custodian.CategoryName(req.GetCategory()), ContentID: req.GetContentId(), SessionID: req.GetSessionId()})
 	if err != nil {
 		return nil, err
 	}

@@ -58,6 +58,7 @@ type Custody interface {
 	AuditInclusion(ctx context.Context, who custodian.Caller, index, size uint64) (custodian.AuditProof, error)
 	AuditConsistency(ctx context.Context, who custodian.Caller, old, size uint64) ([][32]byte, []byte, error)
 	AuditEntries(context.Context, custodian.Caller, custodian.AuditQuery) ([]custodian.AuditEntry, uint64, error)
+	AuditPrunedBefore() uint64
 	FollowAudit(context.Context, custodian.Caller, custodian.AuditQuery, func([]custodian.AuditEntry) error) error
 	Revoke(context.Context, custodian.Caller, custodian.RevokeRequest) (custodian.Revocation, error)
 	LiftRevocation(context.Context, custodian.Caller, custodian.LiftRequest) error

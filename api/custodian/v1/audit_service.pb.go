@@ -751,9 +751,12 @@ type ListEntriesResponse struct {
 	// The canonical encodings of the entries, in the order of the log.
 	Entries [][]byte `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
 	// The from_index of the next page. 0: there is none yet.
-	NextIndex     uint64 `protobuf:"varint,2,opt,name=next_index,json=nextIndex,proto3" json:"next_index,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	NextIndex uint64 `protobuf:"varint,2,opt,name=next_index,json=nextIndex,proto3" json:"next_index,omitempty"`
+	// Of the entries before this index, releases, denials and failures were
+	// pruned, and are in no answer. 0: the question was not about any of them.
+	PrunedBeforeIndex uint64 `protobuf:"varint,3,opt,name=pruned_before_index,json=prunedBeforeIndex,proto3" json:"pruned_before_index,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *ListEntriesResponse) Reset() {
@@ -796,6 +799,13 @@ func (x *ListEntriesResponse) GetEntries() [][]byte {
 func (x *ListEntriesResponse) GetNextIndex() uint64 {
 	if x != nil {
 		return x.NextIndex
+	}
+	return 0
+}
+
+func (x *ListEntriesResponse) GetPrunedBeforeIndex() uint64 {
+	if x != nil {
+		return x.PrunedBeforeIndex
 	}
 	return 0
 }
@@ -865,11 +875,12 @@ const file_custodian_v1_audit_service_proto_rawDesc = "" +
 	"\x14FollowEntriesRequest\x126\n" +
 	"\x05query\x18\x01 \x01(\v2 .custodian.v1.ListEntriesRequestR\x05query\"1\n" +
 	"\x15FollowEntriesResponse\x12\x18\n" +
-	"\aentries\x18\x01 \x03(\fR\aentries\"N\n" +
+	"\aentries\x18\x01 \x03(\fR\aentries\"~\n" +
 	"\x13ListEntriesResponse\x12\x18\n" +
 	"\aentries\x18\x01 \x03(\fR\aentries\x12\x1d\n" +
 	"\n" +
-	"next_index\x18\x02 \x01(\x04R\tnextIndex*\x95\x01\n" +
+	"next_index\x18\x02 \x01(\x04R\tnextIndex\x12.\n" +
+	"\x13pruned_before_index\x18\x03 \x01(\x04R\x11prunedBeforeIndex*\x95\x01\n" +
 	"\fAuditOutcome\x12\x1d\n" +
 	"\x19AUDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15AUDIT_OUTCOME_ALLOWED\x10\x01\x12\x18\n" +

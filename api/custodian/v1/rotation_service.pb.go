@@ -169,6 +169,10 @@ const (
 	// media.drm.packaged: a content item was packaged. Its keys are in use, and
 	// packagers get them again by a reissue grant only.
 	EventKind_EVENT_KIND_PACKAGED EventKind = 2
+	// Nothing more is to be released for a viewer's session, until the licence
+	// tokens that are out for it are over. For an event source that may report
+	// about every category.
+	EventKind_EVENT_KIND_SESSION_REVOKED EventKind = 3
 )
 
 // Enum value maps for EventKind.
@@ -177,11 +181,13 @@ var (
 		0: "EVENT_KIND_UNSPECIFIED",
 		1: "EVENT_KIND_NEW_BATCH",
 		2: "EVENT_KIND_PACKAGED",
+		3: "EVENT_KIND_SESSION_REVOKED",
 	}
 	EventKind_value = map[string]int32{
-		"EVENT_KIND_UNSPECIFIED": 0,
-		"EVENT_KIND_NEW_BATCH":   1,
-		"EVENT_KIND_PACKAGED":    2,
+		"EVENT_KIND_UNSPECIFIED":     0,
+		"EVENT_KIND_NEW_BATCH":       1,
+		"EVENT_KIND_PACKAGED":        2,
+		"EVENT_KIND_SESSION_REVOKED": 3,
 	}
 )
 
@@ -848,7 +854,10 @@ type ReportEventRequest struct {
 	// The category that it is about.
 	Category string `protobuf:"bytes,3,opt,name=category,proto3" json:"category,omitempty"`
 	// The content item that was packaged, 1 to 300 bytes.
-	ContentId     []byte `protobuf:"bytes,4,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
+	ContentId []byte `protobuf:"bytes,4,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
+	// The session that is revoked, which is about no category. It is personal
+	// data: the audit log has its keyed hash only.
+	SessionId     string `protobuf:"bytes,5,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -909,6 +918,13 @@ func (x *ReportEventRequest) GetContentId() []byte {
 		return x.ContentId
 	}
 	return nil
+}
+
+func (x *ReportEventRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
 }
 
 // ReportEventResponse says what the daemon did.
@@ -1037,13 +1053,15 @@ const file_custodian_v1_rotation_service_proto_rawDesc = "" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"L\n" +
 	"\x16RetireRotationResponse\x122\n" +
-	"\brotation\x18\x01 \x01(\v2\x16.custodian.v1.RotationR\brotation\"\x97\x01\n" +
+	"\brotation\x18\x01 \x01(\v2\x16.custodian.v1.RotationR\brotation\"\xb6\x01\n" +
 	"\x12ReportEventRequest\x12\x19\n" +
 	"\bevent_id\x18\x01 \x01(\tR\aeventId\x12+\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x17.custodian.v1.EventKindR\x04kind\x12\x1a\n" +
 	"\bcategory\x18\x03 \x01(\tR\bcategory\x12\x1d\n" +
 	"\n" +
-	"content_id\x18\x04 \x01(\fR\tcontentId\"\x89\x01\n" +
+	"content_id\x18\x04 \x01(\fR\tcontentId\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x05 \x01(\tR\tsessionId\"\x89\x01\n" +
 	"\x13ReportEventResponse\x12\x1f\n" +
 	"\vkey_version\x18\x01 \x01(\rR\n" +
 	"keyVersion\x12\x18\n" +
@@ -1065,11 +1083,12 @@ const file_custodian_v1_rotation_service_proto_rawDesc = "" +
 	"\x16ROTATION_STEP_ROLLBACK\x10\x06\x12\x1d\n" +
 	"\x19ROTATION_STEP_ROLLED_BACK\x10\a\x12\x19\n" +
 	"\x15ROTATION_STEP_DESTROY\x10\b\x12\x1b\n" +
-	"\x17ROTATION_STEP_DESTROYED\x10\t*Z\n" +
+	"\x17ROTATION_STEP_DESTROYED\x10\t*z\n" +
 	"\tEventKind\x12\x1a\n" +
 	"\x16EVENT_KIND_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14EVENT_KIND_NEW_BATCH\x10\x01\x12\x17\n" +
-	"\x13EVENT_KIND_PACKAGED\x10\x022\xd9\x03\n" +
+	"\x13EVENT_KIND_PACKAGED\x10\x02\x12\x1e\n" +
+	"\x1aEVENT_KIND_SESSION_REVOKED\x10\x032\xd9\x03\n" +
 	"\x0fRotationService\x12X\n" +
 	"\rStartRotation\x12\".custodian.v1.StartRotationRequest\x1a#.custodian.v1.StartRotationResponse\x12X\n" +
 	"\rListRotations\x12\".custodian.v1.ListRotationsRequest\x1a#.custodian.v1.ListRotationsResponse\x12a\n" +

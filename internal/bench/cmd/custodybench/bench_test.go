@@ -32,6 +32,7 @@ var figures = []string{"callback_per_s_c32", "callback_per_s_c128", "echo_per_s_
 	"keys_per_s_8kid_vs_1kid", "token_decrypt_per_s", "server_cpu_us_per_key", "client_cpu_us_per_call",
 	"issue_ceks_per_s", "issue_ceks_per_s_batch50", "widevine_ceks_per_s_batch50", "speke_ceks_per_s_batch50", "seed_ceks_per_s", "retrieve_p50_1m_vs_10k", "rss_anon_mb_1m",
 	"callback_p99_kms_hang_vs_quiet", "rewrap_vs_token_rate", "callback_p99_rewrap_vs_quiet", "callback_cold_p99_ms",
+	"callback_vs_echo_c128_unsigned",
 	"audit_entries_per_s_c1", "audit_entries_per_s_c32", "audit_entries_per_s_c128", "audit_verify_entries_per_s",
 	"audit_verify_peak_mb_100k", "audit_verify_peak_mb_1m", "audit_proof_ms_1m", "audit_proof_check_us_1m", "audit_proof_bytes_1m"}
 
@@ -42,7 +43,7 @@ func TestAllSections(t *testing.T) {
 	if _, err := softhsm.FindModule(); err != nil {
 		t.Skip(err)
 	}
-	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 400 * time.Millisecond, rounds: 1, keys: 100, million: 1300, rotated: 6000, connections: 2}, t.TempDir(), "")
+	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 400 * time.Millisecond, rounds: 1, keys: 100, million: 1300, rotated: 6000, connections: 2, lifetime: time.Second}, t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,8 +36,6 @@ func (k *badKMS) Unwrap(ctx context.Context, w custodian.OuterWrap, binding []by
 }
 
 const (
-	// shortLifetime of a KEK ends in the middle of a run.
-	shortLifetime = time.Second
 	// farAway is what a KMS takes in the same region.
 	farAway = 50 * time.Millisecond
 	// kmsInFlight leaves the machine some room: where it is full, p99 is that
@@ -48,7 +46,7 @@ const (
 // kms is what callers notice of a KMS that hangs while the KEK that they need
 // is loaded, beyond the end of its lifetime; and what a KEK costs that is not.
 func (r *rig) kms(ctx context.Context) error {
-	lifetime := []string{"-kek-lifetime", shortLifetime.String()}
+	lifetime := []string{"-kek-lifetime", r.scale.lifetime.String()}
 	// It answers for the helper keys at the start, and for the one KEK.
 	hang := append([]string{"-kms-answers", strconv.Itoa(len(custodian.HelperPurposes) + 1)}, lifetime...)
 	cold := []string{"-kek-lifetime", "1ns", "-kms-delay", farAway.String()}

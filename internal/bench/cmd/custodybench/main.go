@@ -102,11 +102,12 @@ type scale struct {
 	million     int // in the big store
 	rotated     int // that move to another key
 	connections int
+	lifetime    time.Duration // of a loaded KEK that ends in the middle of a run
 }
 
 var (
-	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, rotated: 50_000, connections: 4}
-	quickScale = scale{warm: 200 * time.Millisecond, time: 600 * time.Millisecond, rounds: 3, keys: 10_000, million: 50_000, rotated: 10_000, connections: 4}
+	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, rotated: 50_000, connections: 4, lifetime: time.Second}
+	quickScale = scale{warm: 150 * time.Millisecond, time: 500 * time.Millisecond, rounds: 3, keys: 2_000, million: 20_000, rotated: 5_000, connections: 4, lifetime: 200 * time.Millisecond}
 )
 
 // sections in the order in which they run.
