@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"strings"
 	"time"
-
-	"github.com/keycustody/custodian/internal/sealing"
 )
 
 // A CategoryPolicy is what was decided for a category beside its mode. It is a
@@ -194,7 +192,7 @@ func (s *controlSet) overdue(k *ContentKey) bool {
 
 // mayMake says why no new keys may be made for a content item, or nil. What
 // changes after set is found when they are stored.
-func (c *Custodian) mayMake(ctx context.Context, set *controlSet, who Caller, a Action, to sealing.PublicKey, name CategoryName, id ContentID) error {
+func (c *Custodian) mayMake(ctx context.Context, set *controlSet, who Caller, a Action, t terms, name CategoryName, id ContentID) error {
 	r := Resource{Category: name, Mode: set.categories[name].Mode, New: true}
 	if r.Mode == CategoryRekeyRequired {
 		err := c.store.View(ctx, func(tx Tx) error {
@@ -208,7 +206,7 @@ func (c *Custodian) mayMake(ctx context.Context, set *controlSet, who Caller, a 
 			return err
 		}
 	}
-	return c.decideLeaving(who, a, r, to).Err
+	return c.decideLeaving(who, a, r, t).Err
 }
 
 // maxItemKeys is more than the keys that a content item can have: 2^31.

@@ -52,6 +52,9 @@ var kinds = map[PlanKind]kind{
 	KindRollback:      {check: checkRollBack, work: rollBackRotations},
 	KindRetire:        {check: checkRetire, work: retireRotations},
 
+	KindImport: {check: checkPermit},
+	KindExport: {check: checkPermit},
+
 	KindCallerCompromise: {check: checkCallerCompromise, apply: applyCallerCompromise},
 	KindDestroy:          {check: checkDestroy, work: destroyKEKs},
 	KindCategoryPolicy:   {check: checkCategoryPolicy, apply: applyCategoryPolicy},

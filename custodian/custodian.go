@@ -146,9 +146,9 @@ type Custodian struct {
 	controlMu sync.Mutex
 	unsettled *unsettled
 
+	uses     *tokenUses // of licence tokens
+	ledger   *ledger    // of budgets
 	attempts attempts
-
-	uses *tokenUses // of licence tokens
 
 	joined    atomic.Pointer[joinedPolicy] // what policyOf found last
 	finishing sync.Mutex                   // held while executed ceremonies are finished: nothing is ordered twice
@@ -226,6 +226,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	}
 	c.started = cfg.Now()
 	c.uses = newTokenUses(cfg.Logged.tokens, c.now())
+	c.ledger = newLedger(cfg.Policy, cfg.Logged.spending, c.now())
 	return c, nil
 }
 
@@ -331,13 +332,20 @@ func (c *Custodian) record(ctx context.Context, entries ...audit.Entry) ([]audit
 
 // decide asks the policy, and the clock for what changes state.
 func (c *Custodian) decide(who Caller, a Action, r Resource) Decision {
-	return c.decideLeaving(who, a, r, sealing.PublicKey{})
+	return c.decideLeaving(who, a, r, terms{})
 }
 
-// decideLeaving is decide where keys would leave sealed to a recipient key.
-func (c *Custodian) decideLeaving(who Caller, a Action, r Resource, to sealing.PublicKey) Decision {
+// terms are what a decision about keys stands on beside caller, action and
+// resource.
+type terms struct {
+	recipient sealing.PublicKey // that they would leave sealed to; the zero key: in clear
+	permitted bool              // a ceremony permits it
+}
+
+// decideLeaving is decide for keys that would move on these terms.
+func (c *Custodian) decideLeaving(who Caller, a Action, r Resource, t terms) Decision {
 	set := c.set.Load()
-	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Recipient: to, Now: c.now()}.under(set))
+	return c.policyOf(set).Decide(Request{Caller: who, Action: a, Resource: r, Recipient: t.recipient, Permitted: t.permitted, Now: c.now()}.under(set))
 }
 
 // under adds what the control set says beside the resource.

@@ -45,6 +45,7 @@ var (
 	ErrCategoryExists   error = &refusal{"CATEGORY_EXISTS", "the category exists"}
 	ErrInvalid          error = &refusal{"INVALID", "malformed request"}
 	ErrRate             error = &refusal{"RATE", "too many calls"}
+	ErrKIDBudget        error = &refusal{"KID_BUDGET", "the caller's budget of different keys is spent"}
 	ErrKMSUnavailable   error = &refusal{"KMS_UNAVAILABLE", "the KMS is out of reach"}
 	ErrHSMUnavailable   error = &refusal{"HSM_UNAVAILABLE", "the HSM is out of reach"}
 	ErrStoreUnavailable error = &refusal{"STORE_UNAVAILABLE", "the store is out of reach"}

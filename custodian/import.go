@@ -8,7 +8,6 @@ import (
 	"slices"
 
 	"github.com/keycustody/custodian/internal/audit"
-	"github.com/keycustody/custodian/internal/sealing"
 	"github.com/keycustody/custodian/internal/secret"
 )
 
@@ -32,6 +31,16 @@ type ImportRequest struct {
 	Category  CategoryName
 	ContentID ContentID
 	Keys      []ImportKey
+	// Ceremony is the one that permits it, where there are officers.
+	Ceremony string
+}
+
+func (r ImportRequest) move() move {
+	m := move{ceremony: r.Ceremony, item: contentItem{r.Category, string(r.ContentID)}}
+	for _, k := range r.Keys {
+		m.kids = append(m.kids, k.KID)
+	}
+	return m
 }
 
 // An ImportedKey is the answer for one ImportKey.
@@ -47,7 +56,7 @@ func (r ImportRequest) Check() error {
 	for i, k := range r.Keys {
 		issue.Keys[i] = k.KeySpec
 	}
-	if err := issue.Check(); err != nil {
+	if err := errors.Join(issue.Check(), checkPermission(r.Ceremony)); err != nil {
 		return err
 	}
 	for i, k := range r.Keys {
@@ -74,6 +83,14 @@ func (r ImportRequest) Check() error {
 	return nil
 }
 
+// checkPermission is checkCeremonyID, where a ceremony is named.
+func checkPermission(id string) error {
+	if id == "" || checkCeremonyID(id) == nil {
+		return nil
+	}
+	return invalid("ceremony", fmt.Errorf("%.40q: must be 16 digits, 0-9 a-f", id))
+}
+
 // ivSize is that of a constant IV, in bytes (ISO/IEC 23001-7).
 const ivSize = 16
 
@@ -92,7 +109,9 @@ func (c *Custodian) Import(ctx context.Context, who Caller, req ImportRequest) (
 			about.kid = f.kid
 		}
 		err = deadline(ctx, err)
-		if _, aerr := c.record(ctx, c.fail(begun, c.entry(c.set.Load(), who, d, ActionImport, req.RequestID, about, err))); aerr != nil {
+		e := c.entry(c.set.Load(), who, d, ActionImport, req.RequestID, about, err)
+		e.Detail = req.move().detail("")
+		if _, aerr := c.record(ctx, c.fail(begun, e)); aerr != nil {
 			return nil, aerr
 		}
 		return nil, err
@@ -101,8 +120,9 @@ func (c *Custodian) Import(ctx context.Context, who Caller, req ImportRequest) (
 	for i := range keys {
 		entries[i] = begun.end(c.entry(c.set.Load(), who, d, ActionImport, req.RequestID, ref{key: &keys[i].ContentKey}, nil))
 		entries[i].StoreSequence = sequence
+		entries[i].Detail = req.move().detail("")
 		if !keys[i].Created {
-			entries[i].Detail = "was there already"
+			entries[i].Detail = req.move().detail("was there already")
 		}
 	}
 	receipts, err := c.record(ctx, entries...)
@@ -126,7 +146,7 @@ func (f *importFault) Unwrap() error { return f.err }
 
 // importKeys returns the attempt too, where it came to one.
 func (c *Custodian) importKeys(ctx context.Context, who Caller, req ImportRequest) (Decision, *attempt, []ImportedKey, uint64, error) {
-	d, err := c.mayMove(who, ActionImport, req.Category)
+	d, t, err := c.mayMove(who, ActionImport, req.move())
 	if err != nil {
 		return d, nil, nil, 0, err
 	}
@@ -134,13 +154,13 @@ func (c *Custodian) importKeys(ctx context.Context, who Caller, req ImportReques
 		return d, nil, nil, 0, err
 	}
 	e := c.entry(c.set.Load(), who, d, ActionImport, req.RequestID, ref{category: req.Category, contentID: req.ContentID}, nil)
-	e.Detail = fmt.Sprintf("%d keys", len(req.Keys))
+	e.Detail = req.move().detail(fmt.Sprintf("%d keys", len(req.Keys)))
 	begun, err := c.begin(ctx, e)
 	if err != nil {
 		return d, nil, nil, 0, err
 	}
 	for {
-		keys, sequence, err := c.storeImports(ctx, who, req)
+		keys, sequence, err := c.storeImports(ctx, who, req, t)
 		if errors.Is(err, ErrChanged) && ctx.Err() == nil {
 			continue // the KEK was rotated meanwhile; its successor seals
 		}
@@ -148,29 +168,13 @@ func (c *Custodian) importKeys(ctx context.Context, who Caller, req ImportReques
 	}
 }
 
-// mayMove decides whether keys of a category may come in or go out.
-func (c *Custodian) mayMove(who Caller, a Action, name CategoryName) (Decision, error) {
-	d := c.decide(who, a, Resource{Category: name})
-	if !d.Allow {
-		return d, fmt.Errorf("category %s: %w", name, d.Err)
-	}
-	cat, ok := c.set.Load().categories[name]
-	if !ok {
-		return d, fmt.Errorf("category %s: %w", name, ErrCategoryNotFound)
-	}
-	if d = c.decide(who, a, Resource{Category: name, Mode: cat.Mode}); !d.Allow {
-		return d, fmt.Errorf("category %s: %w", name, d.Err)
-	}
-	return d, nil
-}
-
 // storeImports seals the keys outside any transaction and stores them in one.
-func (c *Custodian) storeImports(ctx context.Context, who Caller, req ImportRequest) ([]ImportedKey, uint64, error) {
+func (c *Custodian) storeImports(ctx context.Context, who Caller, req ImportRequest, t terms) ([]ImportedKey, uint64, error) {
 	kek, set, err := c.reserve(ctx, req.Category, uint64(len(req.Keys)))
 	if err != nil {
 		return nil, 0, err
 	}
-	if err := c.mayMake(ctx, set, who, ActionImport, sealing.PublicKey{}, req.Category, req.ContentID); err != nil {
+	if err := c.mayMake(ctx, set, who, ActionImport, t, req.Category, req.ContentID); err != nil {
 		return nil, 0, err
 	}
 	fresh, older := make([]SealedKey, len(req.Keys)), make([][]Fingerprint, len(req.Keys))
@@ -245,8 +249,14 @@ type ExportRequest struct {
 	ContentID ContentID
 	// Recipient says to whom the keys will be encrypted, for the audit log: its
 	// name in the configuration, and the digest of its certificate. Empty: no
-	// such recipient may have keys of the category.
+	// such recipient may have keys of the category. As ExportRecipient has it.
 	Recipient string
+	// Ceremony is the one that permits it, where there are officers.
+	Ceremony string
+}
+
+func (r ExportRequest) move() move {
+	return move{ceremony: r.Ceremony, item: contentItem{r.Category, string(r.ContentID)}, recipient: r.Recipient}
 }
 
 // An ExportedKey is one key that leaves. Whoever gets it destroys Key.
@@ -270,7 +280,7 @@ func (r ExportRequest) Check() error {
 	if err := checkText(r.Recipient, MaxCauseSize); err != nil {
 		return invalid("recipient", err)
 	}
-	return nil
+	return checkPermission(r.Ceremony)
 }
 
 // Export returns the newest key of each natural key of a content item, all or
@@ -286,7 +296,7 @@ func (c *Custodian) Export(ctx context.Context, who Caller, req ExportRequest) (
 		destroyExports(keys)
 		err = deadline(ctx, err)
 		e := c.entry(c.set.Load(), who, d, ActionExport, req.RequestID, ref{category: req.Category, contentID: req.ContentID}, err)
-		e.Detail = "to " + req.Recipient
+		e.Detail = req.move().detail("to " + req.Recipient)
 		if _, aerr := c.record(ctx, c.fail(begun, e)); aerr != nil {
 			return nil, aerr
 		}
@@ -295,7 +305,7 @@ func (c *Custodian) Export(ctx context.Context, who Caller, req ExportRequest) (
 	entries := make([]audit.Entry, len(keys))
 	for i := range keys {
 		entries[i] = begun.end(c.entry(c.set.Load(), who, d, ActionExport, req.RequestID, ref{key: &keys[i].ContentKey}, nil))
-		entries[i].Detail = "to " + req.Recipient
+		entries[i].Detail = req.move().detail("to " + req.Recipient)
 	}
 	receipts, err := c.record(ctx, entries...)
 	if err != nil {
@@ -316,7 +326,7 @@ func destroyExports(keys []ExportedKey) {
 
 // export returns the attempt too, where it came to one.
 func (c *Custodian) export(ctx context.Context, who Caller, req ExportRequest) (Decision, *attempt, []ExportedKey, error) {
-	d, err := c.mayMove(who, ActionExport, req.Category)
+	d, t, err := c.mayMove(who, ActionExport, req.move())
 	if err != nil {
 		return d, nil, nil, err
 	}
@@ -344,7 +354,7 @@ func (c *Custodian) export(ctx context.Context, who Caller, req ExportRequest) (
 		return d, nil, nil, invalid("content_id", fmt.Errorf("it has more than %d keys", exportLimit))
 	}
 	e := c.entry(c.set.Load(), who, d, ActionExport, req.RequestID, ref{category: req.Category, contentID: req.ContentID}, nil)
-	e.Detail = fmt.Sprintf("%d keys, to %s", len(sealed), req.Recipient)
+	e.Detail = req.move().detail(fmt.Sprintf("%d keys, to %s", len(sealed), req.Recipient))
 	begun, err := c.begin(ctx, e)
 	if err != nil {
 		return d, nil, nil, err
@@ -352,7 +362,7 @@ func (c *Custodian) export(ctx context.Context, who Caller, req ExportRequest) (
 	set := c.set.Load() // after the records, so that it knows their KEKs
 	keys := make([]ExportedKey, len(sealed))
 	for i, k := range sealed {
-		if d = c.decide(who, ActionExport, resourceOf(set, &k.Key)); !d.Allow {
+		if d = c.decideLeaving(who, ActionExport, resourceOf(set, &k.Key), t); !d.Allow {
 			return d, begun, keys, fmt.Errorf("content key %s: %w", k.Key.KID, d.Err)
 		}
 		keys[i].ContentKey = k.Key

@@ -34,6 +34,8 @@ type IssueRequest struct {
 	recipient sealing.PublicKey
 }
 
+func (r IssueRequest) terms() terms { return terms{recipient: r.recipient} }
+
 // An IssuedKey is the answer for one KeySpec: Key, or Sealed in its place.
 // Whoever gets it destroys Key.
 type IssuedKey struct {
@@ -107,6 +109,7 @@ func (c *Custodian) Issue(ctx context.Context, who Caller, req IssueRequest) ([]
 	if err := c.anchored(); err != nil {
 		return nil, err
 	}
+	defer c.freezeBroken(ctx)
 	if req.Sealable {
 		var err error
 		if req.recipient, err = c.policy.Load().recipient(who, ""); err != nil {
@@ -169,7 +172,7 @@ func (c *Custodian) issue(ctx context.Context, who Caller, req IssueRequest) (De
 	if !ok {
 		return d, nil, fmt.Errorf("category %s: %w", req.Category, ErrCategoryNotFound)
 	}
-	if d = c.decideLeaving(who, ActionIssue, Resource{Category: cat.Name, Mode: cat.Mode}, req.recipient); !d.Allow {
+	if d = c.decideLeaving(who, ActionIssue, Resource{Category: cat.Name, Mode: cat.Mode}, req.terms()); !d.Allow {
 		return d, nil, fmt.Errorf("category %s: %w", cat.Name, d.Err)
 	}
 	if err := c.lookAtClock(); err != nil {
@@ -279,7 +282,7 @@ func (c *Custodian) createKeys(ctx context.Context, who Caller, req IssueRequest
 	if err != nil {
 		return err
 	}
-	if err := c.mayMake(ctx, set, who, ActionIssue, req.recipient, req.Category, req.ContentID); err != nil {
+	if err := c.mayMake(ctx, set, who, ActionIssue, req.terms(), req.Category, req.ContentID); err != nil {
 		return err
 	}
 	fresh := make([]SealedKey, len(req.Keys))
@@ -474,9 +477,9 @@ func unusedUnder(tx Tx, fingerprints []Fingerprint) error {
 // and only within the re-issue window unless it is granted more.
 func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Caller, req IssueRequest, k SealedKey, out *issued) (Decision, error) {
 	res := resourceOf(set, &k.Key)
-	d := c.decideLeaving(who, ActionIssue, res, req.recipient)
+	d := c.decideLeaving(who, ActionIssue, res, req.terms())
 	if why := c.mayHaveAgain(set.categories[k.Key.Category], &k.Key); d.Allow && why != nil {
-		d = c.decideLeaving(who, ActionReissue, res, req.recipient)
+		d = c.decideLeaving(who, ActionReissue, res, req.terms())
 		if !d.Allow {
 			return d, fmt.Errorf("content key %s: %w, and a reissue grant is needed to have it again: %w", k.Key.KID, why, d.Err)
 		}
@@ -484,7 +487,11 @@ func (c *Custodian) handOutAgain(ctx context.Context, set *controlSet, who Calle
 	if !d.Allow {
 		return d, fmt.Errorf("content key %s: %w", k.Key.KID, d.Err)
 	}
-	var err error
+	err := c.spend(c.policyOf(c.set.Load()), who, ActionReissue, k.Key.Category, k.Key.KID, c.now())
+	if err != nil {
+		d.Allow = false
+		return d, fmt.Errorf("content key %s: %w", k.Key.KID, err)
+	}
 	out.ContentKey = k.Key
 	out.Key, out.Grace, err = c.openCEK(ctx, set, k)
 	return d, err

@@ -274,7 +274,7 @@ func (c *Custodian) policyOf(s *controlSet) *Policy {
 	}
 	p := *s.policy
 	if config != nil {
-		p.tokens, p.sealing = config.tokens, config.sealing
+		p.tokens, p.sealing, p.budgets = config.tokens, config.sealing, config.budgets
 		p.authority = &authority{permits: s.policy.authority.permits, rules: config.rules()}
 	}
 	c.joined.Store(&joinedPolicy{config, s.policy, &p})

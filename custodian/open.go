@@ -25,10 +25,14 @@ type Logged struct {
 	// changes by revision; only a restore needs them.
 	TrackKIDs bool
 	tokens    loggedUses
-	warned    map[string]bool // MEKAlerts by ID
-	KIDs      map[KID]KEKID
-	KEKs      map[CategoryName]uint32 // the highest version that it names
-	Changes   []ControlChange
+	// Budgets are those that the log is to be held against: what callers took of
+	// them is counted. Set them before the first entry.
+	Budgets  []Budget
+	spending loggedSpending
+	warned   map[string]bool // MEKAlerts by ID
+	KIDs     map[KID]KEKID
+	KEKs     map[CategoryName]uint32 // the highest version that it names
+	Changes  []ControlChange
 	// Begun are the attempts without an end, by index.
 	Begun map[uint64]audit.Entry
 }
@@ -47,6 +51,7 @@ func (l *Logged) Visit(e *audit.Entry) error {
 	l.Entries++
 	l.visitAttempt(e)
 	l.tokens.visit(e)
+	l.spending.visit(e, longestWindow(l.Budgets))
 	l.visitWarning(e)
 	if len(e.ControlDigest) == 32 {
 		l.Revision, l.Digest = e.ControlRevision, [32]byte(e.ControlDigest)

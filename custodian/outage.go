@@ -25,18 +25,28 @@ const (
 	IncidentLogin  IncidentKind = "login"
 )
 
-// An Incident is trouble with one provider that people are told of. It is told
-// twice: when it is declared, and with Closed set when the trouble has been over
-// for a minute.
+// What a caller did with its budgets: it is over the soft one, it is slowed down,
+// or it has broken the hard one and is frozen. Each is told once, closed: people
+// have to look, and nothing ends it by itself.
+const (
+	IncidentBudgetSoft   IncidentKind = "budget-soft"
+	IncidentBudgetRate   IncidentKind = "budget-rate"
+	IncidentCallerFrozen IncidentKind = "caller-frozen"
+)
+
+// An Incident is trouble that people are told of. Trouble with a provider is told
+// twice: when it is declared, and with Closed set when it has been over for a
+// minute.
 type Incident struct {
 	ID        string       `json:"id"`
 	Kind      IncidentKind `json:"kind"`
-	Provider  string       `json:"provider"`
-	Since     time.Time    `json:"since"` // the first call that failed
+	Provider  string       `json:"provider,omitempty"`
+	Caller    string       `json:"caller,omitempty"` // in a provider's place, where it is about a budget
+	Since     time.Time    `json:"since"`            // the first call that failed
 	Declared  time.Time    `json:"declared"`
 	Back      time.Time    `json:"back,omitzero"` // contact, or a good login
 	Closed    time.Time    `json:"closed,omitzero"`
-	LastError string       `json:"last_error"`
+	LastError string       `json:"last_error"` // of a budget: what was broken
 }
 
 // Outages know which providers are away or refuse our login, and tell of
@@ -103,6 +113,16 @@ func (o *Outages) publish(i Incident) {
 		log, what = o.log.Warn, map[IncidentKind]string{IncidentOutage: "incident closed: the KMS is back", IncidentLogin: "the KMS accepts our login again"}[i.Kind]
 	}
 	log(what, "incident", i.ID, "provider", i.Provider, "since", i.Since, "back", i.Back, "err", i.LastError)
+	if o.tell != nil {
+		o.tell(i)
+	}
+}
+
+// alert tells of what a caller did with its budgets.
+func (o *Outages) alert(i Incident) {
+	what := map[IncidentKind]string{IncidentBudgetSoft: "a caller has passed its soft budget", IncidentBudgetRate: "a caller is slowed down by its budget",
+		IncidentCallerFrozen: "a caller has broken its budget and is frozen; is its certificate stolen?"}[i.Kind]
+	o.log.Error(what, "incident", i.ID, "caller", i.Caller, "budget", i.LastError)
 	if o.tell != nil {
 		o.tell(i)
 	}

@@ -46,6 +46,9 @@ const (
 	KindRollback      PlanKind = "rollback"       // rotations that are held are taken back
 	KindRetire        PlanKind = "retire"         // rotations that are held are ended for good
 
+	KindImport PlanKind = "import" // keys that others have made may come in
+	KindExport PlanKind = "export" // keys may go out to who takes them by push
+
 	KindRestore          PlanKind = "restore"           // a backup takes the place of a lost store, by custodiand restore
 	KindCallerCompromise PlanKind = "caller-compromise" // a caller is stopped, and what it was given decided about
 	KindDestroy          PlanKind = "destroy"           // retired KEK versions are erased
@@ -86,7 +89,9 @@ type Plan struct {
 
 	HelperKeys bool `yaml:"helper_keys,omitempty" json:"helper_keys,omitempty"` // they move to Providers, too
 
-	Backup *BackupPlan `yaml:"backup,omitempty" json:"backup,omitempty"`
+	KIDs      []string       `yaml:"kids,omitempty" json:"kids,omitempty"` // of the keys that may come in
+	Recipient *PlanRecipient `yaml:"recipient,omitempty" json:"recipient,omitempty"`
+	Backup    *BackupPlan    `yaml:"backup,omitempty" json:"backup,omitempty"`
 
 	Mode     string        `yaml:"mode,omitempty" json:"mode,omitempty"` // one of PlanModes
 	NewBatch *NewBatchPlan `yaml:"new_batch,omitempty" json:"new_batch,omitempty"`
@@ -142,6 +147,8 @@ var sections = []struct {
 	{"rotations", func(p *Plan) bool { return len(p.Rotations) > 0 }},
 	{"hold", func(p *Plan) bool { return p.Hold != "" }},
 	{"helper_keys", func(p *Plan) bool { return p.HelperKeys }},
+	{"kids", func(p *Plan) bool { return len(p.KIDs) > 0 }},
+	{"recipient", func(p *Plan) bool { return p.Recipient != nil }},
 	{"backup", func(p *Plan) bool { return p.Backup != nil }},
 	{"mode", func(p *Plan) bool { return p.Mode != "" }},
 	{"new_batch", func(p *Plan) bool { return p.NewBatch != nil }},
@@ -165,6 +172,9 @@ var planSections = map[PlanKind][]string{
 	KindKEKCompromise: {"key_versions", "decision"},
 	KindRollback:      {"rotations"},
 	KindRetire:        {"rotations"},
+
+	KindImport: {"content", "kids"},
+	KindExport: {"content", "recipient"},
 
 	KindRestore:          {"backup"},
 	KindCallerCompromise: {"callers", "categories?", "decision"},
@@ -276,7 +286,7 @@ func (p *Plan) check() error {
 			faults = append(faults, err)
 		}
 	}
-	faults = slices.Concat(faults, p.checkRotationFields(), p.checkCategoryPolicy(), p.checkContent())
+	faults = slices.Concat(faults, p.checkRotationFields(), p.checkCategoryPolicy(), p.checkContent(), p.checkTransfer())
 	if p.Kind == KindUnfreeze && len(p.Categories)+len(p.Callers) == 0 {
 		fault("categories", "a plan of kind %s needs it, or callers", p.Kind)
 	}

@@ -105,6 +105,7 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if err := c.anchored(); err != nil {
 		return nil, err
 	}
+	defer c.freezeBroken(ctx)
 	pass, err := c.admit(ctx, who, req)
 	if err != nil {
 		return nil, err

@@ -178,6 +178,9 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 				p.Name, p.AwaySince.Format(time.RFC3339), p.GraceLeft.Round(time.Second)))
 		}
 	}
+	if len(c.policyOf(set).Budgets()) == 0 {
+		w = append(w, "no budgets: nothing bounds how many different keys a caller takes")
+	}
 	for _, j := range s.Rewraps {
 		if j.LastError != "" {
 			w = append(w, fmt.Sprintf("outer wraps of %s: %d of %d keys are moved, and it does not go on: %s", scope(j.Category), j.Done, j.Total, j.LastError))

@@ -424,6 +424,11 @@ func (c *Custodian) decideRelease(who Caller, r Resource, call RetrieveRequest) 
 	set, now, t := c.set.Load(), c.now(), call.token
 	p := c.policyOf(set)
 	d := p.Decide(Request{Caller: who, Action: ActionRelease, Resource: r, Token: t, Asserted: call.Asserted, Recipient: call.recipient, Now: now}.under(set))
+	if d.Allow {
+		// Before the token's use: who is told to come back may come back with it.
+		d.Err = c.spend(p, who, ActionRelease, r.Category, r.Key.KID, now)
+		d.Allow = d.Err == nil
+	}
 	if !d.Allow || t == nil || t.use != nil {
 		return d
 	}

@@ -163,7 +163,7 @@ func (w *world) tryParts() (err error) {
 	if w.st, err = store.Open(w.t.Context(), w.storePath(), store.Options{}); err != nil {
 		return err
 	}
-	w.logged = custodian.Logged{TrackKIDs: true}
+	w.logged = custodian.Logged{TrackKIDs: true, Budgets: w.cfg.Policy.Budgets()}
 	wrap := func(f audit.File) audit.File { return brokenFile{f, w.breaker} }
 	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment}); err != nil {
 		return err

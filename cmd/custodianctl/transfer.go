@@ -23,8 +23,8 @@ import (
 
 // An importFlags is the command line of keys import.
 type importFlags struct {
-	category, content, contentHex, scheme, privateKey string
-	tracks                                            []string
+	category, content, contentHex, scheme, privateKey, ceremony string
+	tracks                                                      []string
 }
 
 func (a *app) keysImportCmd() *cobra.Command {
@@ -66,6 +66,7 @@ The document is not changed and not removed: see to that yourself.`,
 	f.StringVar(&in.scheme, "scheme", "", "common encryption `SCHEME` of keys for which the document has none")
 	f.StringSliceVar(&in.tracks, "track", nil, "`KID=TYPE`, the track type of a key for which the document has none")
 	f.StringVar(&in.privateKey, "private-key", "", "RSA private key of the document's recipient, PEM `FILE`, mode 0600")
+	f.StringVar(&in.ceremony, "ceremony", "", "`ID` of the ceremony that permits it, where there are officers")
 	completeWords(c, "scheme", "cenc", "cbcs", "cens", "cbc1")
 	return need(c, "category")
 }
@@ -73,7 +74,7 @@ The document is not changed and not removed: see to that yourself.`,
 // request reads the document. The request is there even with an error, as far
 // as it came, so that its keys can be wiped.
 func (in *importFlags) request(path string) (*v1.ImportContentKeysRequest, []string, error) {
-	req := &v1.ImportContentKeysRequest{Category: in.category}
+	req := &v1.ImportContentKeysRequest{Category: in.category, Ceremony: in.ceremony}
 	tracks, err := in.trackTypes()
 	if err := errors.Join(err, custodian.CategoryName(in.category).Check()); err != nil {
 		return req, nil, invalid(err)
@@ -276,7 +277,7 @@ func (a *app) printImport(req *v1.ImportContentKeysRequest, resp *v1.ImportConte
 }
 
 func (a *app) keysExportCmd() *cobra.Command {
-	var category, content, contentHex, to, out string
+	var category, content, contentHex, to, out, ceremony string
 	c := leaf(&cobra.Command{
 		Use:   "export",
 		Short: "Write a content item's keys to a CPIX document for a provider that takes them by push (officer)",
@@ -298,7 +299,7 @@ Keys never leave in clear.`,
 			return err
 		}
 		resp, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.ExportContentKeysResponse, error) {
-			return cl.ExportContentKeys(ctx, &v1.ExportContentKeysRequest{Category: category, ContentId: id, Recipient: to})
+			return cl.ExportContentKeys(ctx, &v1.ExportContentKeysRequest{Category: category, ContentId: id, Recipient: to, Ceremony: ceremony})
 		})
 		if err == nil {
 			_, err = f.Write(resp.GetCpix())
@@ -315,6 +316,7 @@ Keys never leave in clear.`,
 	f.StringVar(&contentHex, "content-hex", "", "content ID in `HEX`adecimal")
 	f.StringVar(&to, "to", "", "`NAME` of the recipient in the daemon's configuration")
 	f.StringVar(&out, "out", "", "`FILE` to write, which must not exist")
+	f.StringVar(&ceremony, "ceremony", "", "`ID` of the ceremony that permits it, where there are officers")
 	return need(c, "category", "to", "out")
 }
 

@@ -48,6 +48,7 @@ type Config struct {
 	Policy    PolicyConfig    `yaml:"policy"`
 	Sealing   SealingConfig   `yaml:"sealing"`
 	Tokens    *TokensConfig   `yaml:"tokens"` // nil: no licence token is asked for
+	Budgets   []BudgetConfig  `yaml:"budgets"`
 	Limits    LimitsConfig    `yaml:"limits"`
 	Events    EventsConfig    `yaml:"events"`
 	MEK       MEKConfig       `yaml:"mek"`
@@ -452,10 +453,14 @@ func (c *Config) policy(sets tokenKeySets) (*custodian.Policy, error) {
 		p = sealed
 	}
 	with, terr := c.Tokens.apply(p, sets)
-	if err := errors.Join(rerr, err, terr); err != nil {
+	if terr == nil {
+		p = with
+	}
+	bounded, berr := c.applyBudgets(p)
+	if err := errors.Join(rerr, err, terr, berr); err != nil {
 		return nil, err
 	}
-	return with, nil
+	return bounded, nil
 }
 
 func (c *Config) serverCerts(log *slog.Logger) certs.ServerOptions {

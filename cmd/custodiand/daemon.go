@@ -190,6 +190,7 @@ func (d *daemon) begin(ctx context.Context, policy *custodian.Policy, listen, ad
 	g.Go(func() error { everySecond(gctx, func() { d.custody.ProbeKMS(gctx) }); return nil })
 	g.Go(func() error { everySecond(gctx, d.custody.TickKMS); return nil })
 	g.Go(func() error { d.custody.RunRewraps(gctx); return nil })
+	g.Go(func() error { everySecond(gctx, func() { d.custody.TickBudgets(gctx) }); return nil })
 	g.Go(func() error { d.events.Run(gctx, d.custody); return nil })
 	g.Go(func() error { return d.anchors.Run(gctx) })
 	g.Go(func() error { d.custody.KeepIndex(gctx); return nil })
@@ -235,6 +236,7 @@ func (d *daemon) open(ctx context.Context, policy *custodian.Policy) (err error)
 	if !have {
 		return d.storeMissing()
 	}
+	d.parts.logged.Budgets = policy.Budgets()
 	if err := d.parts.openStore(ctx, d.config, d.log); err != nil {
 		return err
 	}

@@ -27,13 +27,13 @@ func (d *daemon) heedHangups(ctx context.Context, hup <-chan os.Signal) {
 			if err := d.reload(ctx); err != nil {
 				d.log.Error("reload: the last good configuration stays", "err", err)
 			} else {
-				d.log.Info("reloaded grants, signers, recipients and certificates")
+				d.log.Info("reloaded grants, budgets, signers, recipients and certificates")
 			}
 		}
 	}
 }
 
-// reload takes grants, rules, signers, recipients, sealing and certificates anew.
+// reload takes grants, rules, budgets, signers, recipients, sealing and certificates anew.
 // Everything else of the file needs a restart, and the log says what of it has
 // changed.
 func (d *daemon) reload(ctx context.Context) error {
@@ -65,7 +65,7 @@ func (d *daemon) reload(ctx context.Context) error {
 		return err
 	}
 	if len(keys) > 0 {
-		d.log.Warn("what has changed in the configuration beside grants, rules, signers, cpix and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
+		d.log.Warn("what has changed in the configuration beside grants, rules, budgets, signers, cpix and sealing is not in force before a restart", "keys", strings.Join(keys, " "))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -120,6 +120,7 @@ func restartKeys(inForce, loaded *Config) ([]string, error) {
 		delete(t, "cpix")
 		delete(t, "sealing")
 		delete(t, "policy")
+		delete(t, "budgets")
 		if packagers, ok := t["packagers"].(map[string]any); ok {
 			delete(packagers, "signers")
 		}

@@ -12,7 +12,7 @@ import (
 	"github.com/keycustody/custodian/custodian"
 )
 
-const reloadedLine = "reloaded grants, signers, recipients and certificates"
+const reloadedLine = "reloaded grants, budgets, signers, recipients and certificates"
 
 // hangUp sends SIGHUP and waits for what the log has to say about it.
 func (c *custody) hangUp(want string) {

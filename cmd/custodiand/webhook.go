@@ -143,7 +143,7 @@ func (h *webhook) run(ctx context.Context) {
 	}
 }
 
-// A message is the body of a webhook about a KMS.
+// A message is the body of a webhook about a KMS or a caller's budget.
 type message struct {
 	Event string `json:"event"`
 	custodian.Incident
@@ -169,11 +169,15 @@ func (h *webhook) tellAnchor(a custodian.AnchorAlert) {
 }
 
 // messageOf names the event: kms.incident.declared and .closed, or for a login
-// kms.login.refused and .accepted.
+// kms.login.refused and .accepted, or what a caller did with its budgets.
 func messageOf(i custodian.Incident) message {
 	event := map[custodian.IncidentKind][2]string{
 		custodian.IncidentOutage: {"kms.incident.declared", "kms.incident.closed"},
 		custodian.IncidentLogin:  {"kms.login.refused", "kms.login.accepted"},
+		// What is told of budgets is told once, and closed.
+		custodian.IncidentBudgetSoft:   {1: "caller.budget.soft"},
+		custodian.IncidentBudgetRate:   {1: "caller.budget.rate"},
+		custodian.IncidentCallerFrozen: {1: "caller.frozen"},
 	}[i.Kind]
 	if i.Closed.IsZero() {
 		return message{event[0], i}

@@ -76,6 +76,7 @@ var table = index(
 	row{reason: reasonOf(custodian.ErrCategoryExists), code: codes.AlreadyExists, http: 409, message: "the category exists"},
 	row{reason: reasonOf(custodian.ErrInvalid), code: codes.InvalidArgument, http: 400, message: "malformed request"},
 	row{reason: reasonOf(custodian.ErrRate), code: codes.ResourceExhausted, http: 429, message: "too many calls", retry: time.Second},
+	row{reason: reasonOf(custodian.ErrKIDBudget), code: codes.ResourceExhausted, http: 429, message: "the caller's budget of different keys is spent", retry: time.Minute},
 	row{reason: reasonOf(custodian.ErrKMSUnavailable), code: codes.Unavailable, http: 503, message: "the KMS is out of reach", retry: 2 * time.Second, ours: true},
 	row{reason: reasonOf(custodian.ErrHSMUnavailable), code: codes.Unavailable, http: 503, message: "the HSM is out of reach", retry: 2 * time.Second, ours: true},
 	row{reason: reasonOf(custodian.ErrStoreUnavailable), code: codes.Unavailable, http: 503, message: "the store is out of reach", retry: 2 * time.Second, ours: true},

@@ -55,6 +55,7 @@ var contract = []contractRow{
 	{custodian.ErrCategoryExists, codes.AlreadyExists, 409, false},
 	{custodian.ErrInvalid, codes.InvalidArgument, 400, false},
 	{custodian.ErrRate, codes.ResourceExhausted, 429, true},
+	{custodian.ErrKIDBudget, codes.ResourceExhausted, 429, true},
 	{custodian.ErrKMSUnavailable, codes.Unavailable, 503, true},
 	{custodian.ErrHSMUnavailable, codes.Unavailable, 503, true},
 	{custodian.ErrStoreUnavailable, codes.Unavailable, 503, true},

@@ -47,7 +47,7 @@ func (s *transfer) ImportContentKeys(ctx context.Context, req *v1.ImportContentK
 	}
 	c := callOf(ctx)
 	stored, err := custody.Import(ctx, c.caller, custodian.ImportRequest{RequestID: c.requestID,
-		Category: custodian.CategoryName(req.GetCategory()), ContentID: req.GetContentId(), Keys: keys})
+		Category: custodian.CategoryName(req.GetCategory()), ContentID: req.GetContentId(), Keys: keys, Ceremony: req.GetCeremony()})
 	if err != nil {
 		return nil, err
 	}
@@ -92,14 +92,14 @@ func (s *transfer) ExportContentKeys(ctx context.Context, req *v1.ExportContentK
 		return nil, err
 	}
 	c := callOf(ctx)
-	order := custodian.ExportRequest{RequestID: c.requestID, Category: custodian.CategoryName(req.GetCategory()), ContentID: req.GetContentId()}
+	order := custodian.ExportRequest{RequestID: c.requestID, Category: custodian.CategoryName(req.GetCategory()), ContentID: req.GetContentId(), Ceremony: req.GetCeremony()}
 	// Who may not export at all does not hear who the recipients are: so it is
 	// the domain that refuses where there is none.
 	var certificate string
 	if exports := s.server.config.Exports; exports != nil {
 		var ok bool
 		if certificate, ok = exports.Recipient(req.GetRecipient(), order.Category); ok {
-			order.Recipient = req.GetRecipient() + ", certificate " + certificate
+			order.Recipient = custodian.ExportRecipient(req.GetRecipient(), certificate)
 		}
 	}
 	keys, err := custody.Export(ctx, c.caller, order)

@@ -33,7 +33,9 @@ type ImportContentKeysRequest struct {
 	// The content item, 1 to 300 bytes.
 	ContentId []byte `protobuf:"bytes,3,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
 	// The keys, 1 to 600, no two for the same track type, scheme and period.
-	Keys          []*ImportedContentKey `protobuf:"bytes,4,rep,name=keys,proto3" json:"keys,omitempty"`
+	Keys []*ImportedContentKey `protobuf:"bytes,4,rep,name=keys,proto3" json:"keys,omitempty"`
+	// The ceremony of kind import that permits it, where there are officers.
+	Ceremony      string `protobuf:"bytes,5,opt,name=ceremony,proto3" json:"ceremony,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -94,6 +96,13 @@ func (x *ImportContentKeysRequest) GetKeys() []*ImportedContentKey {
 		return x.Keys
 	}
 	return nil
+}
+
+func (x *ImportContentKeysRequest) GetCeremony() string {
+	if x != nil {
+		return x.Ceremony
+	}
+	return ""
 }
 
 // An ImportedContentKey is one key that exists already.
@@ -293,7 +302,9 @@ type ExportContentKeysRequest struct {
 	// The content item, 1 to 300 bytes.
 	ContentId []byte `protobuf:"bytes,3,opt,name=content_id,json=contentId,proto3" json:"content_id,omitempty"`
 	// The recipient's name in the daemon's configuration.
-	Recipient     string `protobuf:"bytes,4,opt,name=recipient,proto3" json:"recipient,omitempty"`
+	Recipient string `protobuf:"bytes,4,opt,name=recipient,proto3" json:"recipient,omitempty"`
+	// The ceremony of kind export that permits it, where there are officers.
+	Ceremony      string `protobuf:"bytes,5,opt,name=ceremony,proto3" json:"ceremony,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -352,6 +363,13 @@ func (x *ExportContentKeysRequest) GetContentId() []byte {
 func (x *ExportContentKeysRequest) GetRecipient() string {
 	if x != nil {
 		return x.Recipient
+	}
+	return ""
+}
+
+func (x *ExportContentKeysRequest) GetCeremony() string {
+	if x != nil {
+		return x.Ceremony
 	}
 	return ""
 }
@@ -433,14 +451,15 @@ var File_custodian_v1_key_transfer_service_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_key_transfer_service_proto_rawDesc = "" +
 	"\n" +
-	"'custodian/v1/key_transfer_service.proto\x12\fcustodian.v1\x1a\x1ecustodian/v1/content_key.proto\x1a'custodian/v1/key_issuance_service.proto\"\xaa\x01\n" +
+	"'custodian/v1/key_transfer_service.proto\x12\fcustodian.v1\x1a\x1ecustodian/v1/content_key.proto\x1a'custodian/v1/key_issuance_service.proto\"\xc6\x01\n" +
 	"\x18ImportContentKeysRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x1a\n" +
 	"\bcategory\x18\x02 \x01(\tR\bcategory\x12\x1d\n" +
 	"\n" +
 	"content_id\x18\x03 \x01(\fR\tcontentId\x124\n" +
-	"\x04keys\x18\x04 \x03(\v2 .custodian.v1.ImportedContentKeyR\x04keys\"h\n" +
+	"\x04keys\x18\x04 \x03(\v2 .custodian.v1.ImportedContentKeyR\x04keys\x12\x1a\n" +
+	"\bceremony\x18\x05 \x01(\tR\bceremony\"h\n" +
 	"\x12ImportedContentKey\x120\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1c.custodian.v1.ContentKeySpecR\x04spec\x12\x0e\n" +
 	"\x02iv\x18\x02 \x01(\fR\x02iv\x12\x10\n" +
@@ -452,14 +471,15 @@ const file_custodian_v1_key_transfer_service_proto_rawDesc = "" +
 	"\x17ImportContentKeysResult\x12\x10\n" +
 	"\x03kid\x18\x01 \x01(\fR\x03kid\x12\x18\n" +
 	"\acreated\x18\x02 \x01(\bR\acreated\x12/\n" +
-	"\areceipt\x18\x03 \x01(\v2\x15.custodian.v1.ReceiptR\areceipt\"\x92\x01\n" +
+	"\areceipt\x18\x03 \x01(\v2\x15.custodian.v1.ReceiptR\areceipt\"\xae\x01\n" +
 	"\x18ExportContentKeysRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x1a\n" +
 	"\bcategory\x18\x02 \x01(\tR\bcategory\x12\x1d\n" +
 	"\n" +
 	"content_id\x18\x03 \x01(\fR\tcontentId\x12\x1c\n" +
-	"\trecipient\x18\x04 \x01(\tR\trecipient\"\x95\x01\n" +
+	"\trecipient\x18\x04 \x01(\tR\trecipient\x12\x1a\n" +
+	"\bceremony\x18\x05 \x01(\tR\bceremony\"\x95\x01\n" +
 	"\x19ExportContentKeysResponse\x12\x12\n" +
 	"\x04cpix\x18\x01 \x01(\fR\x04cpix\x12\x12\n" +
 	"\x04kids\x18\x02 \x03(\fR\x04kids\x121\n" +
