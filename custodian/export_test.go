@@ -175,14 +175,6 @@ func (c *Custodian) RemoveException(ctx context.Context, kid KID) error {
 	})
 }
 
-// ReadToken is readToken, for tests of the token alone.
-func (p *Policy) ReadToken(who Caller, compact, session string, now time.Time) *Token {
-	return p.readToken(who, compact, session, now)
-}
-
-// Err is why the token is not believed; nil: it is.
-func (t *Token) Err() error { return t.err }
-
 // KeptForTest are the slots of the kept CEKs, as they lie in the arena.
 func (c *Custodian) KeptForTest() (slots [][]byte) {
 	c.hot.mu.RLock()

@@ -42,7 +42,7 @@ func (c *Custodian) KeyPeriods(ctx context.Context, who Caller, req KeyPeriodsRe
 		return nil, err
 	}
 	kid, set := req.KID, c.set.Load()
-	viewer := RetrieveRequest{token: c.policyOf(set).readToken(who, req.LicenceToken, "", c.now())}
+	viewer := RetrieveRequest{token: c.policyOf(set).ReadToken(who, req.LicenceToken, "", c.now())}
 	refs, err := c.lookAtViewer(ctx, set, who, &viewer)
 	if err != nil {
 		return nil, deadline(ctx, err)

@@ -121,7 +121,7 @@ func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveReques
 	if req.recipient, err = c.policy.Load().recipient(who, req.RecipientKeyID); err != nil {
 		return nil, err
 	}
-	req.token = c.policy.Load().readToken(who, req.LicenceToken, req.SessionID, c.now())
+	req.token = c.policy.Load().ReadToken(who, req.LicenceToken, req.SessionID, c.now())
 	results := make([]RetrieveResult, len(req.KIDs))
 	sealed := make([]SealedKey, len(req.KIDs))
 	var contentCategory CategoryName

@@ -211,9 +211,12 @@ func (p *Policy) tokenRules() *Tokens {
 	return p.tokens
 }
 
-// readToken verifies a token that who shows. It is judged once for a call, and
+// Err is why the token is not believed, whatever it is shown for; nil: it is.
+func (t *Token) Err() error { return t.err }
+
+// ReadToken verifies a token that who shows. It is judged once for a call, and
 // what it is worth for one key is decided with the key.
-func (p *Policy) readToken(who Caller, compact, session string, now time.Time) *Token {
+func (p *Policy) ReadToken(who Caller, compact, session string, now time.Time) *Token {
 	if compact == "" {
 		return nil
 	}

@@ -33,7 +33,7 @@ const (
 	memory = 10 * time.Second
 	// patience is the share of a call's time that it may be expected to take. The
 	// rest is for what is not known: the way back, and a rate that falls.
-	patience = 0.75
+	patience = 0.6
 )
 
 // A Gate lets calls in. It is safe for concurrent use.

@@ -180,6 +180,7 @@ func (s *Server) handler(d door) http.Handler {
 			http.Error(w, "no TLS", http.StatusInternalServerError)
 			return
 		}
+		conn.Answer(w.Header())
 		visit, err := s.config.RPC.Visit(conn.ConnectionState(), d.name, r.Header.Get("X-Request-Id"))
 		c := &call{Visit: visit, category: custodian.CategoryName(r.PathValue("category")), header: r.Header, began: time.Now(), hold: s.config.Hold}
 		defer s.leave(c)

@@ -7,7 +7,9 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"sync"
+	"time"
 
 	"github.com/keycustody/custodian/custodian"
 )
@@ -92,7 +94,7 @@ func (s *Server) Listen(l net.Listener) net.Listener {
 }
 
 func (s *Server) listen(l net.Listener, config *tls.Config) net.Listener {
-	return &frontListener{l, config, s.primers, s.config.Log}
+	return &frontListener{l, config, s.primers, s.config.Log, s.config.MaxConnectionAge}
 }
 
 type frontListener struct {
@@ -100,6 +102,7 @@ type frontListener struct {
 	config  *tls.Config
 	primers *primers
 	log     *slog.Logger
+	maxAge  time.Duration
 }
 
 func (l *frontListener) Accept() (net.Conn, error) {
@@ -107,7 +110,7 @@ func (l *frontListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &FrontConn{Conn: tls.Server(conn, l.config), primers: l.primers, log: l.log}, nil
+	return &FrontConn{Conn: tls.Server(conn, l.config), primers: l.primers, log: l.log, end: time.Now().Add(l.maxAge)}, nil
 }
 
 // A FrontConn is a connection that Listen accepted.
@@ -116,6 +119,15 @@ type FrontConn struct {
 	primers *primers
 	log     *slog.Logger
 	greeted sync.Once
+	end     time.Time
+}
+
+// Answer prepares the headers of an answer: a connection that has been open for
+// as long as one may be is closed after it, as a connection of gRPC is.
+func (c *FrontConn) Answer(h http.Header) {
+	if time.Now().After(c.end) {
+		h.Set("Connection", "close")
+	}
 }
 
 // Read shakes hands first. A client that is refused there hears next to nothing,

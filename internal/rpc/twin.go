@@ -85,6 +85,7 @@ func (t *twin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var state tls.ConnectionState
 	if conn, ok := r.Context().Value(twinConn{}).(*FrontConn); ok { // only ServeTwin makes connections
 		state = conn.ConnectionState()
+		conn.Answer(w.Header())
 	}
 	visit, err := t.server.Visit(state, "KeyRetrievalService/GetContentKeys", "")
 	ctx, cancel := t.server.bound(r.Context(), v1.KeyRetrievalService_GetContentKeys_FullMethodName)

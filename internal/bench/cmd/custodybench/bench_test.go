@@ -34,7 +34,9 @@ var figures = []string{"callback_per_s_c32", "callback_per_s_c128", "echo_per_s_
 	"callback_p99_kms_hang_vs_quiet", "rewrap_vs_token_rate", "callback_p99_rewrap_vs_quiet", "callback_cold_p99_ms",
 	"callback_vs_echo_c128_unsigned",
 	"audit_entries_per_s_c1", "audit_entries_per_s_c32", "audit_entries_per_s_c128", "audit_verify_entries_per_s",
-	"audit_verify_peak_mb_100k", "audit_verify_peak_mb_1m", "audit_proof_ms_1m", "audit_proof_check_us_1m", "audit_proof_bytes_1m"}
+	"audit_verify_peak_mb_100k", "audit_verify_peak_mb_1m", "audit_proof_ms_1m", "audit_proof_check_us_1m", "audit_proof_bytes_1m",
+	"policy_decision_us", "policy_cpu_share", "token_verify_vs_ecdsa", "overload_capacity_per_s", "overload_goodput_1x", "overload_shed_share_10x",
+	"hot_viewers_per_s_not_kept"}
 
 func TestAllSections(t *testing.T) {
 	if testing.Short() {
@@ -69,6 +71,9 @@ func TestAllSections(t *testing.T) {
 	}
 	if got["seeded_keys"] != 1300 {
 		t.Errorf("seeded_keys: got %v, want 1300", got["seeded_keys"])
+	}
+	if got["overload_wrong_keys"] != 0 {
+		t.Errorf("under overload, %v answers had another key than was issued", got["overload_wrong_keys"])
 	}
 	// The echo is no comparison if it answers something of another size.
 	if echo, callback := got["echo_response_bytes"], got["callback_response_bytes"]; echo < callback-8 || echo > callback+8 {

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -52,6 +53,9 @@ type custody struct {
 	log       *audit.Log
 }
 
+// sumsFile has the SHA-256 of each key, in the order of kidsFile.
+func sumsFile(dir string) string { return filepath.Join(dir, "sums") }
+
 func kidsFile(dir string) string { return filepath.Join(dir, "kids") }
 
 // openParts opens what a Custodian stands on, or makes it anew.
@@ -69,6 +73,9 @@ func openParts(ctx context.Context, dir string, create bool) (_ *custody, err er
 	log := stderrLog()
 	config := token.Config()
 	config.Log = log
+	if tokenModule != "" {
+		config.Module = tokenModule
+	}
 	if c.token, err = hsm.Open(ctx, config); err != nil {
 		return nil, err
 	}
@@ -186,8 +193,13 @@ func (c *custody) seed(ctx context.Context, n int, path string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	kids := bufio.NewWriter(f)
-	var mu sync.Mutex // guards kids
+	sumsOut, err := os.Create(sumsFile(filepath.Dir(path)))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, sumsOut.Close()) }()
+	kids, sums := bufio.NewWriter(f), bufio.NewWriter(sumsOut)
+	var mu sync.Mutex // guards kids and sums
 	var done atomic.Int64
 	defer progress(n, &done)()
 
@@ -202,8 +214,11 @@ func (c *custody) seed(ctx context.Context, n int, path string) (err error) {
 			done.Add(int64(len(issued)))
 			mu.Lock()
 			defer mu.Unlock()
-			for _, kid := range issued {
-				if _, err := kids.Write(kid[:]); err != nil {
+			for _, k := range issued {
+				if _, err := kids.Write(k.kid[:]); err != nil {
+					return err
+				}
+				if _, err := sums.Write(k.sum[:]); err != nil {
 					return err
 				}
 			}
@@ -213,12 +228,17 @@ func (c *custody) seed(ctx context.Context, n int, path string) (err error) {
 	if err := errors.Join(g.Wait(), ctx.Err()); err != nil {
 		return err
 	}
-	return kids.Flush()
+	return errors.Join(kids.Flush(), sums.Flush())
 }
 
-// issueBatch makes n keys of one content item, one for each crypto period, and
-// returns their KIDs.
-func (c *custody) issueBatch(ctx context.Context, batch, n int) ([]custodian.KID, error) {
+// A made is one seeded key.
+type made struct {
+	kid custodian.KID
+	sum [sha256.Size]byte // of the key
+}
+
+// issueBatch makes n keys of one content item, one for each crypto period.
+func (c *custody) issueBatch(ctx context.Context, batch, n int) ([]made, error) {
 	req := custodian.IssueRequest{RequestID: "seed", Category: category, ContentID: contentID(batch), Keys: make([]custodian.KeySpec, n)}
 	for i := range req.Keys {
 		req.Keys[i] = custodian.KeySpec{TrackType: "HD", Scheme: custodian.SchemeCENC, Period: custodian.Period{Set: true, Index: uint32(i)}}
@@ -227,12 +247,13 @@ func (c *custody) issueBatch(ctx context.Context, batch, n int) ([]custodian.KID
 	if err != nil {
 		return nil, err
 	}
-	kids := make([]custodian.KID, len(issued))
+	keys := make([]made, len(issued))
 	for i := range issued {
-		kids[i] = issued[i].KID
+		keys[i].kid = issued[i].KID
+		issued[i].Key.Use(func(b []byte) { keys[i].sum = sha256.Sum256(b) })
 		issued[i].Key.Destroy()
 	}
-	return kids, nil
+	return keys, nil
 }
 
 // progress prints how seeding goes, every few seconds, until its result is

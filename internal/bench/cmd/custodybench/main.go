@@ -72,6 +72,8 @@ var roles = map[string]func(context.Context, []string) error{
 	rolePrepare:    prepare,
 	roleLoad:       load,
 	roleToken:      token,
+	roleOverload:   overloadLoad,
+	rolePolicy:     policyCost,
 
 	roleAuditAppend: auditAppend,
 	roleAuditMake:   auditMake,
@@ -122,11 +124,14 @@ var sections = []struct {
 	{"kms", (*rig).kms},
 	{"audit", (*rig).audit},
 	{"rotation", (*rig).rotation},
+	{"policy", (*rig).policy},
+	{"overload", (*rig).overload},
+	{"hot", (*rig).hot},
 }
 
 func parent(ctx context.Context, args []string) (err error) {
 	fs := flag.NewFlagSet("custodybench", flag.ContinueOnError)
-	only := fs.String("sections", "", "comma-separated: callback, issue, doors, million, kms, audit, rotation; all if empty")
+	only := fs.String("sections", "", "comma-separated: callback, issue, doors, million, kms, audit, rotation, policy, overload, hot; all if empty")
 	quick := fs.Bool("quick", false, "less of everything, within a minute")
 	out := fs.String("out", "bench.json", "file of the results")
 	dir := fs.String("dir", "bin", "folder, on a real disk, under which data is kept while this runs")

@@ -34,6 +34,7 @@ type serverFlags struct {
 	kmsAnswers        int64
 	tuned             bool
 	lifetime          time.Duration
+	tokenDelay, hot   time.Duration
 	unsigned          bool
 }
 
@@ -46,6 +47,8 @@ func parseServer(role string, args []string) (serverFlags, error) {
 	fs.DurationVar(&f.kmsDelay, "kms-delay", 0, "of each answer of the KMS")
 	fs.Int64Var(&f.kmsAnswers, "kms-answers", 0, "answers of the KMS before it hangs; 0: it never does")
 	fs.BoolVar(&f.tuned, "tuned", false, "an echo with the daemon's own settings of gRPC and Go")
+	fs.DurationVar(&f.tokenDelay, "token-delay", 0, "of each decryption and signature of the token")
+	fs.DurationVar(&f.hot, "hot-titles", 0, "how long opened content keys are kept; 0: not at all")
 	fs.DurationVar(&f.lifetime, "kek-lifetime", 0, "of a loaded KEK; 0: the default")
 	fs.BoolVar(&f.unsigned, "unsigned", false, "no checkpoint of the audit log is signed")
 	return f, fs.Parse(args)
@@ -61,7 +64,14 @@ func serveCallback(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return err
 	}
+	slow, err := slowToken(f.tokenDelay)
+	if err != nil {
+		return err
+	}
 	c, err := openCustody(ctx, f.dir, func(c *custodian.Config) {
+		if f.hot > 0 {
+			c.HotTitles = map[custodian.CategoryName]time.Duration{category: f.hot}
+		}
 		c.Providers[0] = &badKMS{Provider: c.Providers[0], delay: f.kmsDelay, answers: f.kmsAnswers}
 		if c.KEKLifetime = f.lifetime; f.kmsAnswers > 0 {
 			c.KMS.Grace = time.Hour
@@ -79,6 +89,8 @@ func serveCallback(ctx context.Context, args []string) (err error) {
 		return err
 	}
 	s.SetCustody(c.custodian)
+	slow()
+	go c.custodian.RunHotTitles(ctx)
 	go tls.Run(ctx, 5*time.Second)
 	return listen(f, func(l net.Listener) error { return s.Serve(ctx, l, drain) })
 }

@@ -45,6 +45,12 @@ var bars = map[string]bar{
 	"rewrap_vs_token_rate":         {">=", 0.4},
 	"callback_p99_rewrap_vs_quiet": {"<=", 1.5},
 
+	"policy_cpu_share":      {"<=", 0.10},
+	"token_verify_vs_ecdsa": {"<=", 1.3},
+
+	"goodput_10x_vs_1x":        {">=", 0.8},
+	"goodput_closed_10x_vs_1x": {">=", 0.8},
+
 	// Memory while a log is verified does not grow with the log.
 	"audit_verify_peak_1m_vs_100k": {"<=", 1.2},
 }
