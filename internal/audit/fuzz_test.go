@@ -91,7 +91,8 @@ func checkReader(t *testing.T, dir string, b []byte) {
 }
 
 // FuzzVerifyExport gives arbitrary bytes to what reads exports, and believes any
-// signature. What verifies against the root of a log is that log.
+// signature. What verifies against the root of a log is that log. Run it as
+// FuzzReader.
 func FuzzVerifyExport(f *testing.F) {
 	dir, receipts, _ := signedLog(f)
 	var whole bytes.Buffer
