@@ -95,6 +95,9 @@ func Restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 	}
 	defer c.Close()
 	e := audit.Entry{Action: "custody.restore", Outcome: audit.Allowed, ControlRevision: c.set.Load().head.Revision}
+	if err := c.set.Load().approvedRestore(cfg.RestoreOrder, cfg.Logged, c.now()); err != nil {
+		return RestoreReport{}, c.refuseRestore(ctx, e, err)
+	}
 	begun, err := c.begin(ctx, e)
 	if err != nil {
 		return RestoreReport{}, err
@@ -113,7 +116,7 @@ func Restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 func (c *Custodian) restore(ctx context.Context, cfg Config) (RestoreReport, error) {
 	var rep RestoreReport
 	backup := c.set.Load().head.Revision
-	if err := c.adoptRevision(ctx, cfg.Logged.Revision); err != nil {
+	if err := c.adoptRevision(ctx, cfg.Logged.Revision, cfg.RestoreOrder); err != nil {
 		return rep, err
 	}
 	if err := c.retireKEKs(ctx, cfg.Logged, &rep); err != nil {
@@ -217,13 +220,22 @@ func (c *Custodian) closeKEK(ctx context.Context, id KEKID) error {
 
 // adoptRevision lifts the store's control revision beyond the log's and tells
 // the log, so that from here on the two agree again.
-func (c *Custodian) adoptRevision(ctx context.Context, logged uint64) error {
+func (c *Custodian) adoptRevision(ctx context.Context, logged uint64, order *RestoreOrder) error {
 	var sequence uint64
 	if err := c.store.View(ctx, func(tx Tx) error { sequence = tx.Sequence(); return nil }); err != nil {
 		return err
 	}
-	return c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
-		return change{lift: logged, entry: audit.Entry{Action: actionRestored, StoreSequence: sequence,
-			Detail: fmt.Sprintf("from a backup at control revision %d", old.head.Revision)}}, nil
+	first := c.audit.Size()
+	return c.change(ctx, func(old *controlSet, now time.Time) (change, error) {
+		ch := change{lift: logged, entry: audit.Entry{Action: actionRestored, StoreSequence: sequence,
+			Detail: fmt.Sprintf("from a backup at control revision %d, %s", old.head.Revision, order.text())}}
+		if order != nil {
+			x, err := order.ceremony(old, first, now)
+			if err != nil {
+				return change{}, err
+			}
+			ch.put = append(ch.put, ceremonyRecord(x))
+		}
+		return ch, nil
 	})
 }

@@ -83,7 +83,7 @@ func (x Ceremony) plan() (*Plan, error) {
 // challenge is what officers sign.
 func (x Ceremony) challenge(store [16]byte, p *Plan) Challenge {
 	c := Challenge{PlanDigest: p.Digest(), StoreID: store, Revision: x.Base, Expires: p.ExpireTime(), Nonce: x.Nonce, LogKey: x.LogKey}
-	if p.Kind == KindGenesis {
+	if _, offline := p.offlineNonce(); offline {
 		c.StoreID, c.LogKey = [16]byte{}, [32]byte{}
 	}
 	return c

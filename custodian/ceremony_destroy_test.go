@@ -95,6 +95,7 @@ func TestRestoreKeepsDestroyed(t *testing.T) {
 	if err := a.tryParts(); err != nil {
 		t.Fatal(err)
 	}
+	a.cfg.RestoreOrder = a.restoreOrder("the backup", a.anna, a.ben)
 	rep, err := custodian.Restore(t.Context(), a.cfg)
 	if err != nil {
 		t.Fatal(err)

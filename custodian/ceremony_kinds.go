@@ -35,6 +35,9 @@ var kinds = map[PlanKind]kind{
 	KindGenesis: {check: func(context.Context, *Custodian, *controlSet, *Plan, *Rehearsal) error {
 		return refusePlan(ErrPlan, "a genesis happens once, before there is a store: custodiand init -plan FILE")
 	}},
+	KindRestore: {check: func(context.Context, *Custodian, *controlSet, *Plan, *Rehearsal) error {
+		return refusePlan(ErrPlan, "a restore is done where there is no store: custodiand restore -plan FILE, with the approvals that custodianctl ceremony sign has made")
+	}},
 	KindOfficers: {check: checkNewOfficers, apply: applyOfficers},
 	KindRecovery: {check: checkRecovery, apply: applyOfficers},
 	KindPolicy:   {check: checkBundle, apply: applyBundle},
@@ -512,7 +515,7 @@ type Genesis struct {
 
 // verify says what stands against the genesis.
 func (g *Genesis) verify(now time.Time) error {
-	challenge, err := g.Plan.GenesisChallenge()
+	challenge, err := g.Plan.OfflineChallenge()
 	if err != nil {
 		return err
 	}
@@ -537,13 +540,14 @@ func (g *Genesis) verify(now time.Time) error {
 	return errors.Join(faults...)
 }
 
-// GenesisChallenge is what every officer signs of a genesis plan: there is no
-// store yet, so the plan itself has the nonce.
-func (p *Plan) GenesisChallenge() (Challenge, error) {
-	if p.Kind != KindGenesis {
-		return Challenge{}, fmt.Errorf("the plan is of kind %s, and this is for a genesis plan", p.Kind)
+// OfflineChallenge is what officers sign of a plan of genesis or restore: there
+// is no daemon to ask, so the plan itself has the nonce.
+func (p *Plan) OfflineChallenge() (Challenge, error) {
+	text, ok := p.offlineNonce()
+	if !ok {
+		return Challenge{}, fmt.Errorf("the plan is of kind %s, and only %s and %s are signed without a daemon", p.Kind, KindGenesis, KindRestore)
 	}
-	nonce, err := hex.DecodeString(p.Genesis.Nonce)
+	nonce, err := hex.DecodeString(text)
 	if err != nil {
 		return Challenge{}, err
 	}
@@ -554,7 +558,7 @@ func (p *Plan) GenesisChallenge() (Challenge, error) {
 // records are the first authority, and the ceremony, whose end the first start
 // proves and writes down. The genesis is verified.
 func (g *Genesis) records(now time.Time, logKey []byte) []ControlRecord {
-	challenge, _ := g.Plan.GenesisChallenge()
+	challenge, _ := g.Plan.OfflineChallenge()
 	a := Authority{Grants: g.Plan.Grants, Revision: 1}
 	a.adopt(g.Plan)
 	x := Ceremony{Plan: string(g.Plan.Canonical()), State: CeremonyExecuted, Nonce: challenge.Nonce, LogKey: sha256.Sum256(logKey), Proposer: "custodiand init",

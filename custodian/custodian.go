@@ -86,6 +86,8 @@ type Config struct {
 	// Restored marks the first start after a restore: the store is expected
 	// to be behind the audit log, and every category gets a new KEK version.
 	Restored bool
+	// RestoreOrder is what the officers have decided about the restore.
+	RestoreOrder *RestoreOrder
 	// RotationRate is how many content keys a second rotations move at most.
 	// Zero: as many as the token can.
 	RotationRate int

@@ -233,8 +233,8 @@ func (e Evidence) verifyApprovals(t Trust) error {
 		}
 		copy(f.to, b)
 	}
-	if p.Kind == KindGenesis && e.Nonce != p.Genesis.Nonce {
-		return errors.New("the nonce is not that of the genesis plan")
+	if nonce, offline := p.offlineNonce(); offline && e.Nonce != nonce {
+		return errors.New("the nonce is not that of the plan")
 	}
 	if e.Needed < 2 {
 		return fmt.Errorf("%d approvals were needed: this custody has no officers, so nobody vouches for what it says", e.Needed)
@@ -279,8 +279,8 @@ func (e Evidence) verifyLog(t Trust) error {
 	}
 	if pinned, ok := t.AuditKey.(interface{ Equal(crypto.PublicKey) bool }); ok && !pinned.Equal(key) {
 		return errors.New("the key of the audit log is not the trusted one")
-	} else if !ok && e.Plan.Kind == KindGenesis {
-		return errors.New("a genesis was before the key of the audit log: give that key (custodianctl audit key prints it)")
+	} else if _, offline := e.Plan.offlineNonce(); !ok && offline {
+		return fmt.Errorf("what officers sign of a %s does not name the key of the audit log: give that key (custodianctl audit key prints it)", e.Plan.Kind)
 	}
 	signed, err := checkpoint.Verify([]byte(e.Log.Checkpoint), key)
 	if err != nil {
@@ -337,7 +337,7 @@ func (e Evidence) matchEntries(entries []audit.Entry) error {
 	if len(entries) == 0 || !isDone(entries[len(entries)-1], done) || count[actionCeremonyDone] != 1 {
 		return errors.New("the last entry of the audit log does not say what the file says")
 	}
-	if e.Plan.Kind == KindGenesis {
+	if _, offline := e.Plan.offlineNonce(); offline {
 		return nil // what came before was done without a daemon
 	}
 	if count[string(ActionPropose)] != 1 || count[string(ActionApprove)] != len(e.Approvals) || count[string(ActionExecute)] != 1 {

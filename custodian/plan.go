@@ -49,6 +49,7 @@ const (
 	KindImport PlanKind = "import" // keys that others have made may come in
 	KindExport PlanKind = "export" // keys may go out to who takes them by push
 
+	KindRestore          PlanKind = "restore"           // a backup takes the place of a lost store, by custodiand restore
 	KindCallerCompromise PlanKind = "caller-compromise" // a caller is stopped, and what it was given decided about
 	KindDestroy          PlanKind = "destroy"           // retired KEK versions are erased
 	KindCategoryPolicy   PlanKind = "category-policy"   // mode and standing approval of categories
@@ -90,6 +91,7 @@ type Plan struct {
 
 	KIDs      []string       `yaml:"kids,omitempty" json:"kids,omitempty"` // of the keys that may come in
 	Recipient *PlanRecipient `yaml:"recipient,omitempty" json:"recipient,omitempty"`
+	Backup    *BackupPlan    `yaml:"backup,omitempty" json:"backup,omitempty"`
 
 	Mode     string        `yaml:"mode,omitempty" json:"mode,omitempty"` // one of PlanModes
 	NewBatch *NewBatchPlan `yaml:"new_batch,omitempty" json:"new_batch,omitempty"`
@@ -147,6 +149,7 @@ var sections = []struct {
 	{"helper_keys", func(p *Plan) bool { return p.HelperKeys }},
 	{"kids", func(p *Plan) bool { return len(p.KIDs) > 0 }},
 	{"recipient", func(p *Plan) bool { return p.Recipient != nil }},
+	{"backup", func(p *Plan) bool { return p.Backup != nil }},
 	{"mode", func(p *Plan) bool { return p.Mode != "" }},
 	{"new_batch", func(p *Plan) bool { return p.NewBatch != nil }},
 	{"content", func(p *Plan) bool { return len(p.Content) > 0 }},
@@ -173,6 +176,7 @@ var planSections = map[PlanKind][]string{
 	KindImport: {"content", "kids"},
 	KindExport: {"content", "recipient"},
 
+	KindRestore:          {"backup"},
 	KindCallerCompromise: {"callers", "categories?", "decision"},
 	KindDestroy:          {"key_versions"},
 	KindCategoryPolicy:   {"categories", "mode?", "new_batch?"},
@@ -270,6 +274,9 @@ func (p *Plan) check() error {
 	}
 	if p.Genesis != nil {
 		faults = append(faults, p.Genesis.check()...)
+	}
+	if p.Backup != nil {
+		faults = append(faults, p.Backup.check()...)
 	}
 	if len(p.Officers) > 0 {
 		faults = append(faults, p.checkOfficers()...)

@@ -501,8 +501,8 @@ func (a *app) ceremonySignCmd() *cobra.Command {
 	var k officerKey
 	var out string
 	c := leaf(&cobra.Command{
-		Use:   "sign GENESIS-PLAN",
-		Short: "Approve a genesis plan, before there is a daemon (every officer)",
+		Use:   "sign PLAN",
+		Short: "Approve a plan of genesis or restore, for which there is no daemon (officer)",
 		Example: `  custodianctl ceremony sign genesis.yaml --officer-key anna.key --out anna.sig
   custodiand init -config FILE -plan genesis.yaml -approval anna.sig -approval ben.sig -approval cleo.sig`,
 	}, cobra.ExactArgs(1), func(_ context.Context, args []string) (err error) {
@@ -510,7 +510,7 @@ func (a *app) ceremonySignCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		ch, err := p.GenesisChallenge()
+		ch, err := p.OfflineChallenge()
 		if err != nil {
 			return invalid(fmt.Errorf("%s: %w", args[0], err))
 		}
@@ -525,7 +525,7 @@ func (a *app) ceremonySignCmd() *cobra.Command {
 				approval.Officer = o.Name
 			}
 		}
-		if approval.Officer == "" {
+		if approval.Officer == "" && p.Kind == custodian.KindGenesis {
 			return invalid(fmt.Errorf("%s: your key is not that of an officer in the plan; nothing was signed", args[0]))
 		}
 		if approval.Signature, err = ch.Sign(custodian.ActApprove, key); err != nil {
@@ -538,7 +538,10 @@ func (a *app) ceremonySignCmd() *cobra.Command {
 		if err := writeNew(out, append(b, '\n')); err != nil {
 			return fmt.Errorf("write %s: %w", out, err)
 		}
-		return a.printf("%s has signed the genesis plan %x\n", plain(approval.Officer), p.Digest())
+		if approval.Officer == "" { // a restore's plan names nobody: its backup does
+			approval.Officer = "this key"
+		}
+		return a.printf("%s has signed the %s plan %x\n", plain(approval.Officer), p.Kind, p.Digest())
 	})
 	k.flags(c)
 	c.Flags().StringVar(&out, "out", "", "`FILE` to write")

@@ -10,8 +10,8 @@ import (
 	"github.com/keycustody/custodian/custodian"
 )
 
-// readGenesis reads a genesis plan and what the officers have signed; nil where
-// there is no plan.
+// readGenesis reads a plan that was signed without a daemon, and what the officers
+// have signed; nil where there is no plan.
 func readGenesis(plan string, approvals []string) (*custodian.Genesis, error) {
 	if plan == "" {
 		if len(approvals) > 0 {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,9 @@ func restoreCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 	fs, path := flags("custodiand restore", stderr)
 	from := fs.String("from", "", "backup file, as custodianctl backup create wrote it")
 	identity := fs.String("identity", "", "file with the age identity that the backup is encrypted to")
+	plan := fs.String("plan", "", "plan of kind restore, where the backup has officers")
+	var approvals []string
+	fs.Func("approval", "what custodianctl ceremony sign wrote for an officer, again for each", func(s string) error { approvals = append(approvals, s); return nil })
 	if err := parse(fs, args); err != nil {
 		return err
 	}
@@ -31,7 +35,11 @@ func restoreCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 	if err != nil {
 		return err
 	}
-	report, err := restore(ctx, c, *from, *identity, c.logger(stderr))
+	order, err := readRestoreOrder(*plan, approvals, *from)
+	if err != nil {
+		return usageError{err}
+	}
+	report, err := restore(ctx, c, *from, *identity, order, c.logger(stderr))
 	if err != nil {
 		return fmt.Errorf("restore: %w", err)
 	}
@@ -43,7 +51,7 @@ func restoreCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 // restore puts a backup back where no store is. The store is worked on under
 // another name and takes its place last, so that an interrupted restore is
 // simply run again.
-func restore(ctx context.Context, c *Config, from, identity string, log *slog.Logger) (rep custodian.RestoreReport, err error) {
+func restore(ctx context.Context, c *Config, from, identity string, order *custodian.RestoreOrder, log *slog.Logger) (rep custodian.RestoreReport, err error) {
 	policy, err := c.policy(nil)
 	if err != nil {
 		return rep, err
@@ -82,7 +90,9 @@ func restore(ctx context.Context, c *Config, from, identity string, log *slog.Lo
 	if p.token, err = openToken(ctx, c, log); err != nil {
 		return rep, err
 	}
-	if rep, err = custodian.Restore(ctx, p.config(c, policy, log)); err != nil {
+	cfg := p.config(c, policy, log)
+	cfg.RestoreOrder = order
+	if rep, err = custodian.Restore(ctx, cfg); err != nil {
 		return rep, err
 	}
 	closed = true
@@ -93,6 +103,27 @@ func restore(ctx context.Context, c *Config, from, identity string, log *slog.Lo
 		return rep, err
 	}
 	return rep, syncDir(c.DataDir)
+}
+
+// readRestoreOrder reads the plan of a restore, what the officers have signed, and
+// the digest of the backup; nil where there is no plan.
+func readRestoreOrder(plan string, approvals []string, from string) (*custodian.RestoreOrder, error) {
+	signed, err := readGenesis(plan, approvals)
+	if err != nil || signed == nil {
+		return nil, err
+	}
+	o := &custodian.RestoreOrder{Plan: signed.Plan, Approvals: signed.Approvals}
+	f, err := os.Open(from)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return nil, fmt.Errorf("backup %s: %w", from, err)
+	}
+	o.SHA256 = [32]byte(h.Sum(nil))
+	return o, nil
 }
 
 // openLogForRestore opens the audit log, which knows what the backup lacks,
