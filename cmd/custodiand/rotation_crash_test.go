@@ -47,6 +47,7 @@ func custodyOf(t *testing.T, profile string, items int) (*custody, *ledger) {
 	t.Helper()
 	c := provision(t)
 	c.edit(`mek_profile: ""`, "mek_profile: "+profile)
+	c.patient()
 	c.mustRun("init", "-config", c.dev.configFile())
 	c.mustStart()
 	if _, err := c.dial(custodian.RoleOfficer).CreateCategory(t.Context(), &v1.CreateCategoryRequest{Name: "movies"}); err != nil {
