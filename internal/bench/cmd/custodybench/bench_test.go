@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 var figures = []string{"callback_per_s_c32", "callback_per_s_c128", "echo_per_s_c32", "echo_per_s_c128", "echo_append_per_s_c128",
 	"callback_p50_us_c32", "callback_p99_us_c128", "callback_vs_echo_c32", "callback_vs_echo_c128", "callback_vs_echo_append_c128", "callback_vs_tuned_echo_c128",
 	"keys_per_s_8kid_vs_1kid", "token_decrypt_per_s", "server_cpu_us_per_key", "client_cpu_us_per_call",
-	"issue_ceks_per_s", "issue_ceks_per_s_batch50", "widevine_ceks_per_s_batch50", "speke_ceks_per_s_batch50", "seed_ceks_per_s", "retrieve_p50_1m_vs_10k", "rss_anon_mb_1m",
+	"issue_ceks_per_s", "issue_ceks_per_s_batch50", "widevine_ceks_per_s_batch50", "speke_ceks_per_s_batch50", "speke1_ceks_per_s", "playready_ceks_per_s", "seed_ceks_per_s", "retrieve_p50_1m_vs_10k", "rss_anon_mb_1m",
 	"callback_p99_kms_hang_vs_quiet", "rewrap_vs_token_rate", "callback_p99_rewrap_vs_quiet", "callback_cold_p99_ms",
 	"callback_vs_echo_c128_unsigned",
 	"audit_entries_per_s_c1", "audit_entries_per_s_c32", "audit_entries_per_s_c128", "audit_verify_entries_per_s",

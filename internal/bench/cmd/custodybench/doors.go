@@ -21,10 +21,12 @@ import (
 	"github.com/keycustody/custodian/internal/rpc"
 )
 
-// Calls for new keys by the Widevine API and by SPEKE 2.0.
+// Calls for new keys by the front doors of packagers.
 const (
-	methodWidevine = "widevine"
-	methodSPEKE    = "speke"
+	methodWidevine  = "widevine"
+	methodSPEKE     = "speke" // 2.0
+	methodSPEKE1    = "speke1"
+	methodPlayReady = "playready"
 )
 
 // serveDoors is the real stack behind the listener of packagers.
@@ -66,14 +68,22 @@ func (r *rig) doors(ctx context.Context) error {
 		return err
 	}
 	for range r.scale.rounds {
-		for _, method := range []string{methodWidevine, methodSPEKE} {
-			l, err := r.load(ctx, s, loadSpec{method: method, inFlight: 8, batch: 50})
+		for _, door := range []struct {
+			method, suffix string
+			batch          int
+		}{
+			{methodWidevine, "_batch50", 50},
+			{methodSPEKE, "_batch50", 50},
+			{methodSPEKE1, "", 1},
+			{methodPlayReady, "", 1}, // it knows one key a request
+		} {
+			l, err := r.load(ctx, s, loadSpec{method: door.method, inFlight: 8, batch: door.batch})
 			if err != nil {
 				return err
 			}
-			r.table.add(method+"_ceks_per_s_batch50", l.keysPerSecond())
-			r.table.add(method+"_p50_us_batch50", l.P50)
-			r.table.add(method+"_p99_us_batch50", l.P99)
+			r.table.add(door.method+"_ceks_per_s"+door.suffix, l.keysPerSecond())
+			r.table.add(door.method+"_p50_us"+door.suffix, l.P50)
+			r.table.add(door.method+"_p99_us"+door.suffix, l.P99)
 		}
 	}
 	return r.stopAll()
@@ -167,4 +177,36 @@ func (c *caller) speke(ctx context.Context) (int, error) {
 	}
 	c.size = len(b)
 	return c.batch, nil
+}
+
+// speke1 asks for the key of a content item that is not there yet.
+func (c *caller) speke1(ctx context.Context) (int, error) {
+	var kid custodian.KID
+	rand.Read(kid[:])
+	request := fmt.Sprintf(`<cpix:CPIX xmlns:cpix="urn:dashif:org:cpix" id="%s"><cpix:ContentKeyList><cpix:ContentKey kid="%s"/></cpix:ContentKeyList>`+
+		`<cpix:DRMSystemList><cpix:DRMSystem kid="%s" systemId="%s"><cpix:PSSH/></cpix:DRMSystem></cpix:DRMSystemList></cpix:CPIX>`,
+		rand.Text(), kid, kid, fronts.Widevine)
+	return c.askOne(ctx, "speke", "application/xml", request, "<pskc:PlainValue>")
+}
+
+// playReady asks for the key of a content item that is not there yet.
+func (c *caller) playReady(ctx context.Context) (int, error) {
+	request := fmt.Sprintf(`<soap:Envelope xmlns:soap="http://schemas.xmlsoap.org/soap/envelope/"><soap:Body><AcquirePackagingData xmlns="http://schemas.microsoft.com/DRM/2007/03/protocols">`+
+		`<challenge xmlns="http://schemas.microsoft.com/DRM/2007/03/protocols/AcquirePackagingData/v1.0"><ProtectionSystems><ProtectionSystemId>%s</ProtectionSystemId></ProtectionSystems>`+
+		`<StreamProtectionRequests><StreamInformation><ProgramIdentifier>%s</ProgramIdentifier><OffsetFromProgramStart>P0S</OffsetFromProgramStart></StreamInformation></StreamProtectionRequests>`+
+		`</challenge></AcquirePackagingData></soap:Body></soap:Envelope>`, fronts.PlayReady, rand.Text())
+	return c.askOne(ctx, "playready", "text/xml; charset=utf-8", request, "<KeyData>")
+}
+
+// askOne sends a request for one key, whose answer has the mark once.
+func (c *caller) askOne(ctx context.Context, door, contentType, request, mark string) (int, error) {
+	b, err := c.door.post(ctx, door, http.Header{"Content-Type": {contentType}}, []byte(request))
+	if err != nil {
+		return 0, err
+	}
+	if bytes.Count(b, []byte(mark)) != 1 {
+		return 0, fmt.Errorf("%s: no key: %s", door, b)
+	}
+	c.size = len(b)
+	return 1, nil
 }

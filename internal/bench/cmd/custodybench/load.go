@@ -31,7 +31,7 @@ import (
 
 // A loadSpec is what one run of the load process does.
 type loadSpec struct {
-	method   string // methodRetrieve, methodIssue, methodWidevine or methodSPEKE
+	method   string // methodRetrieve and so on
 	inFlight int
 	batch    int    // keys of a call
 	kids     string // file of KIDs to draw from
@@ -64,7 +64,7 @@ func load(ctx context.Context, args []string) error {
 	pki := fs.String("pki", "", "folder of the certificates")
 	addr := fs.String("addr", "", "address of the server")
 	pid := fs.Int("pid", 0, "process of the server")
-	method := fs.String("method", methodRetrieve, "retrieve, issue or widevine")
+	method := fs.String("method", methodRetrieve, "what is called: retrieve, issue, or a front door of packagers")
 	kidsFile := fs.String("kids", "", "file of KIDs")
 	inFlight := fs.Int("inflight", 1, "calls in flight")
 	batch := fs.Int("batch", 1, "keys of a call")
@@ -198,7 +198,8 @@ type caller struct {
 }
 
 func (c *caller) run(ctx context.Context, phase *atomic.Int32) {
-	call := map[string]func(context.Context) (int, error){methodRetrieve: c.retrieve, methodIssue: c.issue, methodWidevine: c.widevine, methodSPEKE: c.speke}[c.method]
+	call := map[string]func(context.Context) (int, error){methodRetrieve: c.retrieve, methodIssue: c.issue, methodWidevine: c.widevine,
+		methodSPEKE: c.speke, methodSPEKE1: c.speke1, methodPlayReady: c.playReady}[c.method]
 	for phase.Load() != ended && ctx.Err() == nil {
 		start := time.Now()
 		n, err := call(ctx)
