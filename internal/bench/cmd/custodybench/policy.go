@@ -17,6 +17,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/rpc"
 )
 
 const rolePolicy = "policy"
@@ -83,6 +84,7 @@ func policyCost(ctx context.Context, args []string) error {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
+	rpc.TuneRuntime() // as custodiand
 	who := custodian.Caller{ID: identity(custodian.RoleProvider), Roles: []custodian.Role{custodian.RoleProvider}}
 	plain, err := custodian.NewPolicy([]custodian.Grant{{Identity: who.ID, Role: custodian.RoleProvider, Categories: []custodian.CategoryName{category}}})
 	if err != nil {
