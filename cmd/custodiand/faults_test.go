@@ -47,6 +47,15 @@ func (s *served) issue(content string) (*v1.IssueContentKeysResponse, error) {
 // get is one callback; it returns the reason of a refusal.
 func (s *served) get() string {
 	s.t.Helper()
+	got := s.getOnce()
+	for again := 0; got == "DEADLINE" && again < 3; again++ {
+		got = s.getOnce() // a disk that stalls under other tests is not what is asked
+	}
+	return got
+}
+
+func (s *served) getOnce() string {
+	s.t.Helper()
 	res, err := s.provider.GetContentKeys(s.t.Context(), &v1.GetContentKeysRequest{Kids: [][]byte{s.kid}})
 	if err != nil {
 		if r := client.ReasonOf(err); r != "" {
