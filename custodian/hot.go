@@ -77,6 +77,17 @@ type keptCEK struct {
 	until  time.Time
 }
 
+// CheckHotTitle says what is wrong with keeping the CEKs of a category so long.
+func CheckHotTitle(name CategoryName, life time.Duration) error {
+	if err := name.Check(); err != nil {
+		return err
+	}
+	if life < time.Second || life > MaxHotTitle {
+		return fmt.Errorf("%s: must be 1s to %s", life, MaxHotTitle)
+	}
+	return nil
+}
+
 func newHotTitles(lifetimes map[CategoryName]time.Duration, clock *steady) (*hotTitles, error) {
 	h := &hotTitles{lifetimes: lifetimes, clock: clock, kept: map[KID]*keptCEK{}}
 	h.spare.New = func() any { return new(flight) }
@@ -84,11 +95,8 @@ func newHotTitles(lifetimes map[CategoryName]time.Duration, clock *steady) (*hot
 		h.flights[i].by = map[KID]*flight{}
 	}
 	for name, life := range lifetimes {
-		if err := name.Check(); err != nil {
-			return nil, fmt.Errorf("hot titles: %w", err)
-		}
-		if life < time.Second || life > MaxHotTitle {
-			return nil, fmt.Errorf("hot titles: category %s: %s: must be 1s to %s", name, life, MaxHotTitle)
+		if err := CheckHotTitle(name, life); err != nil {
+			return nil, fmt.Errorf("hot titles: category %s: %w", name, err)
 		}
 	}
 	if len(lifetimes) == 0 {

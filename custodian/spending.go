@@ -229,10 +229,11 @@ func (c *counter) forget(now time.Time, window time.Duration) {
 	c.turn, c.soft, c.slowed = now.Add(window), false, false
 }
 
-// fits says whether one more key is within the rate.
-func (c *counter) fits(b *Budget, now time.Time) bool {
+// next is when the bucket of the rate is full again after one more key, and
+// whether that is within the rate.
+func (c *counter) next(b *Budget, now time.Time) (full time.Time, ok bool) {
 	if b.Rate == 0 {
-		return true
+		return c.full, true
 	}
 	burst := float64(MaxKIDsPerCall)
 	if b.Action == ActionReissue {
@@ -244,11 +245,7 @@ func (c *counter) fits(b *Budget, now time.Time) bool {
 		next = now
 	}
 	next = next.Add(time.Duration(float64(time.Second) / b.Rate))
-	if next.Sub(now) > allowed {
-		return false
-	}
-	c.full = next
-	return true
+	return next, next.Sub(now) <= allowed
 }
 
 func (l *ledger) account(caller string) *account {
@@ -294,7 +291,7 @@ func (c *Custodian) spend(p *Policy, who Caller, action Action, category Categor
 			a.counters[budgetScope{action, b.Category}] = n
 		}
 		n.forget(now, b.Window)
-		if !n.fits(b, now) {
+		if _, ok := n.next(b, now); !ok {
 			a.tell(n, b, IncidentBudgetRate, &n.slowed, now)
 			return fmt.Errorf("more than %g keys a second: %w", b.Rate, ErrRate)
 		}
@@ -314,6 +311,7 @@ func (c *Custodian) spend(p *Policy, who Caller, action Action, category Categor
 		}
 		n := a.counters[budgetScope{action, b.Category}]
 		n.add(kid)
+		n.full, _ = n.next(b, now)
 		if b.SoftKIDs > 0 && n.count() > b.SoftKIDs {
 			a.tell(n, b, IncidentBudgetSoft, &n.soft, now)
 		}

@@ -4,7 +4,6 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"fmt"
-	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -222,17 +221,9 @@ func TestNoAnchor(t *testing.T) {
 	if got := c.http("/readyz"); got != http.StatusServiceUnavailable {
 		t.Errorf("readyz: %d, want 503", got)
 	}
-	res, err := http.Get("http://" + c.admin + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer res.Body.Close()
-	metrics, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	metrics := c.metrics()
 	for _, want := range []string{`custodian_audit_blocked 1`, `custodian_audit_anchor_lag_entries{anchor="worm",kind="directory"}`, `custodian_audit_anchor_failures_total{anchor="worm"`} {
-		if !strings.Contains(string(metrics), want) {
+		if !strings.Contains(metrics, want) {
 			t.Errorf("the metrics do not have %s", want)
 		}
 	}

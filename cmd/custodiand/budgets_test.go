@@ -246,6 +246,9 @@ func TestTokenReplayAfterKill(t *testing.T) {
 		_, err := c.dial(role).GetContentKeys(t.Context(), &v1.GetContentKeysRequest{Kids: [][]byte{resp.Keys[0].Key.Kid}, LicenceToken: token})
 		return client.ReasonOf(err)
 	}
+	if want := "\ncustodian_token_keys_load_timestamp_seconds{issuer="; !strings.Contains(c.metrics(), want) {
+		t.Errorf("the metrics have no %q", want)
+	}
 	once, often := sign("film"), sign("film")
 	if got := get(custodian.RoleProvider, once); got != "" {
 		t.Fatalf("first use: %s", got)

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -293,24 +294,9 @@ func (c *Config) check() error {
 	}
 	need("data_dir", c.DataDir)
 	need("hsm.module", c.HSM.Module)
-	if _, err := os.Stat(c.HSM.Module); c.HSM.Module != "" && err != nil {
-		fault("hsm.module", "%w", err)
-	}
 	need("hsm.token", c.HSM.Token)
-	if len(c.HSM.Token) > 7 && c.HSM.Token[:7] == "pkcs11:" {
-		if _, err := hsm.ParseURI(c.HSM.Token); err != nil {
-			fault("hsm.token", "%w", err)
-		}
-	}
 	private("hsm.pin_file", c.HSM.PINFile)
-	if n := c.HSM.MaxSessions; n != 0 && n < hsm.MinSessions {
-		fault("hsm.max_sessions", "%d: must be 0, for the profile's own, or at least %d", n, hsm.MinSessions)
-	}
-	switch custodian.MEKProfile(c.HSM.MEKProfile) {
-	case "", custodian.ProfileSealed, custodian.ProfileRotatable:
-	default:
-		fault("hsm.mek_profile", "%q: must be sealed or rotatable", c.HSM.MEKProfile)
-	}
+	faults = append(faults, c.HSM.check()...)
 	faults = append(faults, c.KMS.check()...)
 	need("tls.cert_file", c.TLS.CertFile)
 	private("tls.key_file", c.TLS.KeyFile)
@@ -333,29 +319,12 @@ func (c *Config) check() error {
 		faults = append(faults, err)
 	}
 	faults = append(faults, c.Audit.check()...)
-	if c.Limits.CallbackDeadline < time.Millisecond || c.Limits.CallbackDeadline > time.Minute {
-		fault("limits.callback_deadline", "%s: must be 1ms to 1m", c.Limits.CallbackDeadline)
-	}
-	if c.Limits.KEKLifetime < time.Second || c.Limits.KEKLifetime > 24*time.Hour {
-		fault("limits.kek_lifetime", "%s: must be 1s to 24h", c.Limits.KEKLifetime)
-	}
+	faults = append(faults, c.Limits.check()...)
 	if c.Events.DailyCap < 0 || c.Events.DailyCap > 24 {
 		fault("events.daily_cap", "%d: must be 0 to 24", c.Events.DailyCap)
 	}
 	if c.Events.MinInterval < 0 || c.Events.MinInterval > 24*time.Hour {
 		fault("events.min_interval", "%s: must be positive, 24h at most", c.Events.MinInterval)
-	}
-	if c.Limits.RotationRate < 0 {
-		fault("limits.rotation_rate", "%d: must not be negative; 0 is as many as the token can", c.Limits.RotationRate)
-	}
-	for name, life := range c.Limits.HotTitles {
-		key := "limits.hot_titles." + name
-		if err := custodian.CategoryName(name).Check(); err != nil {
-			fault(key, "%w", err)
-		}
-		if life < time.Second || life > custodian.MaxHotTitle {
-			fault(key, "%s: must be 1s to %s", life, custodian.MaxHotTitle)
-		}
 	}
 	if err := new(slog.Level).UnmarshalText([]byte(c.Log.Level)); err != nil {
 		fault("log.level", "%q: must be debug, info, warn or error", c.Log.Level)
@@ -364,6 +333,52 @@ func (c *Config) check() error {
 		fault("log.format", "%q: must be text or json", c.Log.Format)
 	}
 	return errors.Join(faults...)
+}
+
+func (c LimitsConfig) check() []error {
+	var faults []error
+	fault := func(key, format string, args ...any) {
+		faults = append(faults, fmt.Errorf("limits."+key+": "+format, args...))
+	}
+	if c.CallbackDeadline < time.Millisecond || c.CallbackDeadline > time.Minute {
+		fault("callback_deadline", "%s: must be 1ms to 1m", c.CallbackDeadline)
+	}
+	if c.KEKLifetime < time.Second || c.KEKLifetime > 24*time.Hour {
+		fault("kek_lifetime", "%s: must be 1s to 24h", c.KEKLifetime)
+	}
+	if c.RotationRate < 0 {
+		fault("rotation_rate", "%d: must not be negative; 0 is as many as the token can", c.RotationRate)
+	}
+	for name, life := range c.HotTitles {
+		if err := custodian.CheckHotTitle(custodian.CategoryName(name), life); err != nil {
+			fault("hot_titles."+name, "%w", err)
+		}
+	}
+	return faults
+}
+
+func (c HSMConfig) check() []error {
+	var faults []error
+	fault := func(key, format string, args ...any) {
+		faults = append(faults, fmt.Errorf("hsm."+key+": "+format, args...))
+	}
+	if _, err := os.Stat(c.Module); c.Module != "" && err != nil {
+		fault("module", "%w", err)
+	}
+	if strings.HasPrefix(c.Token, "pkcs11:") {
+		if _, err := hsm.ParseURI(c.Token); err != nil {
+			fault("token", "%w", err)
+		}
+	}
+	if n := c.MaxSessions; n != 0 && n < hsm.MinSessions {
+		fault("max_sessions", "%d: must be 0, for the profile's own, or at least %d", n, hsm.MinSessions)
+	}
+	switch custodian.MEKProfile(c.MEKProfile) {
+	case "", custodian.ProfileSealed, custodian.ProfileRotatable:
+	default:
+		fault("mek_profile", "%q: must be sealed or rotatable", c.MEKProfile)
+	}
+	return faults
 }
 
 func (c KMSConfig) check() []error {

@@ -80,7 +80,6 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if d.certs, err = certs.NewServer(d.config.serverCerts(d.log)); err != nil {
 		return err
 	}
-	d.metrics = prometheus.NewRegistry()
 	_, recipients, err := d.config.CPIX.load()
 	if err != nil {
 		return err
@@ -96,42 +95,22 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if d.webhook, err = newWebhook(d.config.KMS.Webhook, d.book, d.log); err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", d.config.Listen)
+	l, err := d.listen()
 	if err != nil {
-		return fmt.Errorf("listen: %w", err)
-	}
-	admin, err := net.Listen("tcp", d.config.AdminListen)
-	if err != nil {
-		listener.Close()
-		return fmt.Errorf("admin_listen: %w", err)
-	}
-	packagers, err := d.listenPackagers()
-	if err != nil {
-		listener.Close()
-		admin.Close()
 		return err
 	}
-	twin, err := d.listenTwin()
-	if err != nil {
-		listener.Close()
-		admin.Close()
-		if packagers != nil {
-			packagers.Close()
-		}
-		return err
-	}
-	d.log.Info("listening", "listen", listener.Addr().String(), "admin", admin.Addr().String())
+	d.log.Info("listening", "listen", l.grpc.Addr().String(), "admin", l.admin.Addr().String())
 	// The parts outlive the calls that use them.
 	defer func() { err = errors.Join(err, d.closeParts(context.WithoutCancel(ctx))) }()
 
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return d.server.Serve(gctx, listener, d.config.Limits.DrainTimeout) })
-	g.Go(func() error { return d.serveAdmin(gctx, admin) })
-	if packagers != nil {
-		g.Go(func() error { return d.servePackagers(gctx, packagers) })
+	g.Go(func() error { return d.server.Serve(gctx, l.grpc, d.config.Limits.DrainTimeout) })
+	g.Go(func() error { return d.serveAdmin(gctx, l.admin) })
+	if l.packagers != nil {
+		g.Go(func() error { return d.servePackagers(gctx, l.packagers) })
 	}
-	if twin != nil {
-		g.Go(func() error { return d.server.ServeTwin(gctx, twin, d.config.Limits.DrainTimeout) })
+	if l.twin != nil {
+		g.Go(func() error { return d.server.ServeTwin(gctx, l.twin, d.config.Limits.DrainTimeout) })
 	}
 	g.Go(func() error { d.certs.Run(gctx, 5*time.Second); return nil })
 	g.Go(func() error { d.heedHangups(gctx, hup); return nil })
@@ -141,8 +120,39 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if d.webhook != nil {
 		g.Go(func() error { d.webhook.run(gctx); return nil })
 	}
-	g.Go(func() error { return d.begin(gctx, policy, listener.Addr(), admin.Addr()) })
+	g.Go(func() error { return d.begin(gctx, policy, l.grpc.Addr(), l.admin.Addr()) })
 	return g.Wait()
+}
+
+// listeners are the daemon's; packagers and twin are nil where there are none.
+type listeners struct{ grpc, admin, packagers, twin net.Listener }
+
+// listen opens all listeners, or none.
+func (d *daemon) listen() (l listeners, err error) {
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	if l.grpc, err = net.Listen("tcp", d.config.Listen); err != nil {
+		return l, fmt.Errorf("listen: %w", err)
+	}
+	if l.admin, err = net.Listen("tcp", d.config.AdminListen); err != nil {
+		return l, fmt.Errorf("admin_listen: %w", err)
+	}
+	if l.packagers, err = d.listenPackagers(); err != nil {
+		return l, err
+	}
+	l.twin, err = d.listenTwin()
+	return l, err
+}
+
+func (l listeners) close() {
+	for _, one := range []net.Listener{l.grpc, l.admin, l.packagers, l.twin} {
+		if one != nil {
+			one.Close()
+		}
+	}
 }
 
 // begin opens the parts and begins service, then keeps house until ctx ends.

@@ -96,6 +96,14 @@ func TestMoveCategory(t *testing.T) {
 // value.
 func (c *custody) wantMetric(line string) {
 	c.t.Helper()
+	if !strings.Contains("\n"+c.metrics(), "\n"+line+"\n") {
+		c.t.Errorf("the metrics have no %s", line)
+	}
+}
+
+// metrics are what the daemon shows at /metrics.
+func (c *custody) metrics() string {
+	c.t.Helper()
 	res, err := http.Get("http://" + c.admin + "/metrics")
 	if err != nil {
 		c.t.Fatal(err)
@@ -105,9 +113,7 @@ func (c *custody) wantMetric(line string) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	if !strings.Contains("\n"+string(all), "\n"+line+"\n") {
-		c.t.Errorf("the metrics have no %s", line)
-	}
+	return string(all)
 }
 
 // seed makes the category movies with so many KEK versions and a content key
