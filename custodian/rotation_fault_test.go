@@ -73,6 +73,7 @@ func TestLongRotationFaults(t *testing.T) {
 func rotationFaults(t *testing.T, seldom []string) {
 	for _, d := range rotationDeeds {
 		t.Run(d.name, func(t *testing.T) {
+			t.Parallel() // half of the time it waits for the disk
 			w := profileWorld(t, d.profile)
 			w.category("movies")
 			w.fill("movies", "film", 2)

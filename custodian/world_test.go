@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -13,6 +14,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/custodian/custodiantest"
@@ -41,6 +44,9 @@ type world struct {
 	// answered are the keys that a caller got, by KID.
 	answered map[custodian.KID][]byte
 }
+
+// reserve of the audit log in a test, in bytes: each start reads all of it.
+const reserve = 64 << 10
 
 var (
 	packager = custodian.Caller{ID: "spiffe://test/packager", Roles: []custodian.Role{custodian.RolePackager}}
@@ -94,7 +100,7 @@ func bareWorld(t *testing.T) *world {
 	if w.st, err = store.Create(t.Context(), w.storePath(), store.Options{}); err != nil {
 		t.Fatal(err)
 	}
-	if w.log, err = audit.Create(w.auditDir(), audit.Options{}); err != nil {
+	if w.log, err = audit.Create(w.auditDir(), audit.Options{Reserve: reserve}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(w.close)
@@ -165,7 +171,7 @@ func (w *world) tryParts() (err error) {
 	}
 	w.logged = custodian.Logged{TrackKIDs: true, Budgets: w.cfg.Policy.Budgets()}
 	wrap := func(f audit.File) audit.File { return brokenFile{f, w.breaker} }
-	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment}); err != nil {
+	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment, Reserve: reserve}); err != nil {
 		return err
 	}
 	w.cfg.Store, w.cfg.Audit, w.cfg.Logged = brokenStore{w.st, w.breaker}, w.log, w.logged
@@ -397,11 +403,12 @@ func (w *world) entries(from uint64) []audit.Entry {
 func (w *world) saveStore() (putBack func()) {
 	w.t.Helper()
 	w.close()
-	saved := readFile(w.t, w.storePath())
+	saved := filepath.Join(w.t.TempDir(), "saved.db")
+	copyFile(w.t, w.storePath(), saved)
 	return func() {
 		w.t.Helper()
 		w.close()
-		writeFile(w.t, w.storePath(), saved)
+		copyFile(w.t, saved, w.storePath())
 	}
 }
 
@@ -434,18 +441,49 @@ func copyFolder(t *testing.T, from, to string) {
 		if d.IsDir() {
 			return os.MkdirAll(filepath.Join(to, rel), 0o700)
 		}
-		b, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		if d.Name() == "audit.log" { // the zeros behind are room, 4 MiB of it
-			b = b[:max(64, len(bytes.TrimRight(b, "\x00")))]
-		}
-		return os.WriteFile(filepath.Join(to, rel), b, 0o600)
+		copyFile(t, path, filepath.Join(to, rel))
+		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// copyFile copies a file, and leaves out the room in it that nothing was
+// written to: 16 MiB of a store, which stay a hole, and 4 MiB at the end of a
+// log, which it makes anew.
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("copy %s: %v", from, err)
+		}
+	}
+	in, err := os.Open(from)
+	check(err)
+	defer in.Close()
+	out, err := os.Create(to)
+	check(err)
+	defer out.Close()
+	info, err := in.Stat()
+	check(err)
+	end := int64(0)
+	for {
+		at, err := in.Seek(end, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break
+		}
+		check(err)
+		end, err = in.Seek(at, unix.SEEK_HOLE)
+		check(err)
+		_, err = io.Copy(io.NewOffsetWriter(out, at), io.NewSectionReader(in, at, end-at))
+		check(err)
+	}
+	if filepath.Base(from) != "audit.log" {
+		end = info.Size()
+	}
+	check(out.Truncate(end))
 }
 
 func readFile(t *testing.T, path string) []byte {
