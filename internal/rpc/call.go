@@ -45,7 +45,7 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	if err == nil {
 		resp, err = handler(ctx, req)
 	}
-	if err = s.end(ctx, c, err); err != nil {
+	if err = s.end(ctx, c, s.noteMalformed(ctx, c, err)); err != nil {
 		return nil, err
 	}
 	return resp, nil
@@ -68,6 +68,38 @@ type callStream struct {
 }
 
 func (s *callStream) Context() context.Context { return s.ctx }
+
+// malformed ends a call whose message does not decode.
+func (s *Server) malformed(ctx context.Context, fullMethod string) error {
+	ctx, c, done, err := s.begin(ctx, fullMethod, nil)
+	defer done()
+	if err == nil {
+		err = &custodian.InvalidError{Field: "message", Err: errMalformed}
+	}
+	return s.end(ctx, c, s.noteMalformed(ctx, c, err))
+}
+
+// asksForKeys are the calls whose malformed requests are written down: what they
+// would have come to.
+var asksForKeys = map[string]custodian.Action{
+	"KeyRetrievalService/GetContentKeys":  custodian.ActionRelease,
+	"KeyIssuanceService/IssueContentKeys": custodian.ActionIssue,
+}
+
+// noteMalformed has the domain write down that a request for keys was malformed,
+// as it writes down every other refusal of one, and returns what the caller is to
+// hear: err, or that it cannot be written down.
+func (s *Server) noteMalformed(ctx context.Context, c *call, err error) error {
+	action, ok := asksForKeys[c.method]
+	if err == nil || !ok || reasonOf(err) != reasonOf(custodian.ErrInvalid) {
+		return err
+	}
+	custody, away := s.custody()
+	if away != nil { // and so is the audit log
+		return err
+	}
+	return custody.Refuse(ctx, c.caller, custodian.Refusal{RequestID: c.requestID, Action: action, Door: c.method}, err)
+}
 
 // begin names the caller and the call, and bounds its time. The call is there
 // even with an error.

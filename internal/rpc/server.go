@@ -242,8 +242,7 @@ func (s *Server) register(desc *grpc.ServiceDesc, impl any) {
 						return err
 					}
 					if e.err != nil {
-						invalid := &custodian.InvalidError{Field: "message", Err: errMalformed}
-						return explain(ctx, invalid).statusOf(invalid, "").Err()
+						return s.malformed(ctx, "/"+desc.ServiceName+"/"+m.MethodName)
 					}
 					return nil
 				}, in)
