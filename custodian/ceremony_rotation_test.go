@@ -222,7 +222,7 @@ func TestCompromiseCeremony(t *testing.T) {
 // A crash after the execution: the next start orders the rotation once, and
 // ends the ceremony.
 func TestRotationCeremonyGoesOn(t *testing.T) {
-	for op, calls := range map[string]int{"store.Update": 2, "hsm.GenerateKey": 1, "audit.Sync": 2} {
+	for op, calls := range map[string]int{"store.Update": 2, "hsm.GenerateKey": 1, "audit.Sync": 4} {
 		for n := range 2 * calls { // each before and after doing it
 			nth, after := n/2+1, n%2 == 1
 			t.Run(fmt.Sprint(op, nth, after), func(t *testing.T) {
