@@ -194,15 +194,11 @@ func checkBundle(_ context.Context, _ *Custodian, set *controlSet, p *Plan, r *R
 		return refusePlan(ErrPlan, "the grants do not fit the officers: %v", err)
 	}
 	was, is := grantLines(set.authority.Grants), grantLines(p.Grants)
-	for _, g := range was {
-		if !slices.Contains(is, g) {
-			r.Changes = append(r.Changes, "taken away: "+g)
-		}
+	for _, g := range missing(was, is) {
+		r.Changes = append(r.Changes, "taken away: "+g)
 	}
-	for _, g := range is {
-		if !slices.Contains(was, g) {
-			r.Changes = append(r.Changes, "granted: "+g)
-		}
+	for _, g := range missing(is, was) {
+		r.Changes = append(r.Changes, "granted: "+g)
 	}
 	if len(r.Changes) == 0 {
 		return refusePlan(ErrPlan, "the grants are as the plan has them already")
@@ -212,17 +208,32 @@ func checkBundle(_ context.Context, _ *Custodian, set *controlSet, p *Plan, r *R
 
 func grantLines(all []PlanGrant) (lines []string) {
 	for _, g := range all {
-		line := fmt.Sprintf("%s as %s for %s", g.Identity, g.Role, strings.Join(g.Categories, ", "))
-		if len(g.Categories) == 0 {
-			line = fmt.Sprintf("%s as %s", g.Identity, g.Role)
+		lines = append(lines, g.line())
+	}
+	return lines
+}
+
+// line says a grant to people.
+func (g PlanGrant) line() string {
+	line := fmt.Sprintf("%s as %s", g.Identity, g.Role)
+	if len(g.Categories) > 0 {
+		line += " for " + strings.Join(g.Categories, ", ")
+	}
+	if g.Reissue {
+		line += ", with reissue"
+	}
+	if g.SPKI != "" {
+		line += ", key " + g.SPKI
+	}
+	return line
+}
+
+// missing are the lines of a that b has not.
+func missing(a, b []string) (lines []string) {
+	for _, line := range a {
+		if !slices.Contains(b, line) {
+			lines = append(lines, line)
 		}
-		if g.Reissue {
-			line += ", with reissue"
-		}
-		if g.SPKI != "" {
-			line += ", key " + g.SPKI
-		}
-		lines = append(lines, line)
 	}
 	return lines
 }

@@ -44,6 +44,8 @@ type ControlChange struct {
 	Action   string    `json:"action"`
 	Category string    `json:"category,omitempty"`
 	Detail   string    `json:"detail,omitempty"`
+
+	refs []audit.Ref
 }
 
 // Visit takes one entry in.
@@ -56,7 +58,7 @@ func (l *Logged) Visit(e *audit.Entry) error {
 	if len(e.ControlDigest) == 32 {
 		l.Revision, l.Digest = e.ControlRevision, [32]byte(e.ControlDigest)
 		if l.TrackKIDs {
-			l.Changes = append(l.Changes, ControlChange{e.ControlRevision, e.Time, e.Action, e.Category, e.Detail})
+			l.Changes = append(l.Changes, ControlChange{e.ControlRevision, e.Time, e.Action, e.Category, e.Detail, e.Refs})
 		}
 	}
 	if e.Action == actionRestored {

@@ -55,7 +55,8 @@ func TestMain(m *testing.M) {
 //	dev [-category NAME]...  start custodiand dev in ./dev, and set OFFICER,
 //	                         PACKAGER, PROVIDER, OPERATOR and AUDITOR to the
 //	                         config files of these callers
-//	reload                   have it read its configuration again, which must go well
+//	reload                   have it read its configuration again, which must go
+//	                         well; with ! it must be refused
 //	halt                     end it, which must go well
 //	exits N COMMAND...       run a command that must end with exit code N
 //	keep VAR FIELD           set VAR to the first FIELD in the JSON on stdout
@@ -166,12 +167,17 @@ func end(cmd *exec.Cmd) {
 	_ = cmd.Wait()
 }
 
-func reloadDev(ts *testscript.TestScript, _ bool, _ []string) {
+func reloadDev(ts *testscript.TestScript, neg bool, _ []string) {
 	before := len(ts.ReadFile("dev.log"))
 	ts.Check(ts.Value(processKey{}).(*process).cmd.Process.Signal(syscall.SIGHUP))
-	for end := time.Now().Add(time.Minute); !strings.Contains(ts.ReadFile("dev.log")[before:], "reloaded "); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) || strings.Contains(ts.ReadFile("dev.log")[before:], "stays") {
-			ts.Fatalf("custodiand dev did not reload:\n%s", ts.ReadFile("dev.log")[before:])
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		log := ts.ReadFile("dev.log")[before:]
+		done, refused := strings.Contains(log, "reloaded "), strings.Contains(log, "configuration stays")
+		if done && !neg || refused && neg {
+			return
+		}
+		if done || refused || time.Now().After(end) {
+			ts.Fatalf("custodiand dev: reload done %v, refused %v:\n%s", done, refused, log)
 		}
 	}
 }
