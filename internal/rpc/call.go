@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 	"time"
 
@@ -186,7 +185,7 @@ func (s *Server) end(ctx context.Context, c *call, err error) error {
 func (s *Server) refuse(ctx context.Context, c *call, err error, took time.Duration) row {
 	r := explain(ctx, err)
 	s.metrics.observe(c.method, string(r.reason), took)
-	s.report(ctx, c, r, err)
+	s.report(c, r, err)
 	return r
 }
 
@@ -215,15 +214,21 @@ func (e *sendError) Error() string { return e.err.Error() }
 func (e *sendError) Unwrap() error { return e.err }
 
 // report writes the real error of our own faults, and of refused certificates,
-// to the log: the caller hears neither.
-func (s *Server) report(ctx context.Context, c *call, r row, err error) {
-	level := slog.LevelError
+// to the log: the caller hears neither. What fails for everybody until it is
+// mended, and what anybody can bring about, is not written for each call, unless
+// the audit log cannot be, which has them else.
+func (s *Server) report(c *call, r row, err error) {
+	write := s.config.Log.Error
 	switch {
 	case r.reason == reasonIdentity:
-		level = slog.LevelWarn
+		write = s.config.Log.Warn
 	case !r.ours:
 		return
 	}
-	s.config.Log.LogAttrs(ctx, level, "call refused", slog.String("method", c.method), slog.String("reason", string(r.reason)),
-		slog.String("caller", c.caller.ID), slog.String("request_id", c.requestID), slog.String("error", err.Error()))
+	l := line{write, "call refused", []any{"method", c.method, "reason", string(r.reason), "caller", c.caller.ID, "request_id", c.requestID, "error", err}}
+	if r.reason == reasonIdentity || r.retry > 0 && r.reason != reasonOf(custodian.ErrAuditBlocked) {
+		s.repeats.say("call "+string(r.reason)+" "+c.caller.ID, l)
+		return
+	}
+	l.write(l.message, l.attrs...)
 }

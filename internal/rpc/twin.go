@@ -62,7 +62,7 @@ func (s *Server) ServeTwin(ctx context.Context, l net.Listener, drain time.Durat
 	config := s.config.Certs.TLSConfig()
 	config.NextProtos = []string{"http/1.1"}
 	served := make(chan error, 1)
-	go func() { served <- h.Serve(s.listen(l, config)) }()
+	go func() { served <- h.Serve(&frontListener{l, listenerTwin, config, s}) }()
 	select {
 	case err := <-served:
 		return fmt.Errorf("http listener: %w", err)
