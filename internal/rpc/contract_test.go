@@ -7,6 +7,8 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -603,6 +605,25 @@ func (d *drill) tokens(film []byte) {
 	refused("TOKEN_INVALID", "release denied", "a.b.c")
 	refused("TOKEN_EXPIRED", "release denied", token(map[string]any{"iat": time.Now().Unix() - 600, "exp": time.Now().Unix() - 570}))
 	refused("TOKEN_MISMATCH", "release denied", token(map[string]any{"content_id": "other"}))
+	// Of another certificate, as the handshake has shown it; and of one's own.
+	bound := func(who string) string {
+		d.client(who)
+		cert := d.browsers[who].Transport.(*http.Transport).TLSClientConfig.Certificates[0].Certificate[0]
+		sum := sha256.Sum256(cert)
+		return token(map[string]any{"cnf": map[string]string{"x5t#S256": base64.RawURLEncoding.EncodeToString(sum[:])}})
+	}
+	refused("TOKEN_MISMATCH", "release denied", bound(everybody))
+	if a := post(d.t, d.browsers[provider], d.twin, map[string]any{"kids": []string{custodian.KID(film).String()}, "licence_token": bound(provider)}); a.status != http.StatusOK {
+		d.t.Errorf("a token of the caller's own certificate: got %d and %+v", a.status, a.Error)
+	}
+	// The largest that the doors let in, and larger ones.
+	refused("TOKEN_INVALID", "release denied", strings.Repeat("A", 60<<10))
+	if _, err := d.client(provider).GetContentKeys(d.t.Context(), &v1.GetContentKeysRequest{Kids: [][]byte{film}, LicenceToken: strings.Repeat("A", 1<<20)}); status.Code(err) != codes.ResourceExhausted {
+		d.t.Errorf("1 MB by gRPC: got %v, want %v", err, codes.ResourceExhausted)
+	}
+	if a := post(d.t, d.browsers[provider], d.twin, map[string]any{"kids": []string{custodian.KID(film).String()}, "licence_token": strings.Repeat("A", 1<<20)}); a.status != http.StatusBadRequest || a.Error.Field != "body" {
+		d.t.Errorf("1 MB by HTTP: got %d and %+v, want 400 for the body", a.status, a.Error)
+	}
 	refused("TOKEN_KEYS_UNAVAILABLE", "release denied", token(map[string]any{"iss": "https://late.test"}))
 	once := token(nil)
 	results, err := d.core.Retrieve(d.t.Context(), d.caller(provider), custodian.RetrieveRequest{KIDs: []custodian.KID{custodian.KID(film)}, LicenceToken: once})
