@@ -74,6 +74,10 @@ type RestoreReport struct {
 	Destroyed []DestroyedKEK `json:"destroyed_keks,omitempty"`
 	// FrozenCallers were frozen after the backup, and are so again.
 	FrozenCallers []string `json:"frozen_callers"`
+	// Revoked sessions and issuers were revoked after the backup, and are so
+	// again; LostRevocations cannot be.
+	Revoked         []string         `json:"revoked,omitempty"`
+	LostRevocations []LostRevocation `json:"lost_revocations,omitempty"`
 }
 
 // A MissingKey is a KID that the audit log knows and the store does not.
@@ -129,6 +133,9 @@ func (c *Custodian) restore(ctx context.Context, cfg Config) (RestoreReport, err
 		return rep, err
 	}
 	if err := c.freezeCallersAgain(ctx, cfg.Logged, backup, &rep); err != nil {
+		return rep, err
+	}
+	if err := c.revokeAgain(ctx, cfg.Logged, backup, &rep); err != nil {
 		return rep, err
 	}
 	err := c.store.View(ctx, func(tx Tx) error {

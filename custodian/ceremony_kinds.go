@@ -336,8 +336,12 @@ func moveToProviders(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bo
 	over := true
 	for _, name := range moving {
 		if !slices.Equal(c.set.Load().providersWanted(name), p.Providers) {
-			e := audit.Entry{Action: string(ActionSetProviders), Caller: x.Executor, RequestID: about(x.ID), Category: string(name)}
-			if _, err := c.putRewrap(ctx, e, name, c.toProviders(p.Providers, p.Reason)); err != nil {
+			e := audit.Entry{Action: string(ActionSetProviders), Caller: x.Executor, RequestID: about(x.ID), Category: string(name),
+				Detail: fmt.Sprintf("%s: to %s", scope(name), names(p.Providers))}
+			if err := c.carryOut(ctx, e, func(end audit.Entry) error {
+				_, err := c.putRewrap(ctx, end, name, c.toProviders(p.Providers, p.Reason))
+				return err
+			}); err != nil {
 				return false, err
 			}
 			c.rewraps.wake()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -289,12 +290,16 @@ func (c *Custodian) entry(set *controlSet, who Caller, d Decision, a Action, req
 	return judged(e, d, err)
 }
 
+// byState are refusals by authority, mode or state that can also come after the
+// decision, from what was read since.
+var byState = []error{ErrDenied, ErrKeyState, ErrKeyCompromised, ErrCategoryFrozen, ErrKeyDestroyed}
+
 // judged adds the outcome that follows from a decision and from err.
 func judged(e audit.Entry, d Decision, err error) audit.Entry {
 	switch {
 	case err == nil:
 		e.Outcome = audit.Allowed
-	case !d.Allow || errors.Is(err, ErrDenied):
+	case !d.Allow || slices.ContainsFunc(byState, func(refused error) bool { return errors.Is(err, refused) }):
 		e.Outcome, e.Reason = audit.Denied, string(ReasonOf(err))
 	default:
 		e.Outcome, e.Reason = audit.Failed, string(ReasonOf(err))

@@ -121,20 +121,29 @@ func unreadable(backups []knownBackup, id KEKID, from, to time.Time) (lines []st
 func destroyKEKs(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error) {
 	for _, text := range p.KeyVersions {
 		id, _ := ParseKEKID(text) // checked by ParsePlan
+		if c.set.Load().keks[id].State == StateDestroyed {
+			continue
+		}
 		// Once more: it may be long since it was executed, if the daemon was away.
 		if err := c.noneUnder(ctx, id); err != nil {
 			return false, err
 		}
-		if err := c.destroyKEK(ctx, id, audit.Entry{Caller: x.Executor, RequestID: about(x.ID), Detail: p.Reason}); err != nil {
+		e := kekDestroyed(id, audit.Entry{Caller: x.Executor, RequestID: about(x.ID), Detail: p.Reason})
+		if err := c.carryOut(ctx, e, func(end audit.Entry) error { return c.destroyKEK(ctx, id, end) }); err != nil {
 			return false, err
 		}
 	}
 	return true, nil
 }
 
+// kekDestroyed makes e the entry of the end of a KEK version.
+func kekDestroyed(id KEKID, e audit.Entry) audit.Entry {
+	e.Action, e.Category, e.KeyVersion, e.Detail, e.Priority = actionDestroy, string(id.Category), id.String(), id.String()+" "+e.Detail, true
+	return e
+}
+
 // destroyKEK erases a KEK version from the store and from the token.
 func (c *Custodian) destroyKEK(ctx context.Context, id KEKID, e audit.Entry) error {
-	e.Action, e.Category, e.KeyVersion, e.Detail, e.Priority = actionDestroy, string(id.Category), id.String(), id.String()+" "+e.Detail, true
 	err := c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
 		k := old.keks[id]
 		if k.State == StateDestroyed {
@@ -169,7 +178,7 @@ func (c *Custodian) destroyAgain(ctx context.Context, l Logged, backup uint64, r
 		if err != nil {
 			return err
 		}
-		if err := c.destroyKEK(ctx, id, audit.Entry{Detail: "restore"}); err != nil {
+		if err := c.destroyKEK(ctx, id, kekDestroyed(id, audit.Entry{Detail: "restore"})); err != nil {
 			return fmt.Errorf("key version %s: %w", id, err)
 		}
 		rep.Destroyed = append(rep.Destroyed, DestroyedKEK{id, n})

@@ -138,13 +138,13 @@ func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveReques
 		return nil
 	})
 	if err != nil {
-		return nil, deadline(ctx, err)
+		return nil, c.unread(ctx, who, req, deadline(ctx, err))
 	}
 	// The set is loaded after the records, so that it knows their KEKs.
 	set := c.set.Load()
 	viewer, err := c.lookAtViewer(ctx, set, who, &req)
 	if err != nil {
-		return nil, deadline(ctx, err)
+		return nil, c.unread(ctx, who, req, deadline(ctx, err))
 	}
 	entries := make([]audit.Entry, len(results))
 	for i := range results {
@@ -237,9 +237,29 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 func (c *Custodian) decideUnread(who Caller, r *RetrieveResult) {
 	c.log.Error("the record of a content key cannot be read", "kid", r.KID, "err", r.Err)
 	r.decision = c.decide(who, ActionRelease, Resource{})
-	if !r.decision.Allow || !r.decision.KnowIt && errors.Is(r.Err, ErrRecordCorrupt) {
+	if !r.decision.Allow {
+		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
+	} else if !r.decision.KnowIt && errors.Is(r.Err, ErrRecordCorrupt) {
 		r.decision.Allow, r.Err = false, fmt.Errorf("content key %s: %w", r.KID, ErrDenied)
 	}
+}
+
+// unread writes down, for each key of a call, that nothing could be read to
+// decide about it, and returns what the caller hears: why, if it may have keys
+// at all.
+func (c *Custodian) unread(ctx context.Context, who Caller, req RetrieveRequest, why error) error {
+	d := c.decide(who, ActionRelease, Resource{})
+	if !d.Allow {
+		why = fmt.Errorf("retrieve %d keys: %w", len(req.KIDs), d.Err)
+	}
+	entries := make([]audit.Entry, len(req.KIDs))
+	for i, kid := range req.KIDs {
+		entries[i] = c.entry(c.set.Load(), who, d, ActionRelease, req.RequestID, ref{contentID: req.ContentID, kid: kid}, why)
+	}
+	if _, err := c.record(ctx, entries...); err != nil {
+		return err
+	}
+	return why
 }
 
 // decideUnknown is the decision about a key that does not exist: who may not

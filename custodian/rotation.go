@@ -214,8 +214,7 @@ func (c *Custodian) StartRotation(ctx context.Context, who Caller, o RotationOrd
 	if err := o.Check(); err != nil {
 		return r, err
 	}
-	order := Rotation{Kind: o.Kind, Category: o.Category, Compromised: o.Compromised, Serve: o.Serve, Cause: o.Cause}
-	err = c.ordered(ctx, who, actionRotationStart, o.RequestID, o.Category, order.order(), func(e audit.Entry) error {
+	err = c.ordered(ctx, who, actionRotationStart, o.RequestID, o.Category, o.text(), func(e audit.Entry) error {
 		r, err = c.startRotation(ctx, o, e)
 		return err
 	})
@@ -350,12 +349,13 @@ func (r Rotation) text() string {
 	return fmt.Sprintf("%s: from %v to %d", r.Name(), r.From, r.To) + r.why()
 }
 
-// order is what the audit log says of a rotation that is to begin.
-func (r Rotation) order() string {
-	if r.Kind == RotateMEK {
-		return string(r.Kind) + r.why()
+// text is what the audit log says of a rotation that is to begin.
+func (o RotationOrder) text() string {
+	why := Rotation{Compromised: o.Compromised, Serve: o.Serve, Cause: o.Cause}.why()
+	if o.Kind == RotateMEK {
+		return string(o.Kind) + why
 	}
-	return fmt.Sprintf("%s/%s%s", r.Kind, r.Category, r.why())
+	return fmt.Sprintf("%s/%s%s", o.Kind, o.Category, why)
 }
 
 func (r Rotation) why() (t string) {

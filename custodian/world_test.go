@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto"
 	"errors"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -14,8 +13,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/keycustody/custodian/custodian"
 	"github.com/keycustody/custodian/custodian/custodiantest"
@@ -44,9 +41,6 @@ type world struct {
 	// answered are the keys that a caller got, by KID.
 	answered map[custodian.KID][]byte
 }
-
-// reserve of the audit log in a test, in bytes: each start reads all of it.
-const reserve = 64 << 10
 
 var (
 	packager = custodian.Caller{ID: "spiffe://test/packager", Roles: []custodian.Role{custodian.RolePackager}}
@@ -100,7 +94,7 @@ func bareWorld(t *testing.T) *world {
 	if w.st, err = store.Create(t.Context(), w.storePath(), store.Options{}); err != nil {
 		t.Fatal(err)
 	}
-	if w.log, err = audit.Create(w.auditDir(), audit.Options{Reserve: reserve}); err != nil {
+	if w.log, err = audit.Create(w.auditDir(), audit.Options{Reserve: 64 << 10}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(w.close)
@@ -171,7 +165,7 @@ func (w *world) tryParts() (err error) {
 	}
 	w.logged = custodian.Logged{TrackKIDs: true, Budgets: w.cfg.Policy.Budgets()}
 	wrap := func(f audit.File) audit.File { return brokenFile{f, w.breaker} }
-	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment, Reserve: reserve}); err != nil {
+	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment, Reserve: 64 << 10}); err != nil {
 		return err
 	}
 	w.cfg.Store, w.cfg.Audit, w.cfg.Logged = brokenStore{w.st, w.breaker}, w.log, w.logged
@@ -403,12 +397,11 @@ func (w *world) entries(from uint64) []audit.Entry {
 func (w *world) saveStore() (putBack func()) {
 	w.t.Helper()
 	w.close()
-	saved := filepath.Join(w.t.TempDir(), "saved.db")
-	copyFile(w.t, w.storePath(), saved)
+	saved := newFileImage(readFile(w.t, w.storePath()))
 	return func() {
 		w.t.Helper()
 		w.close()
-		copyFile(w.t, saved, w.storePath())
+		saved.write(w.t, w.storePath())
 	}
 }
 
@@ -416,74 +409,79 @@ func (w *world) saveStore() (putBack func()) {
 func (w *world) save() (putBack func()) {
 	w.t.Helper()
 	w.close()
-	saved := filepath.Join(w.t.TempDir(), "saved")
-	copyFolder(w.t, w.dir, saved)
+	saved := readFolder(w.t, w.dir)
 	return func() {
 		w.t.Helper()
 		w.close()
 		if err := os.RemoveAll(w.dir); err != nil {
 			w.t.Fatal(err)
 		}
-		copyFolder(w.t, saved, w.dir)
+		saved.write(w.t, w.dir)
 	}
 }
 
 func copyFolder(t *testing.T, from, to string) {
 	t.Helper()
-	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(from, path)
-		if err != nil {
-			return err
-		}
-		if d.IsDir() {
-			return os.MkdirAll(filepath.Join(to, rel), 0o700)
-		}
-		copyFile(t, path, filepath.Join(to, rel))
-		return nil
-	})
+	readFolder(t, from).write(t, to)
+}
+
+// A folder is what lies in one, files by their paths. Of the zeros at the end
+// of a file, of which a store's has 16 MiB, it has the number only.
+type folder map[string]fileImage
+
+type fileImage struct {
+	data []byte
+	size int64
+}
+
+func newFileImage(b []byte) fileImage {
+	return fileImage{bytes.TrimRight(b, "\x00"), int64(len(b))}
+}
+
+// write has a hole in the place of the zeros.
+func (f fileImage) write(t *testing.T, path string) {
+	t.Helper()
+	err := os.WriteFile(path, f.data, 0o600)
+	if err == nil {
+		err = os.Truncate(path, f.size)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-// copyFile copies a file, and leaves out the room in it that nothing was
-// written to: 16 MiB of a store, which stay a hole, and 4 MiB at the end of a
-// log, which it makes anew.
-func copyFile(t *testing.T, from, to string) {
+func readFolder(t *testing.T, dir string) folder {
 	t.Helper()
-	check := func(err error) {
-		t.Helper()
+	f := folder{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
 		if err != nil {
-			t.Fatalf("copy %s: %v", from, err)
+			return err
 		}
-	}
-	in, err := os.Open(from)
-	check(err)
-	defer in.Close()
-	out, err := os.Create(to)
-	check(err)
-	defer out.Close()
-	info, err := in.Stat()
-	check(err)
-	end := int64(0)
-	for {
-		at, err := in.Seek(end, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			break
+		f[rel] = newFileImage(readFile(t, path))
+		if d.Name() == "audit.log" { // the zeros behind are room, 4 MiB of it
+			f[rel] = fileImage{f[rel].data, max(64, int64(len(f[rel].data)))}
 		}
-		check(err)
-		end, err = in.Seek(at, unix.SEEK_HOLE)
-		check(err)
-		_, err = io.Copy(io.NewOffsetWriter(out, at), io.NewSectionReader(in, at, end-at))
-		check(err)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
-	if filepath.Base(from) != "audit.log" {
-		end = info.Size()
+	return f
+}
+
+func (f folder) write(t *testing.T, dir string) {
+	t.Helper()
+	for rel, image := range f {
+		path := filepath.Join(dir, rel)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		image.write(t, path)
 	}
-	check(out.Truncate(end))
 }
 
 func readFile(t *testing.T, path string) []byte {
@@ -497,9 +495,7 @@ func readFile(t *testing.T, path string) []byte {
 
 func writeFile(t *testing.T, path string, b []byte) {
 	t.Helper()
-	if err := os.WriteFile(path, b, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	newFileImage(b).write(t, path)
 }
 
 // wantErr reports an error that is not the wanted one; nil wants success.

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -34,8 +35,9 @@ import (
 
 type rpcConfig = rpc.Config
 
-// counter is the sum of a metric over its labels.
-func (k *kit) counter(t *testing.T, name string) float64 {
+// counter is the sum of a metric over its labels, of those that have the values
+// named.
+func (k *kit) counter(t *testing.T, name string, values ...string) float64 {
 	t.Helper()
 	families, err := k.metrics.Gather()
 	if err != nil {
@@ -45,7 +47,13 @@ func (k *kit) counter(t *testing.T, name string) float64 {
 	for _, f := range families {
 		if f.GetName() == name {
 			for _, m := range f.GetMetric() {
-				sum += m.GetCounter().GetValue()
+				var has []string
+				for _, l := range m.GetLabel() {
+					has = append(has, l.GetValue())
+				}
+				if !slices.ContainsFunc(values, func(v string) bool { return !slices.Contains(has, v) }) {
+					sum += m.GetCounter().GetValue()
+				}
 			}
 		}
 	}
