@@ -217,6 +217,7 @@ type question struct {
 	token        string
 	issue        *v1.IssueContentKeysRequest
 	create       string // a category
+	grpcOnly     bool
 }
 
 func release(who string, kid []byte) question { return question{who: who, kid: kid} }
@@ -315,7 +316,9 @@ func (d *drill) refused(reason, written string, q question) []string {
 		d.t.Errorf("%s by gRPC: got %s, %v, retry %v (%s); want %v, retry %v", reason, e.Reason, e.Code, e.Retry, e.Message, row.want, row.retry)
 	}
 	callers := map[string]string{ids[0]: identity(q.who)}
-	if q.create == "" {
+	if q.create != "" || q.grpcOnly {
+		ids = ids[:1]
+	} else {
 		a := d.byHTTP(q, ids[1])
 		if a.status != row.http || a.reason != reason && q.issue == nil || a.retry != e.Retry || a.message != e.Message {
 			d.t.Errorf("%s by HTTP: got %d %+v, want %d, retry %v and %q", reason, a.status, a, row.http, e.Retry, e.Message)
@@ -441,18 +444,39 @@ func contractRequests(t *testing.T) *drill {
 	d.refused("CALLER_FROZEN", "release denied", question{who: thief, whoHTTP: otherThief, kid: missing})
 	d.take(everybody, slices.Repeat([][]byte{film}, custodian.MaxKIDsPerCall)...) // the burst
 	d.refused("RATE", "release denied", release(everybody, film))
+	d.setPolicy(func(p *custodian.Policy) (*custodian.Policy, error) {
+		return p.WithBudgets([]custodian.Budget{{Caller: custodian.AnyCaller, Action: custodian.ActionRelease, Window: time.Hour, HardKIDs: 1000}, {Caller: custodian.AnyCaller, Action: custodian.ActionReissue, Window: time.Hour, HardKIDs: 1}})
+	})
+	for _, who := range []string{packager, anyPackager} {
+		if _, err := d.client(who).IssueContentKeys(t.Context(), issueOf("movies", "film")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.refused("KID_BUDGET", "issue denied", question{who: packager, whoHTTP: anyPackager, issue: issueOf("movies", "other")})
+	d.refused("CALLER_FROZEN", "issue denied", question{who: packager, whoHTTP: anyPackager, issue: issueOf("movies", "film")})
+	for _, who := range []string{packager, anyPackager} {
+		if _, err := d.core.LiftCaller(t.Context(), d.caller(officer), custodian.FreezeCallerRequest{Identity: identity(who), Cause: "drill"}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	d.setPolicy(nil)
 
-	// Parts that are away.
+	// Parts that are away. A packager's front door waits for those, and asks more
+	// than once: TestSPEKEHold of internal/packager.
+	issue := question{who: packager, issue: issueOf("movies", "new"), grpcOnly: true}
 	d.hsm.Fail("Open", custodian.ErrHSMUnavailable, 2)
 	d.refused("HSM_UNAVAILABLE", "release failed", release(provider, film))
+	d.hsm.Fail("Random", custodian.ErrHSMUnavailable, 1)
+	d.refused("HSM_UNAVAILABLE", "issue failed", issue)
 	d.kms.away.Store(true)
 	d.hsm.Reconnect() // so that KEKs are loaded anew
 	d.refused("KMS_UNAVAILABLE", "release failed", release(provider, film))
+	d.refused("KMS_UNAVAILABLE", "issue failed", issue)
 	d.kms.away.Store(false)
 	away := func(context.Context) error { return fmt.Errorf("read page 7: %w", custodian.ErrStoreUnavailable) }
 	d.store.view.Store(&away)
 	d.refused("STORE_UNAVAILABLE", "release failed", release(provider, film))
+	d.refused("STORE_UNAVAILABLE", "issue failed", issue)
 	d.refused("DENIED", "release denied", release(stranger, film))
 	hangs := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 	d.store.view.Store(&hangs)
@@ -462,6 +486,7 @@ func contractRequests(t *testing.T) *drill {
 
 	d.damage(other)
 	d.refused("RECORD_CORRUPT", "release failed", release(provider, other))
+	d.refused("RECORD_CORRUPT", "issue failed", question{who: packager, issue: issueOf("movies", "other")})
 
 	// There is no custody, and so no log that it could be written to: the
 	// metrics count it.
@@ -477,7 +502,7 @@ func contractRequests(t *testing.T) *drill {
 
 	// The log cannot be written: the daemon's own log has it, and the metrics.
 	d.disk.Store(true)
-	for _, q := range []question{release(provider, film), release(stranger, film), malformed} {
+	for _, q := range []question{release(provider, film), release(stranger, film), malformed, issue} {
 		for _, id := range d.refused("AUDIT_BLOCKED", "", q) {
 			if log := d.log.String(); !strings.Contains(log, "request_id="+id) || !strings.Contains(log, "reason=AUDIT_BLOCKED") {
 				t.Errorf("the daemon's log does not have %s:\n%s", id, log)
