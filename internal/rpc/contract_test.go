@@ -389,6 +389,11 @@ func contractRequests(t *testing.T) *drill {
 	// Who may know that something is not there, and who may not.
 	d.refused("KEY_NOT_FOUND", "release failed", release(everybody, missing))
 	d.refused("DENIED", "release denied", release(provider, missing))
+	d.refused("KEY_NOT_FOUND", "release failed", question{who: provider, kid: missing, content: "film"})
+	d.refused("DENIED", "release denied", question{who: provider, kid: missing, content: "leak"})
+	if n := d.counter(t, "custodian_data_integrity_alerts_total"); n != 4 {
+		t.Errorf("the metrics count %v alerts about missing keys, want 4", n)
+	}
 	d.refused("DENIED", "release denied", release(provider, exposed))
 	d.refused("DENIED", "release denied", release(stranger, film))
 	d.refused("DENIED", "issue denied", question{who: packager, issue: issueOf("exposed", "new")})
