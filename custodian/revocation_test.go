@@ -340,3 +340,40 @@ func TestRestoreManyRevocations(t *testing.T) {
 		t.Errorf("the log has %d changes, want 6", changes)
 	}
 }
+
+// TestRevokedSessionsAreBounded: one session more than can be revoked at once is
+// refused, and says what to do; a known one, and its issuer, still can be, and
+// there is room when others are over.
+func TestRevokedSessionsAreBounded(t *testing.T) {
+	w := newTokenWorld(t, nil)
+	known := w.revoke(custodian.RevokeRequest{SessionID: "session-1", Until: w.now().Add(time.Hour)}).Session
+	w.close()
+	if err := w.tryParts(); err != nil {
+		t.Fatal(err)
+	}
+	w.cfg.Logged.ForgeRevocations(known, custodian.MaxRevokedSessions-1, w.now().Add(time.Minute))
+	if _, err := custodian.Restore(t.Context(), w.cfg); err != nil {
+		t.Fatal(err)
+	}
+	w.reopen()
+	more := func() error {
+		_, err := w.c.Revoke(t.Context(), operator, custodian.RevokeRequest{SessionID: "session-2", Cause: "a test"})
+		return err
+	}
+	from := w.logSize()
+	err := more()
+	wantErr(t, "one too many", err, custodian.ErrRate)
+	if err != nil && !strings.Contains(err.Error(), "10000 sessions are revoked, and no more can be; revoke the issuer of their tokens instead") {
+		t.Errorf("got %v, want it to say what to do", err)
+	}
+	if e := w.entries(from); len(e) != 2 || e[1].Outcome != audit.Failed || e[1].Reason != "RATE" {
+		t.Errorf("the log has %+v, want the attempt and that it failed", e)
+	}
+	w.revoke(custodian.RevokeRequest{SessionID: "session-1", Until: w.now().Add(2 * time.Hour)})
+	w.revoke(custodian.RevokeRequest{Issuer: playback})
+	w.advance(time.Minute)
+	wantErr(t, "when others are over", more(), nil)
+	if n := len(w.revocations()); n != 3 {
+		t.Errorf("%d are listed, want 3", n)
+	}
+}

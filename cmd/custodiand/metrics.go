@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"time"
 
@@ -81,6 +82,9 @@ var (
 	descCRLNext     = desc("crl_next_update_timestamp_seconds", "nextUpdate of the revocation list of a client CA.", "ca")
 	descCRLState    = desc("crl_state", "State of the revocation list of a client CA: 0 none, 1 good, 2 stale but applied, 3 refusing.", "ca")
 	descReloadBad   = desc("certificate_reload_failed", "1 where the last reload of certificates found a bad file and kept the last good one.")
+	descBudgetKIDs  = desc("budget_kids", "Different KIDs that a caller has taken of a budget in its window; category * is all together.", "caller", "action", "category")
+	descBudgetHard  = desc("budget_hard_kids", "Different KIDs of a budget after which the caller is frozen.", "caller", "action", "category")
+	descFrozen      = desc("frozen_callers", "Callers that are frozen, by officers or by a budget that they broke.")
 	descRevision    = desc("control_revision", "Revision of the control set.")
 )
 
@@ -170,6 +174,12 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	gauge(descAbandoned, float64(s.HSM.Abandoned))
 	gauge(descEpoch, float64(s.HSM.Epoch))
 	gauge(descWarnings, float64(len(s.Warnings)))
+	for _, b := range c.custody.BudgetUse() {
+		category := cmp.Or(string(b.Category), "*")
+		gauge(descBudgetKIDs, float64(b.KIDs), b.Caller, string(b.Action), category)
+		gauge(descBudgetHard, float64(b.HardKIDs), b.Caller, string(b.Action), category)
+	}
+	gauge(descFrozen, float64(c.custody.CallersFrozen()))
 	gauge(descRevision, float64(s.ControlRevision))
 }
 

@@ -215,7 +215,8 @@ func (e *sendError) Unwrap() error { return e.err }
 
 // report writes the real error of our own faults, and of refused certificates,
 // to the log: the caller hears neither. What fails for everybody until it is
-// mended, and what anybody can bring about, is not written for each call.
+// mended, and what anybody can bring about, is not written for each call, unless
+// the audit log cannot be, which has them else.
 func (s *Server) report(c *call, r row, err error) {
 	write := s.config.Log.Error
 	switch {
@@ -225,7 +226,7 @@ func (s *Server) report(c *call, r row, err error) {
 		return
 	}
 	l := line{write, "call refused", []any{"method", c.method, "reason", string(r.reason), "caller", c.caller.ID, "request_id", c.requestID, "error", err}}
-	if r.reason == reasonIdentity || r.retry > 0 {
+	if r.reason == reasonIdentity || r.retry > 0 && r.reason != reasonOf(custodian.ErrAuditBlocked) {
 		s.repeats.say("call "+string(r.reason)+" "+c.caller.ID, l)
 		return
 	}

@@ -7,6 +7,8 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -215,6 +217,7 @@ type question struct {
 	token        string
 	issue        *v1.IssueContentKeysRequest
 	create       string // a category
+	grpcOnly     bool
 }
 
 func release(who string, kid []byte) question { return question{who: who, kid: kid} }
@@ -313,7 +316,9 @@ func (d *drill) refused(reason, written string, q question) []string {
 		d.t.Errorf("%s by gRPC: got %s, %v, retry %v (%s); want %v, retry %v", reason, e.Reason, e.Code, e.Retry, e.Message, row.want, row.retry)
 	}
 	callers := map[string]string{ids[0]: identity(q.who)}
-	if q.create == "" {
+	if q.create != "" || q.grpcOnly {
+		ids = ids[:1]
+	} else {
 		a := d.byHTTP(q, ids[1])
 		if a.status != row.http || a.reason != reason && q.issue == nil || a.retry != e.Retry || a.message != e.Message {
 			d.t.Errorf("%s by HTTP: got %d %+v, want %d, retry %v and %q", reason, a.status, a, row.http, e.Retry, e.Message)
@@ -384,6 +389,11 @@ func contractRequests(t *testing.T) *drill {
 	// Who may know that something is not there, and who may not.
 	d.refused("KEY_NOT_FOUND", "release failed", release(everybody, missing))
 	d.refused("DENIED", "release denied", release(provider, missing))
+	d.refused("KEY_NOT_FOUND", "release failed", question{who: provider, kid: missing, content: "film"})
+	d.refused("DENIED", "release denied", question{who: provider, kid: missing, content: "leak"})
+	if n := d.counter(t, "custodian_data_integrity_alerts_total"); n != 4 {
+		t.Errorf("the metrics count %v alerts about missing keys, want 4", n)
+	}
 	d.refused("DENIED", "release denied", release(provider, exposed))
 	d.refused("DENIED", "release denied", release(stranger, film))
 	d.refused("DENIED", "issue denied", question{who: packager, issue: issueOf("exposed", "new")})
@@ -439,18 +449,39 @@ func contractRequests(t *testing.T) *drill {
 	d.refused("CALLER_FROZEN", "release denied", question{who: thief, whoHTTP: otherThief, kid: missing})
 	d.take(everybody, slices.Repeat([][]byte{film}, custodian.MaxKIDsPerCall)...) // the burst
 	d.refused("RATE", "release denied", release(everybody, film))
+	d.setPolicy(func(p *custodian.Policy) (*custodian.Policy, error) {
+		return p.WithBudgets([]custodian.Budget{{Caller: custodian.AnyCaller, Action: custodian.ActionRelease, Window: time.Hour, HardKIDs: 1000}, {Caller: custodian.AnyCaller, Action: custodian.ActionReissue, Window: time.Hour, HardKIDs: 1}})
+	})
+	for _, who := range []string{packager, anyPackager} {
+		if _, err := d.client(who).IssueContentKeys(t.Context(), issueOf("movies", "film")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.refused("KID_BUDGET", "issue denied", question{who: packager, whoHTTP: anyPackager, issue: issueOf("movies", "other")})
+	d.refused("CALLER_FROZEN", "issue denied", question{who: packager, whoHTTP: anyPackager, issue: issueOf("movies", "film")})
+	for _, who := range []string{packager, anyPackager} {
+		if _, err := d.core.LiftCaller(t.Context(), d.caller(officer), custodian.FreezeCallerRequest{Identity: identity(who), Cause: "drill"}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	d.setPolicy(nil)
 
-	// Parts that are away.
+	// Parts that are away. A packager's front door waits for those, and asks more
+	// than once: TestSPEKEHold of internal/packager.
+	issue := question{who: packager, issue: issueOf("movies", "new"), grpcOnly: true}
 	d.hsm.Fail("Open", custodian.ErrHSMUnavailable, 2)
 	d.refused("HSM_UNAVAILABLE", "release failed", release(provider, film))
+	d.hsm.Fail("Random", custodian.ErrHSMUnavailable, 1)
+	d.refused("HSM_UNAVAILABLE", "issue failed", issue)
 	d.kms.away.Store(true)
 	d.hsm.Reconnect() // so that KEKs are loaded anew
 	d.refused("KMS_UNAVAILABLE", "release failed", release(provider, film))
+	d.refused("KMS_UNAVAILABLE", "issue failed", issue)
 	d.kms.away.Store(false)
 	away := func(context.Context) error { return fmt.Errorf("read page 7: %w", custodian.ErrStoreUnavailable) }
 	d.store.view.Store(&away)
 	d.refused("STORE_UNAVAILABLE", "release failed", release(provider, film))
+	d.refused("STORE_UNAVAILABLE", "issue failed", issue)
 	d.refused("DENIED", "release denied", release(stranger, film))
 	hangs := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 	d.store.view.Store(&hangs)
@@ -460,6 +491,7 @@ func contractRequests(t *testing.T) *drill {
 
 	d.damage(other)
 	d.refused("RECORD_CORRUPT", "release failed", release(provider, other))
+	d.refused("RECORD_CORRUPT", "issue failed", question{who: packager, issue: issueOf("movies", "other")})
 
 	// There is no custody, and so no log that it could be written to: the
 	// metrics count it.
@@ -475,7 +507,7 @@ func contractRequests(t *testing.T) *drill {
 
 	// The log cannot be written: the daemon's own log has it, and the metrics.
 	d.disk.Store(true)
-	for _, q := range []question{release(provider, film), release(stranger, film), malformed} {
+	for _, q := range []question{release(provider, film), release(stranger, film), malformed, issue} {
 		for _, id := range d.refused("AUDIT_BLOCKED", "", q) {
 			if log := d.log.String(); !strings.Contains(log, "request_id="+id) || !strings.Contains(log, "reason=AUDIT_BLOCKED") {
 				t.Errorf("the daemon's log does not have %s:\n%s", id, log)
@@ -603,6 +635,25 @@ func (d *drill) tokens(film []byte) {
 	refused("TOKEN_INVALID", "release denied", "a.b.c")
 	refused("TOKEN_EXPIRED", "release denied", token(map[string]any{"iat": time.Now().Unix() - 600, "exp": time.Now().Unix() - 570}))
 	refused("TOKEN_MISMATCH", "release denied", token(map[string]any{"content_id": "other"}))
+	// Of another certificate, as the handshake has shown it; and of one's own.
+	bound := func(who string) string {
+		d.client(who)
+		cert := d.browsers[who].Transport.(*http.Transport).TLSClientConfig.Certificates[0].Certificate[0]
+		sum := sha256.Sum256(cert)
+		return token(map[string]any{"cnf": map[string]string{"x5t#S256": base64.RawURLEncoding.EncodeToString(sum[:])}})
+	}
+	refused("TOKEN_MISMATCH", "release denied", bound(everybody))
+	if a := post(d.t, d.browsers[provider], d.twin, map[string]any{"kids": []string{custodian.KID(film).String()}, "licence_token": bound(provider)}); a.status != http.StatusOK {
+		d.t.Errorf("a token of the caller's own certificate: got %d and %+v", a.status, a.Error)
+	}
+	// The largest that the doors let in, and larger ones.
+	refused("TOKEN_INVALID", "release denied", strings.Repeat("A", 60<<10))
+	if _, err := d.client(provider).GetContentKeys(d.t.Context(), &v1.GetContentKeysRequest{Kids: [][]byte{film}, LicenceToken: strings.Repeat("A", 1<<20)}); status.Code(err) != codes.ResourceExhausted {
+		d.t.Errorf("1 MB by gRPC: got %v, want %v", err, codes.ResourceExhausted)
+	}
+	if a := post(d.t, d.browsers[provider], d.twin, map[string]any{"kids": []string{custodian.KID(film).String()}, "licence_token": strings.Repeat("A", 1<<20)}); a.status != http.StatusBadRequest || a.Error.Field != "body" {
+		d.t.Errorf("1 MB by HTTP: got %d and %+v, want 400 for the body", a.status, a.Error)
+	}
 	refused("TOKEN_KEYS_UNAVAILABLE", "release denied", token(map[string]any{"iss": "https://late.test"}))
 	once := token(nil)
 	results, err := d.core.Retrieve(d.t.Context(), d.caller(provider), custodian.RetrieveRequest{KIDs: []custodian.KID{custodian.KID(film)}, LicenceToken: once})
