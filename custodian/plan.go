@@ -51,7 +51,7 @@ const (
 
 	KindRestore          PlanKind = "restore"           // a backup takes the place of a lost store, by custodiand restore
 	KindCallerCompromise PlanKind = "caller-compromise" // a caller is stopped, and what it was given decided about
-	KindDestroy          PlanKind = "destroy"           // retired KEK versions are erased
+	KindDestroy          PlanKind = "destroy"           // retired KEK versions, or a retired MEK, are erased
 	KindCategoryPolicy   PlanKind = "category-policy"   // mode and standing approval of categories
 	KindRekey            PlanKind = "rekey"             // content gets new keys
 	KindWithdraw         PlanKind = "withdraw"          // the keys that were superseded are released no more
@@ -79,9 +79,9 @@ type Plan struct {
 	Categories []CategoryName `yaml:"categories,omitempty" json:"categories,omitempty"`
 	Callers    []string       `yaml:"callers,omitempty" json:"callers,omitempty"`     // identities, as the grants have them
 	Providers  []string       `yaml:"providers,omitempty" json:"providers,omitempty"` // all that each category is to have
-	// MEKVersion is the one whose place a new one takes.
+	// MEKVersion is the one whose place a new one takes, or that is destroyed.
 	MEKVersion  uint32   `yaml:"mek_version,omitempty" json:"mek_version,omitempty"`
-	KeyVersions []string `yaml:"key_versions,omitempty" json:"key_versions,omitempty"` // compromised: movies/4
+	KeyVersions []string `yaml:"key_versions,omitempty" json:"key_versions,omitempty"` // movies/4: compromised, destroyed, or what content lies under
 	Decision    string   `yaml:"decision,omitempty" json:"decision,omitempty"`         // DecisionServe or DecisionFreeze
 	Rotations   []string `yaml:"rotations,omitempty" json:"rotations,omitempty"`       // kek/movies/5, mek/2
 	// Hold is how long a rotation can be rolled back at least: 72h.
@@ -178,7 +178,7 @@ var planSections = map[PlanKind][]string{
 
 	KindRestore:          {"backup"},
 	KindCallerCompromise: {"callers", "categories?", "decision"},
-	KindDestroy:          {"key_versions"},
+	KindDestroy:          {"key_versions?", "mek_version?"},
 	KindCategoryPolicy:   {"categories", "mode?", "new_batch?"},
 	KindRekey:            {"content?", "key_versions?", "callers?"},
 	KindWithdraw:         {"content?", "key_versions?", "callers?"},
@@ -289,6 +289,9 @@ func (p *Plan) check() error {
 	faults = slices.Concat(faults, p.checkRotationFields(), p.checkCategoryPolicy(), p.checkContent(), p.checkTransfer())
 	if p.Kind == KindUnfreeze && len(p.Categories)+len(p.Callers) == 0 {
 		fault("categories", "a plan of kind %s needs it, or callers", p.Kind)
+	}
+	if p.Kind == KindDestroy && len(p.KeyVersions) == 0 && p.MEKVersion == 0 {
+		fault("key_versions", "a plan of kind %s needs it, or mek_version", p.Kind)
 	}
 	if p.Kind == KindProviders && len(p.Categories) == 0 && !p.HelperKeys {
 		fault("categories", "a plan of kind %s needs it, or helper_keys: true", p.Kind)

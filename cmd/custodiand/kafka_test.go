@@ -4,12 +4,9 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,7 +15,6 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 	"github.com/twmb/franz-go/pkg/sasl/scram"
-	"go.yaml.in/yaml/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
@@ -205,58 +201,4 @@ func (c *custody) versions() int {
 		c.t.Fatal(err)
 	}
 	return len(all)
-}
-
-var (
-	alertMetric  = regexp.MustCompile(`(custodian_[a-z0-9_]+)(?:\{([^}]*)\})?`)
-	alertMatcher = regexp.MustCompile(`([a-z_]+)(=~?)"([^"]*)"`)
-)
-
-// wantAlertMetrics holds the alerts in deploy against what the daemon shows:
-// each metric must be there, with each label that an alert looks at. Where an
-// alert wants one value of a label, it must be a value that there is; reasons
-// are of the one table, so they need not be there today.
-func (c *custody) wantAlertMetrics() {
-	t := c.t
-	t.Helper()
-	raw, err := os.ReadFile("../../deploy/prometheus-alerts.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var file struct {
-		Groups []struct {
-			Rules []struct{ Alert, Expr string }
-		}
-	}
-	if err := yaml.Unmarshal(raw, &file); err != nil {
-		t.Fatal(err)
-	}
-	shown, looked := "\n"+c.metrics(), map[string]bool{}
-	for _, g := range file.Groups {
-		for _, r := range g.Rules {
-			metrics := alertMetric.FindAllStringSubmatch(r.Expr, -1)
-			if len(metrics) == 0 {
-				t.Errorf("alert %s looks at no metric of ours: %s", r.Alert, r.Expr)
-			}
-			for _, m := range metrics {
-				looked[m[1]] = true
-				if !strings.Contains(shown, "\n"+m[1]+" ") && !strings.Contains(shown, "\n"+m[1]+"{") {
-					t.Errorf("alert %s looks at %s, which the daemon does not show", r.Alert, m[1])
-					continue
-				}
-				for _, label := range alertMatcher.FindAllStringSubmatch(m[2], -1) {
-					want := label[1] + `="`
-					if label[2] == "=" && label[1] != "reason" {
-						want += label[3] + `"`
-					}
-					if !regexp.MustCompile(`(?m)^` + m[1] + `\{[^}]*\b` + regexp.QuoteMeta(want)).MatchString(shown) {
-						t.Errorf("alert %s looks at %s with %s, which the daemon does not show", r.Alert, m[1], label[0])
-					}
-				}
-			}
-		}
-	}
-	if len(looked) < 15 {
-		t.Errorf("the alerts look at %v only; they were not read", slices.Sorted(maps.Keys(looked)))
-	}
 }
