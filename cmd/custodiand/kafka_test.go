@@ -128,6 +128,9 @@ func TestKafka(t *testing.T) {
 			config.Budgets = append(config.Budgets, BudgetConfig{Caller: "*", Action: action, Category: "*", Window: time.Hour, HardKIDs: 1000})
 		}
 		config.Events = EventsConfig{DailyCap: 24, MinInterval: time.Millisecond}
+		for _, action := range []custodian.Action{custodian.ActionRelease, custodian.ActionReissue} {
+			config.Budgets = append(config.Budgets, BudgetConfig{Caller: "*", Action: string(action), Category: "*", Window: time.Hour, HardKIDs: 1000})
+		}
 	})
 	if out, code := c.run("-config", c.dev.configFile(), "-check-config"); code != exitUsage || !strings.Contains(out, "kafka.tls.cert_file: set it and key_file, or sasl") {
 		t.Errorf("a broker without a login, in production: exit %d\n%s", code, out)

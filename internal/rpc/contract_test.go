@@ -16,6 +16,7 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strconv"
 	"strings"
@@ -383,6 +384,8 @@ func contractRequests(t *testing.T) *drill {
 	d.category("movies")
 	d.category("exposed")
 	d.category("closed")
+	d.atZero(`custodian_keys_refused_total{reason="RECORD_CORRUPT"}`, `custodian_calls_total{method="KeyIssuanceService/IssueContentKeys",reason="RECORD_CORRUPT"}`,
+		`custodian_handshakes_refused_total{listener="packagers",reason="revoked"}`, `custodian_data_integrity_alerts_total`)
 	film, other, exposed := d.key("movies", "film"), d.key("movies", "other"), d.key("exposed", "leak")
 	missing := bytes.Repeat([]byte{7}, 16)
 
@@ -539,6 +542,17 @@ func (d *drill) calls(reason string) float64 {
 		}
 	}
 	return 0
+}
+
+// atZero wants counters to be shown before they have counted anything: one that
+// begins at 1 has not increased for the alert that waits for it.
+func (d *drill) atZero(lines ...string) {
+	d.t.Helper()
+	admin := httptest.NewServer(d.server.AdminHandler(d.metrics))
+	defer admin.Close()
+	for _, line := range lines {
+		wantHTTP(d.t, admin.URL+"/metrics", http.StatusOK, "\n"+line+" 0\n")
+	}
 }
 
 // take releases keys, which must be there.
