@@ -124,9 +124,6 @@ func TestKafka(t *testing.T) {
 		config.Kafka = b.config
 		config.Kafka.SASL = kafka.SASLConfig{}
 		config.Grants = append(config.Grants, GrantConfig{Identity: "kafka:media", Role: string(custodian.RoleEventSource), Categories: []string{"movies"}})
-		for _, action := range []string{"release", "reissue"} {
-			config.Budgets = append(config.Budgets, BudgetConfig{Caller: "*", Action: action, Category: "*", Window: time.Hour, HardKIDs: 1000})
-		}
 		config.Events = EventsConfig{DailyCap: 24, MinInterval: time.Millisecond}
 		for _, action := range []custodian.Action{custodian.ActionRelease, custodian.ActionReissue} {
 			config.Budgets = append(config.Budgets, BudgetConfig{Caller: "*", Action: string(action), Category: "*", Window: time.Hour, HardKIDs: 1000})
