@@ -177,6 +177,11 @@ func TestKafka(t *testing.T) {
 	if _, err := c.dial(custodian.RoleProvider).GetContentKeys(t.Context(), &v1.GetContentKeysRequest{Kids: [][]byte{[]byte("there is none ..")}}); err == nil {
 		t.Error("a key that is not there is released")
 	}
+	if conn, err := tls.Dial("tcp", c.listen, &tls.Config{InsecureSkipVerify: true}); err == nil { // it has no certificate
+		_, _ = conn.Read(make([]byte, 1))
+		conn.Close()
+	}
+	await(t, "a handshake that is refused", func() bool { return strings.Contains(c.metrics(), "\ncustodian_handshakes_refused_total{") })
 	if _, err := c.dial(custodian.RoleOfficer).StartRotation(t.Context(), &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_KEK, Category: "movies",
 		Cause: "drill", Hold: durationpb.New(time.Hour)}); err != nil {
 		t.Fatal(err)
