@@ -125,6 +125,9 @@ func TestKafka(t *testing.T) {
 		config.Kafka.SASL = kafka.SASLConfig{}
 		config.Grants = append(config.Grants, GrantConfig{Identity: "kafka:media", Role: string(custodian.RoleEventSource), Categories: []string{"movies"}})
 		config.Events = EventsConfig{DailyCap: 24, MinInterval: time.Millisecond}
+		for _, action := range []custodian.Action{custodian.ActionRelease, custodian.ActionReissue} {
+			config.Budgets = append(config.Budgets, BudgetConfig{Caller: "*", Action: string(action), Category: "*", Window: time.Hour, HardKIDs: 1000})
+		}
 	})
 	if out, code := c.run("-config", c.dev.configFile(), "-check-config"); code != exitUsage || !strings.Contains(out, "kafka.tls.cert_file: set it and key_file, or sasl") {
 		t.Errorf("a broker without a login, in production: exit %d\n%s", code, out)
@@ -174,6 +177,11 @@ func TestKafka(t *testing.T) {
 	if _, err := c.dial(custodian.RoleProvider).GetContentKeys(t.Context(), &v1.GetContentKeysRequest{Kids: [][]byte{[]byte("there is none ..")}}); err == nil {
 		t.Error("a key that is not there is released")
 	}
+	if conn, err := tls.Dial("tcp", c.listen, &tls.Config{InsecureSkipVerify: true}); err == nil { // it has no certificate
+		_, _ = conn.Read(make([]byte, 1))
+		conn.Close()
+	}
+	await(t, "a handshake that is refused", func() bool { return strings.Contains(c.metrics(), "\ncustodian_handshakes_refused_total{") })
 	if _, err := c.dial(custodian.RoleOfficer).StartRotation(t.Context(), &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_KEK, Category: "movies",
 		Cause: "drill", Hold: durationpb.New(time.Hour)}); err != nil {
 		t.Fatal(err)
