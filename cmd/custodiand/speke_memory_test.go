@@ -22,6 +22,7 @@ import (
 // that an officer imported, only those of the last request are: they lie in the
 // buffers in which crypto/tls and gRPC read, until the connection reads more.
 func TestMemorySPEKE(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	c := provision(t)
 	transport, port := serveEncoders(t, c)
 	boss := c.dial(custodian.RoleOfficer)
