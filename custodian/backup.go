@@ -72,6 +72,9 @@ type RestoreReport struct {
 	Frozen []CategoryName `json:"frozen_categories"`
 	// Destroyed KEK versions were destroyed after the backup, and are so again.
 	Destroyed []DestroyedKEK `json:"destroyed_keks,omitempty"`
+	// DestroyedMEKs were destroyed after the backup, and are so again. Nothing of
+	// the backup needs them.
+	DestroyedMEKs []uint32 `json:"destroyed_meks,omitempty"`
 	// FrozenCallers were frozen after the backup, and are so again.
 	FrozenCallers []string `json:"frozen_callers"`
 	// Revoked sessions and issuers were revoked after the backup, and are so
@@ -127,6 +130,9 @@ func (c *Custodian) restore(ctx context.Context, cfg Config) (RestoreReport, err
 		return rep, err
 	}
 	if err := c.destroyAgain(ctx, cfg.Logged, backup, &rep); err != nil {
+		return rep, err
+	}
+	if err := c.destroyMEKsAgain(ctx, cfg.Logged, backup, &rep); err != nil {
 		return rep, err
 	}
 	if err := c.freezeAgain(ctx, cfg.Logged, backup, &rep); err != nil {

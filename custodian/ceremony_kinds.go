@@ -56,7 +56,7 @@ var kinds = map[PlanKind]kind{
 	KindExport: {check: checkPermit},
 
 	KindCallerCompromise: {check: checkCallerCompromise, apply: applyCallerCompromise},
-	KindDestroy:          {check: checkDestroy, work: destroyKEKs},
+	KindDestroy:          {check: checkDestroy, work: destroyKeys},
 	KindCategoryPolicy:   {check: checkCategoryPolicy, apply: applyCategoryPolicy},
 	KindRekey:            {check: checkRekey, work: rekeyContent},
 	KindWithdraw:         {check: checkRekey, work: rekeyContent},
@@ -453,7 +453,10 @@ func (c *Custodian) snapshot(ctx context.Context, set *controlSet, x Ceremony, p
 	s := Snapshot{MEKs: []MEKEvidence{}, Keys: []KeyEvidence{}, Categories: []CategoryEvidence{}, Officers: []Officer{},
 		Rotations: []RotationEvidence{}, KEKsByMEK: map[uint32]int{}}
 	for _, m := range set.meks {
-		e := MEKEvidence{Version: m.Version, Label: m.Label, ID: hex.EncodeToString(m.ID[:]), State: m.State.String(), Profile: m.Profile, EndTime: m.EndTime, Canary: sumText(m.Canary)}
+		e := MEKEvidence{Version: m.Version, Label: m.Label, ID: hex.EncodeToString(m.ID[:]), State: m.State.String(), Profile: m.Profile, EndTime: m.EndTime}
+		if len(m.Canary) > 0 { // a destroyed one has none
+			e.Canary = sumText(m.Canary)
+		}
 		if m.State == StateActive || m.State == StateDeactivated {
 			if err := c.hsm.CheckMEK(ctx, m); err != nil {
 				return nil, mekError(m, err)

@@ -325,6 +325,9 @@ func (s *controlSet) rotationBasis(e *encoder, p *Plan) {
 			e.uint(uint64(s.meks[v].State))
 		}
 	}
+	if p.Kind == KindDestroy && p.MEKVersion > 0 {
+		e.uint(uint64(s.meks[p.MEKVersion].State))
+	}
 	for _, name := range p.Categories {
 		e.str(string(name))
 		e.uint(uint64(s.categories[name].ActiveKEK))

@@ -47,8 +47,11 @@ func (a *assembly) wantDone(info custodian.CeremonyInfo) custodian.Evidence {
 }
 
 // populated is an assembly with a category that has keys.
-func populated(t *testing.T) *assembly {
-	a := newAssembly(t)
+func populated(t *testing.T) *assembly { return populatedOf(t, custodian.ProfileSealed) }
+
+func populatedOf(t *testing.T, p custodian.MEKProfile) *assembly {
+	t.Helper()
+	a := assemblyOf(t, p)
 	a.category("movies")
 	for i := range 20 {
 		a.issue("movies", fmt.Sprint("film", i), "SD")

@@ -114,6 +114,7 @@ type Custodian struct {
 	keys    *keyring
 	rewraps *rewrapping
 	gate    *admission.Gate // before Retrieve
+	late    *lateLog
 	arena   *secret.Arena
 	hot     *hotTitles
 	log     *slog.Logger
@@ -215,7 +216,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
 		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, workLists: map[string][]contentItem{}, rotations: newRotations(), events: cfg.Events, foreign: cfg.Warnings,
-		hot: hot, gate: admission.New(cfg.ReleaseDeadline, time.Now) /* the clock of contexts */}
+		hot: hot, gate: admission.New(cfg.ReleaseDeadline, time.Now) /* the clock of contexts */, late: newLateLog()}
 	if cfg.RotationRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)
 	}

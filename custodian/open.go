@@ -97,7 +97,7 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	set, err := c.verifyControl(ctx, records, head)
+	set, err := c.verifyControl(ctx, records, head, cfg)
 	if err != nil {
 		return err
 	}
@@ -204,7 +204,7 @@ func (c *Custodian) readControl(ctx context.Context) (records []ControlRecord, h
 // the set says, and then checks every MAC and the digest of the whole. What
 // was decoded before its MAC was checked has only named blobs and canaries
 // that the token itself authenticates.
-func (c *Custodian) verifyControl(ctx context.Context, records []ControlRecord, head ControlRecord) (*controlSet, error) {
+func (c *Custodian) verifyControl(ctx context.Context, records []ControlRecord, head ControlRecord, cfg Config) (*controlSet, error) {
 	set := newControlSet()
 	var err error
 	if set.head, err = decodeHead(head.Body); err != nil {
@@ -215,11 +215,24 @@ func (c *Custodian) verifyControl(ctx context.Context, records []ControlRecord, 
 			return nil, err
 		}
 	}
+	var destroyed []uint32 // since the backup
+	if cfg.Restored {
+		if destroyed, err = cfg.Logged.destroyedMEKs(set.head.Revision); err != nil {
+			return nil, err
+		}
+	}
 	for _, m := range set.meks {
-		if m.State == StateActive || m.State == StateDeactivated {
-			if err := c.hsm.CheckMEK(ctx, m); err != nil {
-				return nil, mekError(m, err)
+		if m.State != StateActive && m.State != StateDeactivated {
+			continue
+		}
+		if slices.Contains(destroyed, m.Version) {
+			if !set.retiredMEK(m.Version) {
+				return nil, fmt.Errorf("mek %s was destroyed by the officers after this backup was made, and the backup needs it: %w", m.Label, ErrKeyDestroyed)
 			}
+			continue // nothing of the backup needs it, and the restore destroys it again
+		}
+		if err := c.hsm.CheckMEK(ctx, m); err != nil {
+			return nil, mekError(m, err)
 		}
 	}
 	for _, r := range append(slices.Clone(records), head) {
@@ -276,7 +289,9 @@ func (c *Custodian) checkToken(ctx context.Context, set *controlSet) error {
 	}
 	labels := map[string]string{} // of what is ours, by ID
 	for _, m := range set.meks {
-		labels[string(m.ID[:])] = m.Label
+		if m.State != StateDestroyed { // one that somebody has brought back is not ours any more
+			labels[string(m.ID[:])] = m.Label
+		}
 	}
 	for _, g := range set.signers {
 		labels[string(g.ID[:])] = g.Label

@@ -622,7 +622,7 @@ var (
 
 // The operations that a breaker knows.
 var (
-	hsmOps   = []string{"hsm.Random", "hsm.DestroyLeftovers", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.RewrapKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.CMAC"}
+	hsmOps   = []string{"hsm.Random", "hsm.DestroyLeftovers", "hsm.DestroyMEK", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.RewrapKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.CMAC"}
 	kmsOps   = []string{"kms.Wrap", "kms.Unwrap"}
 	storeOps = []string{"store.View", "store.ContentKey", "store.Update"}
 	auditOps = []string{"audit.WriteAt", "audit.Sync"}
@@ -669,6 +669,9 @@ func (h brokenHSM) Signer(ctx context.Context, label string, id [16]byte) (s cry
 func (h brokenHSM) DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (n int, err error) {
 	err = h.b.do("hsm.DestroyLeftovers", errHSM, func() error { n, err = h.HSM.DestroyLeftovers(ctx, labels, ids); return err })
 	return n, err
+}
+func (h brokenHSM) DestroyMEK(ctx context.Context, m custodian.MEK) error {
+	return h.b.do("hsm.DestroyMEK", errHSM, func() error { return h.HSM.DestroyMEK(ctx, m) })
 }
 func (h brokenHSM) Objects(ctx context.Context) (o []custodian.TokenObject, err error) {
 	err = h.b.do("hsm.Objects", errHSM, func() error { o, err = h.HSM.Objects(ctx); return err })

@@ -4,12 +4,9 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,7 +15,6 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 	"github.com/twmb/franz-go/pkg/sasl/scram"
-	"go.yaml.in/yaml/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
@@ -129,6 +125,9 @@ func TestKafka(t *testing.T) {
 		config.Kafka.SASL = kafka.SASLConfig{}
 		config.Grants = append(config.Grants, GrantConfig{Identity: "kafka:media", Role: string(custodian.RoleEventSource), Categories: []string{"movies"}})
 		config.Events = EventsConfig{DailyCap: 24, MinInterval: time.Millisecond}
+		for _, action := range []custodian.Action{custodian.ActionRelease, custodian.ActionReissue} {
+			config.Budgets = append(config.Budgets, BudgetConfig{Caller: "*", Action: string(action), Category: "*", Window: time.Hour, HardKIDs: 1000})
+		}
 	})
 	if out, code := c.run("-config", c.dev.configFile(), "-check-config"); code != exitUsage || !strings.Contains(out, "kafka.tls.cert_file: set it and key_file, or sasl") {
 		t.Errorf("a broker without a login, in production: exit %d\n%s", code, out)
@@ -178,6 +177,11 @@ func TestKafka(t *testing.T) {
 	if _, err := c.dial(custodian.RoleProvider).GetContentKeys(t.Context(), &v1.GetContentKeysRequest{Kids: [][]byte{[]byte("there is none ..")}}); err == nil {
 		t.Error("a key that is not there is released")
 	}
+	if conn, err := tls.Dial("tcp", c.listen, &tls.Config{InsecureSkipVerify: true}); err == nil { // it has no certificate
+		_, _ = conn.Read(make([]byte, 1))
+		conn.Close()
+	}
+	await(t, "a handshake that is refused", func() bool { return strings.Contains(c.metrics(), "\ncustodian_handshakes_refused_total{") })
 	if _, err := c.dial(custodian.RoleOfficer).StartRotation(t.Context(), &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_KEK, Category: "movies",
 		Cause: "drill", Hold: durationpb.New(time.Hour)}); err != nil {
 		t.Fatal(err)
@@ -205,58 +209,4 @@ func (c *custody) versions() int {
 		c.t.Fatal(err)
 	}
 	return len(all)
-}
-
-var (
-	alertMetric  = regexp.MustCompile(`(custodian_[a-z0-9_]+)(?:\{([^}]*)\})?`)
-	alertMatcher = regexp.MustCompile(`([a-z_]+)(=~?)"([^"]*)"`)
-)
-
-// wantAlertMetrics holds the alerts in deploy against what the daemon shows:
-// each metric must be there, with each label that an alert looks at. Where an
-// alert wants one value of a label, it must be a value that there is; reasons
-// are of the one table, so they need not be there today.
-func (c *custody) wantAlertMetrics() {
-	t := c.t
-	t.Helper()
-	raw, err := os.ReadFile("../../deploy/prometheus-alerts.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var file struct {
-		Groups []struct {
-			Rules []struct{ Alert, Expr string }
-		}
-	}
-	if err := yaml.Unmarshal(raw, &file); err != nil {
-		t.Fatal(err)
-	}
-	shown, looked := "\n"+c.metrics(), map[string]bool{}
-	for _, g := range file.Groups {
-		for _, r := range g.Rules {
-			metrics := alertMetric.FindAllStringSubmatch(r.Expr, -1)
-			if len(metrics) == 0 {
-				t.Errorf("alert %s looks at no metric of ours: %s", r.Alert, r.Expr)
-			}
-			for _, m := range metrics {
-				looked[m[1]] = true
-				if !strings.Contains(shown, "\n"+m[1]+" ") && !strings.Contains(shown, "\n"+m[1]+"{") {
-					t.Errorf("alert %s looks at %s, which the daemon does not show", r.Alert, m[1])
-					continue
-				}
-				for _, label := range alertMatcher.FindAllStringSubmatch(m[2], -1) {
-					want := label[1] + `="`
-					if label[2] == "=" && label[1] != "reason" {
-						want += label[3] + `"`
-					}
-					if !regexp.MustCompile(`(?m)^` + m[1] + `\{[^}]*\b` + regexp.QuoteMeta(want)).MatchString(shown) {
-						t.Errorf("alert %s looks at %s with %s, which the daemon does not show", r.Alert, m[1], label[0])
-					}
-				}
-			}
-		}
-	}
-	if len(looked) < 15 {
-		t.Errorf("the alerts look at %v only; they were not read", slices.Sorted(maps.Keys(looked)))
-	}
 }

@@ -16,6 +16,7 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strconv"
 	"strings"
@@ -217,6 +218,7 @@ type question struct {
 	token        string
 	issue        *v1.IssueContentKeysRequest
 	create       string // a category
+	grpcOnly     bool
 }
 
 func release(who string, kid []byte) question { return question{who: who, kid: kid} }
@@ -315,7 +317,9 @@ func (d *drill) refused(reason, written string, q question) []string {
 		d.t.Errorf("%s by gRPC: got %s, %v, retry %v (%s); want %v, retry %v", reason, e.Reason, e.Code, e.Retry, e.Message, row.want, row.retry)
 	}
 	callers := map[string]string{ids[0]: identity(q.who)}
-	if q.create == "" {
+	if q.create != "" || q.grpcOnly {
+		ids = ids[:1]
+	} else {
 		a := d.byHTTP(q, ids[1])
 		if a.status != row.http || a.reason != reason && q.issue == nil || a.retry != e.Retry || a.message != e.Message {
 			d.t.Errorf("%s by HTTP: got %d %+v, want %d, retry %v and %q", reason, a.status, a, row.http, e.Retry, e.Message)
@@ -380,12 +384,19 @@ func contractRequests(t *testing.T) *drill {
 	d.category("movies")
 	d.category("exposed")
 	d.category("closed")
+	d.atZero(`custodian_keys_refused_total{reason="RECORD_CORRUPT"}`, `custodian_calls_total{method="KeyIssuanceService/IssueContentKeys",reason="RECORD_CORRUPT"}`,
+		`custodian_handshakes_refused_total{listener="packagers",reason="revoked"}`, `custodian_data_integrity_alerts_total`)
 	film, other, exposed := d.key("movies", "film"), d.key("movies", "other"), d.key("exposed", "leak")
 	missing := bytes.Repeat([]byte{7}, 16)
 
 	// Who may know that something is not there, and who may not.
 	d.refused("KEY_NOT_FOUND", "release failed", release(everybody, missing))
 	d.refused("DENIED", "release denied", release(provider, missing))
+	d.refused("KEY_NOT_FOUND", "release failed", question{who: provider, kid: missing, content: "film"})
+	d.refused("DENIED", "release denied", question{who: provider, kid: missing, content: "leak"})
+	if n := d.counter(t, "custodian_data_integrity_alerts_total"); n != 4 {
+		t.Errorf("the metrics count %v alerts about missing keys, want 4", n)
+	}
 	d.refused("DENIED", "release denied", release(provider, exposed))
 	d.refused("DENIED", "release denied", release(stranger, film))
 	d.refused("DENIED", "issue denied", question{who: packager, issue: issueOf("exposed", "new")})
@@ -441,18 +452,39 @@ func contractRequests(t *testing.T) *drill {
 	d.refused("CALLER_FROZEN", "release denied", question{who: thief, whoHTTP: otherThief, kid: missing})
 	d.take(everybody, slices.Repeat([][]byte{film}, custodian.MaxKIDsPerCall)...) // the burst
 	d.refused("RATE", "release denied", release(everybody, film))
+	d.setPolicy(func(p *custodian.Policy) (*custodian.Policy, error) {
+		return p.WithBudgets([]custodian.Budget{{Caller: custodian.AnyCaller, Action: custodian.ActionRelease, Window: time.Hour, HardKIDs: 1000}, {Caller: custodian.AnyCaller, Action: custodian.ActionReissue, Window: time.Hour, HardKIDs: 1}})
+	})
+	for _, who := range []string{packager, anyPackager} {
+		if _, err := d.client(who).IssueContentKeys(t.Context(), issueOf("movies", "film")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.refused("KID_BUDGET", "issue denied", question{who: packager, whoHTTP: anyPackager, issue: issueOf("movies", "other")})
+	d.refused("CALLER_FROZEN", "issue denied", question{who: packager, whoHTTP: anyPackager, issue: issueOf("movies", "film")})
+	for _, who := range []string{packager, anyPackager} {
+		if _, err := d.core.LiftCaller(t.Context(), d.caller(officer), custodian.FreezeCallerRequest{Identity: identity(who), Cause: "drill"}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	d.setPolicy(nil)
 
-	// Parts that are away.
+	// Parts that are away. A packager's front door waits for those, and asks more
+	// than once: TestSPEKEHold of internal/packager.
+	issue := question{who: packager, issue: issueOf("movies", "new"), grpcOnly: true}
 	d.hsm.Fail("Open", custodian.ErrHSMUnavailable, 2)
 	d.refused("HSM_UNAVAILABLE", "release failed", release(provider, film))
+	d.hsm.Fail("Random", custodian.ErrHSMUnavailable, 1)
+	d.refused("HSM_UNAVAILABLE", "issue failed", issue)
 	d.kms.away.Store(true)
 	d.hsm.Reconnect() // so that KEKs are loaded anew
 	d.refused("KMS_UNAVAILABLE", "release failed", release(provider, film))
+	d.refused("KMS_UNAVAILABLE", "issue failed", issue)
 	d.kms.away.Store(false)
 	away := func(context.Context) error { return fmt.Errorf("read page 7: %w", custodian.ErrStoreUnavailable) }
 	d.store.view.Store(&away)
 	d.refused("STORE_UNAVAILABLE", "release failed", release(provider, film))
+	d.refused("STORE_UNAVAILABLE", "issue failed", issue)
 	d.refused("DENIED", "release denied", release(stranger, film))
 	hangs := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 	d.store.view.Store(&hangs)
@@ -462,6 +494,7 @@ func contractRequests(t *testing.T) *drill {
 
 	d.damage(other)
 	d.refused("RECORD_CORRUPT", "release failed", release(provider, other))
+	d.refused("RECORD_CORRUPT", "issue failed", question{who: packager, issue: issueOf("movies", "other")})
 
 	// There is no custody, and so no log that it could be written to: the
 	// metrics count it.
@@ -477,7 +510,7 @@ func contractRequests(t *testing.T) *drill {
 
 	// The log cannot be written: the daemon's own log has it, and the metrics.
 	d.disk.Store(true)
-	for _, q := range []question{release(provider, film), release(stranger, film), malformed} {
+	for _, q := range []question{release(provider, film), release(stranger, film), malformed, issue} {
 		for _, id := range d.refused("AUDIT_BLOCKED", "", q) {
 			if log := d.log.String(); !strings.Contains(log, "request_id="+id) || !strings.Contains(log, "reason=AUDIT_BLOCKED") {
 				t.Errorf("the daemon's log does not have %s:\n%s", id, log)
@@ -509,6 +542,17 @@ func (d *drill) calls(reason string) float64 {
 		}
 	}
 	return 0
+}
+
+// atZero wants counters to be shown before they have counted anything: one that
+// begins at 1 has not increased for the alert that waits for it.
+func (d *drill) atZero(lines ...string) {
+	d.t.Helper()
+	admin := httptest.NewServer(d.server.AdminHandler(d.metrics))
+	defer admin.Close()
+	for _, line := range lines {
+		wantHTTP(d.t, admin.URL+"/metrics", http.StatusOK, "\n"+line+" 0\n")
+	}
 }
 
 // take releases keys, which must be there.
@@ -672,22 +716,28 @@ func contractOverload(t *testing.T) *drill {
 	d.store.view.Store(&hangs)
 	const crowd = (1024 + 4096) / custodian.MaxKIDsPerCall // inside, and waiting
 	ctx, cancel := context.WithCancel(t.Context())
+	who := d.caller(everybody)
 	var calls sync.WaitGroup
 	for range crowd {
 		calls.Go(func() {
-			results, err := d.core.Retrieve(ctx, d.caller(everybody), custodian.RetrieveRequest{RequestID: "crowd", KIDs: slices.Repeat([]custodian.KID{custodian.KID(film)}, custodian.MaxKIDsPerCall)})
+			results, err := d.core.Retrieve(ctx, who, custodian.RetrieveRequest{RequestID: "crowd", KIDs: slices.Repeat([]custodian.KID{custodian.KID(film)}, custodian.MaxKIDsPerCall)})
 			for i := range results {
 				results[i].Key.Destroy()
 			}
-			if err != nil && !errors.Is(err, custodian.ErrDeadline) {
+			if err != nil && !errors.Is(err, custodian.ErrDeadline) { // they are sent away at the end
 				t.Errorf("one of the crowd: %v", err)
 			}
 		})
 	}
-	for d.core.Admission().CallsWaiting < 4096/custodian.MaxKIDsPerCall {
-		time.Sleep(time.Millisecond)
+	for end := time.Now().Add(10 * time.Second); d.core.Admission().CallsWaiting < 4096/custodian.MaxKIDsPerCall; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("the gate is not full: %+v", d.core.Admission())
+		}
 	}
 	d.refused("RATE", "", release(everybody, film))
+	if got := d.core.Admission().Shed; got != 2 {
+		t.Errorf("shed: got %d, want the two that were asked", got)
+	}
 	cancel()
 	close(open)
 	calls.Wait()

@@ -55,7 +55,25 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			return nil, err
 		}
 	}
+	m.begin()
 	return m, nil
+}
+
+// begin shows at zero what an alert waits for: a counter that is there only once
+// it has counted has not increased for Prometheus, and the first time, which may
+// be the only one, would be missed.
+func (m *metrics) begin() {
+	for _, reason := range Reasons() {
+		m.results.WithLabelValues(string(reason))
+	}
+	for method := range asksForKeys {
+		m.calls.WithLabelValues(method, string(reasonOf(custodian.ErrRecordCorrupt)))
+	}
+	for _, listener := range []string{listenerGRPC, listenerTwin, listenerPackagers} {
+		for _, refused := range refusedCertificates {
+			m.handshakes.WithLabelValues(listener, refused.reason)
+		}
+	}
 }
 
 func (m *metrics) observe(method, reason string, took time.Duration) {

@@ -356,6 +356,7 @@ func TestRevokedWhileConnected(t *testing.T) {
 }
 
 func TestBeforeService(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	k := newKit(t, options{starting: true})
 	get := &v1.GetContentKeysRequest{Kids: [][]byte{bytes.Repeat([]byte{1}, 16)}}
 	callback, ops := k.dial(t, provider), k.dial(t, operator)
@@ -537,6 +538,7 @@ func TestDeadline(t *testing.T) {
 }
 
 func TestClientRetries(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	k := newKit(t, options{})
 	k.createCategory(t, "movies")
 	kid := k.issue(t, "clip", "HD")[0].GetKid()
@@ -580,6 +582,7 @@ func TestClientRetries(t *testing.T) {
 
 // TestClientOutlastsARestart: calls that find nobody there come back.
 func TestClientOutlastsARestart(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	k := newKit(t, options{})
 	k.createCategory(t, "movies")
 	key := k.issue(t, "clip", "HD")[0]
