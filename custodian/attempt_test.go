@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"filippo.io/age"
@@ -124,7 +126,14 @@ func TestAttempts(t *testing.T) {
 		{"backup", "", false, func(int) func() error {
 			return func() error { return w.c.Backup(ctx, operator, id.Recipient().String(), new(bytes.Buffer)) }
 		}},
+		{"time.confirm", "store.Update", false, func(int) func() error {
+			w.cfg.ConfirmTime = true
+			w.openParts()
+			return func() (err error) { w.c, err = custodian.Open(ctx, w.cfg); return err }
+		}},
 	})
+	w.cfg.ConfirmTime = false
+	w.reopen()
 	from := w.log.Size()
 	device := errors.New("out of order")
 	wantErr(t, "backup that nobody takes", w.c.Backup(ctx, operator, id.Recipient().String(), fullDisk{device}), device)
@@ -306,4 +315,44 @@ func TestInterrupted(t *testing.T) {
 		t.Errorf("%d entries after another start, want one more", len(again))
 	}
 	w.whole()
+}
+
+// What a ceremony orders is in the log twice as well: the log has it before it
+// begins, and its end names that, once, however often the work is looked after.
+func TestAttemptsOfOrders(t *testing.T) {
+	a := populated(t)
+	a.cfg.Providers = append(a.cfg.Providers, &badKMS{name: "vault"})
+	a.reopen()
+	for _, order := range []struct{ action, kind, body string }{
+		{"rotation.start", "kek-rotation", "categories: [movies]"},
+		{"rotation.rollback", "rollback", "rotations: [kek/movies/2]"},
+		{"rotation.start", "kek-rotation", "categories: [movies]"},
+		{"rotation.retire", "retire", "rotations: [kek/movies/3]"},
+		{"kek.destroy", "destroy", "key_versions: [movies/1]"},
+		{"rotation.start", "mek-rotation", "mek_version: 1"},
+		{"category.providers", "providers", "categories: [movies]\nproviders: [vault]"},
+	} {
+		from := a.log.Size()
+		info := a.begin(a.plan(order.kind, order.body))
+		if order.kind == "providers" {
+			a.rewraps(func(left []custodian.RewrapStatus) bool { return len(left) == 0 })
+		}
+		a.wantDone(a.finish(info.ID))
+		var begun, ended []uint64
+		for _, e := range a.entries(from) {
+			switch {
+			case e.Action != order.action || e.Caller == "": // the engine's own entries name nobody
+			case e.Outcome == audit.Begun && strings.Contains(e.RequestID, info.ID):
+				begun = append(begun, e.Index)
+			case e.HasAttempt && e.Outcome == audit.Allowed:
+				ended = append(ended, e.Attempt)
+			default:
+				t.Errorf("%s: %q", order.kind, line(e))
+			}
+		}
+		if len(begun) != 1 || !slices.Equal(begun, ended) {
+			t.Errorf("%s: %s begins at entries %v, and the ends name %v; want one pair", order.kind, order.action, begun, ended)
+		}
+	}
+	a.whole()
 }

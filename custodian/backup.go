@@ -72,8 +72,15 @@ type RestoreReport struct {
 	Frozen []CategoryName `json:"frozen_categories"`
 	// Destroyed KEK versions were destroyed after the backup, and are so again.
 	Destroyed []DestroyedKEK `json:"destroyed_keks,omitempty"`
+	// DestroyedMEKs were destroyed after the backup, and are so again. Nothing of
+	// the backup needs them.
+	DestroyedMEKs []uint32 `json:"destroyed_meks,omitempty"`
 	// FrozenCallers were frozen after the backup, and are so again.
 	FrozenCallers []string `json:"frozen_callers"`
+	// Revoked sessions and issuers were revoked after the backup, and are so
+	// again; LostRevocations cannot be.
+	Revoked         []string         `json:"revoked,omitempty"`
+	LostRevocations []LostRevocation `json:"lost_revocations,omitempty"`
 }
 
 // A MissingKey is a KID that the audit log knows and the store does not.
@@ -125,10 +132,16 @@ func (c *Custodian) restore(ctx context.Context, cfg Config) (RestoreReport, err
 	if err := c.destroyAgain(ctx, cfg.Logged, backup, &rep); err != nil {
 		return rep, err
 	}
+	if err := c.destroyMEKsAgain(ctx, cfg.Logged, backup, &rep); err != nil {
+		return rep, err
+	}
 	if err := c.freezeAgain(ctx, cfg.Logged, backup, &rep); err != nil {
 		return rep, err
 	}
 	if err := c.freezeCallersAgain(ctx, cfg.Logged, backup, &rep); err != nil {
+		return rep, err
+	}
+	if err := c.revokeAgain(ctx, cfg.Logged, backup, &rep); err != nil {
 		return rep, err
 	}
 	err := c.store.View(ctx, func(tx Tx) error {

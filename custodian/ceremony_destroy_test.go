@@ -10,6 +10,7 @@ import (
 	"filippo.io/age"
 
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/audit"
 )
 
 func (w *world) takeBackup() {
@@ -62,6 +63,7 @@ func TestDestroyCeremony(t *testing.T) {
 	}
 	swap(old)
 	wantErr(t, "execute with a reference", a.execute(info), custodian.ErrPlan)
+	a.wantLast("ceremony.execute", audit.Denied, "PLAN", "1 content keys refer to it")
 	a.refusePlan(text, "1 content keys refer to it")
 	swap(moved)
 

@@ -56,7 +56,7 @@ var kinds = map[PlanKind]kind{
 	KindExport: {check: checkPermit},
 
 	KindCallerCompromise: {check: checkCallerCompromise, apply: applyCallerCompromise},
-	KindDestroy:          {check: checkDestroy, work: destroyKEKs},
+	KindDestroy:          {check: checkDestroy, work: destroyKeys},
 	KindCategoryPolicy:   {check: checkCategoryPolicy, apply: applyCategoryPolicy},
 	KindRekey:            {check: checkRekey, work: rekeyContent},
 	KindWithdraw:         {check: checkRekey, work: rekeyContent},
@@ -194,15 +194,11 @@ func checkBundle(_ context.Context, _ *Custodian, set *controlSet, p *Plan, r *R
 		return refusePlan(ErrPlan, "the grants do not fit the officers: %v", err)
 	}
 	was, is := grantLines(set.authority.Grants), grantLines(p.Grants)
-	for _, g := range was {
-		if !slices.Contains(is, g) {
-			r.Changes = append(r.Changes, "taken away: "+g)
-		}
+	for _, g := range missing(was, is) {
+		r.Changes = append(r.Changes, "taken away: "+g)
 	}
-	for _, g := range is {
-		if !slices.Contains(was, g) {
-			r.Changes = append(r.Changes, "granted: "+g)
-		}
+	for _, g := range missing(is, was) {
+		r.Changes = append(r.Changes, "granted: "+g)
 	}
 	if len(r.Changes) == 0 {
 		return refusePlan(ErrPlan, "the grants are as the plan has them already")
@@ -212,17 +208,32 @@ func checkBundle(_ context.Context, _ *Custodian, set *controlSet, p *Plan, r *R
 
 func grantLines(all []PlanGrant) (lines []string) {
 	for _, g := range all {
-		line := fmt.Sprintf("%s as %s for %s", g.Identity, g.Role, strings.Join(g.Categories, ", "))
-		if len(g.Categories) == 0 {
-			line = fmt.Sprintf("%s as %s", g.Identity, g.Role)
+		lines = append(lines, g.line())
+	}
+	return lines
+}
+
+// line says a grant to people.
+func (g PlanGrant) line() string {
+	line := fmt.Sprintf("%s as %s", g.Identity, g.Role)
+	if len(g.Categories) > 0 {
+		line += " for " + strings.Join(g.Categories, ", ")
+	}
+	if g.Reissue {
+		line += ", with reissue"
+	}
+	if g.SPKI != "" {
+		line += ", key " + g.SPKI
+	}
+	return line
+}
+
+// missing are the lines of a that b has not.
+func missing(a, b []string) (lines []string) {
+	for _, line := range a {
+		if !slices.Contains(b, line) {
+			lines = append(lines, line)
 		}
-		if g.Reissue {
-			line += ", with reissue"
-		}
-		if g.SPKI != "" {
-			line += ", key " + g.SPKI
-		}
-		lines = append(lines, line)
 	}
 	return lines
 }
@@ -325,8 +336,12 @@ func moveToProviders(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bo
 	over := true
 	for _, name := range moving {
 		if !slices.Equal(c.set.Load().providersWanted(name), p.Providers) {
-			e := audit.Entry{Action: string(ActionSetProviders), Caller: x.Executor, RequestID: about(x.ID), Category: string(name)}
-			if _, err := c.putRewrap(ctx, e, name, c.toProviders(p.Providers, p.Reason)); err != nil {
+			e := audit.Entry{Action: string(ActionSetProviders), Caller: x.Executor, RequestID: about(x.ID), Category: string(name),
+				Detail: fmt.Sprintf("%s: to %s", scope(name), names(p.Providers))}
+			if err := c.carryOut(ctx, e, func(end audit.Entry) error {
+				_, err := c.putRewrap(ctx, end, name, c.toProviders(p.Providers, p.Reason))
+				return err
+			}); err != nil {
 				return false, err
 			}
 			c.rewraps.wake()
@@ -438,7 +453,10 @@ func (c *Custodian) snapshot(ctx context.Context, set *controlSet, x Ceremony, p
 	s := Snapshot{MEKs: []MEKEvidence{}, Keys: []KeyEvidence{}, Categories: []CategoryEvidence{}, Officers: []Officer{},
 		Rotations: []RotationEvidence{}, KEKsByMEK: map[uint32]int{}}
 	for _, m := range set.meks {
-		e := MEKEvidence{Version: m.Version, Label: m.Label, ID: hex.EncodeToString(m.ID[:]), State: m.State.String(), Profile: m.Profile, EndTime: m.EndTime, Canary: sumText(m.Canary)}
+		e := MEKEvidence{Version: m.Version, Label: m.Label, ID: hex.EncodeToString(m.ID[:]), State: m.State.String(), Profile: m.Profile, EndTime: m.EndTime}
+		if len(m.Canary) > 0 { // a destroyed one has none
+			e.Canary = sumText(m.Canary)
+		}
 		if m.State == StateActive || m.State == StateDeactivated {
 			if err := c.hsm.CheckMEK(ctx, m); err != nil {
 				return nil, mekError(m, err)

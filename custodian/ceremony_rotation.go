@@ -230,9 +230,12 @@ func (c *Custodian) estimate(ctx context.Context, r *Rehearsal) error {
 func beginRotations(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error) {
 	over := true
 	for _, o := range p.orders(x.ID) {
-		r, err := c.startRotation(ctx, o, audit.Entry{Caller: x.Executor, RequestID: o.RequestID, Category: string(o.Category)})
-		if err != nil {
-			return false, err
+		r, ordered := c.set.Load().ordered(o.RequestID)
+		if !ordered {
+			e := audit.Entry{Action: actionRotationStart, Caller: x.Executor, RequestID: o.RequestID, Category: string(o.Category), Detail: o.text()}
+			if err := c.carryOut(ctx, e, func(end audit.Entry) (err error) { r, err = c.startRotation(ctx, o, end); return err }); err != nil {
+				return false, err
+			}
 		}
 		over = over && !r.Step.running()
 	}
@@ -261,7 +264,12 @@ func checkRetire(ctx context.Context, c *Custodian, set *controlSet, p *Plan, r 
 
 func retireRotations(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error) {
 	for _, name := range p.Rotations {
-		if _, err := c.retire(ctx, name, audit.Entry{Caller: x.Executor, RequestID: about(x.ID), Category: string(c.set.Load().rotations[name].Category)}); err != nil {
+		r := c.set.Load().rotations[name]
+		if r.Step == StepRetired {
+			continue
+		}
+		e := audit.Entry{Action: actionRotationRetire, Caller: x.Executor, RequestID: about(x.ID), Category: string(r.Category), Detail: name}
+		if err := c.carryOut(ctx, e, func(end audit.Entry) error { _, err := c.retire(ctx, name, end); return err }); err != nil {
 			return false, err
 		}
 	}
@@ -285,11 +293,13 @@ func checkRollBack(_ context.Context, c *Custodian, set *controlSet, p *Plan, r 
 func rollBackRotations(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error) {
 	over := true
 	for _, name := range p.Rotations {
-		if step := c.set.Load().rotations[name].Step; step == StepRollback || step == StepRolledBack {
-			over = over && step == StepRolledBack
+		r := c.set.Load().rotations[name]
+		if r.Step == StepRollback || r.Step == StepRolledBack {
+			over = over && r.Step == StepRolledBack
 			continue
 		}
-		if _, err := c.rollBack(ctx, name, audit.Entry{Caller: x.Executor, RequestID: about(x.ID), Category: string(c.set.Load().rotations[name].Category)}); err != nil {
+		e := audit.Entry{Action: actionRotationRollBack, Caller: x.Executor, RequestID: about(x.ID), Category: string(r.Category), Detail: name}
+		if err := c.carryOut(ctx, e, func(end audit.Entry) error { _, err := c.rollBack(ctx, name, end); return err }); err != nil {
 			return false, err
 		}
 		over = false
@@ -314,6 +324,9 @@ func (s *controlSet) rotationBasis(e *encoder, p *Plan) {
 			e.uint(uint64(v))
 			e.uint(uint64(s.meks[v].State))
 		}
+	}
+	if p.Kind == KindDestroy && p.MEKVersion > 0 {
+		e.uint(uint64(s.meks[p.MEKVersion].State))
 	}
 	for _, name := range p.Categories {
 		e.str(string(name))

@@ -2,6 +2,7 @@ package custodian_test
 
 import (
 	"bytes"
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -48,6 +49,7 @@ func newSignatory(t *testing.T, name string, ed bool) signatory {
 type assembly struct {
 	*world
 	anna, ben, cleo, rita, ron signatory
+	profile                    custodian.MEKProfile // empty: sealed
 	genesis                    *custodian.Plan
 }
 
@@ -87,7 +89,12 @@ grants:
 // newAssembly is a world after a genesis that all officers have signed.
 func newAssembly(t *testing.T) *assembly {
 	t.Helper()
-	a := &assembly{world: bareWorld(t), anna: newSignatory(t, "anna", false), ben: newSignatory(t, "ben", true), cleo: newSignatory(t, "cleo", false),
+	return assemblyOf(t, custodian.ProfileSealed)
+}
+
+func assemblyOf(t *testing.T, p custodian.MEKProfile) *assembly {
+	t.Helper()
+	a := &assembly{world: bareWorld(t), profile: p, anna: newSignatory(t, "anna", false), ben: newSignatory(t, "ben", true), cleo: newSignatory(t, "cleo", false),
 		rita: newSignatory(t, "rita", true), ron: newSignatory(t, "ron", false)}
 	a.openParts()
 	g := a.genesisOf(t, a.genesisText())
@@ -104,7 +111,7 @@ func newAssembly(t *testing.T) *assembly {
 
 func (a *assembly) genesisText() string {
 	return "plan: custodian/1\nkind: genesis\nreason: the first day\nexpires: " + a.in(24*time.Hour) +
-		"\ngenesis: {mek_profile: sealed, nonce: " + strings.Repeat("ab", 32) + "}" + a.people() + officersQuorum + a.recovery() + testGrants
+		"\ngenesis: {mek_profile: " + string(cmp.Or(a.profile, custodian.ProfileSealed)) + ", nonce: " + strings.Repeat("ab", 32) + "}" + a.people() + officersQuorum + a.recovery() + testGrants
 }
 
 func (a *assembly) genesisOf(t *testing.T, text string) *custodian.Genesis {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -113,6 +114,7 @@ type Custodian struct {
 	keys    *keyring
 	rewraps *rewrapping
 	gate    *admission.Gate // before Retrieve
+	late    *lateLog
 	arena   *secret.Arena
 	hot     *hotTitles
 	log     *slog.Logger
@@ -214,7 +216,7 @@ func newCustodian(ctx context.Context, cfg Config) (*Custodian, error) {
 	}
 	c := &Custodian{store: cfg.Store, hsm: cfg.HSM, audit: cfg.Audit, index: audit.NewIndex(cfg.Audit), arena: arena, log: cfg.Log, prefix: cfg.LabelPrefix, auditName: cfg.AuditName,
 		limits: cfg.GCMLimits, clock: cfg.Now, defaultWraps: cfg.DefaultProviders, anchors: cfg.Anchors, keys: keys, rewraps: newRewrapping(keys.limits), budgets: map[CategoryName]*budget{}, workLists: map[string][]contentItem{}, rotations: newRotations(), events: cfg.Events, foreign: cfg.Warnings,
-		hot: hot, gate: admission.New(cfg.ReleaseDeadline, time.Now) /* the clock of contexts */}
+		hot: hot, gate: admission.New(cfg.ReleaseDeadline, time.Now) /* the clock of contexts */, late: newLateLog()}
 	if cfg.RotationRate > 0 {
 		c.limiter = rate.NewLimiter(rate.Limit(cfg.RotationRate), moveBatch)
 	}
@@ -289,12 +291,16 @@ func (c *Custodian) entry(set *controlSet, who Caller, d Decision, a Action, req
 	return judged(e, d, err)
 }
 
+// byState are refusals by authority, mode or state that can also come after the
+// decision, from what was read since.
+var byState = []error{ErrDenied, ErrKeyState, ErrKeyCompromised, ErrCategoryFrozen, ErrKeyDestroyed}
+
 // judged adds the outcome that follows from a decision and from err.
 func judged(e audit.Entry, d Decision, err error) audit.Entry {
 	switch {
 	case err == nil:
 		e.Outcome = audit.Allowed
-	case !d.Allow || errors.Is(err, ErrDenied):
+	case !d.Allow || slices.ContainsFunc(byState, func(refused error) bool { return errors.Is(err, refused) }):
 		e.Outcome, e.Reason = audit.Denied, string(ReasonOf(err))
 	default:
 		e.Outcome, e.Reason = audit.Failed, string(ReasonOf(err))

@@ -14,9 +14,9 @@ import (
 // begins with its name and a space: a restore reads it.
 const actionDestroy = "kek.destroy"
 
-// checkDestroy says what stands against the destruction of KEK versions: only
-// what is retired, and what no record refers to, as a look at every record
-// proves, can be destroyed. It names the backups that become unreadable.
+// checkDestroy says what stands against the destruction of KEK versions and of a
+// MEK: only what is retired, and what no record refers to, as a look at every
+// record proves, can be destroyed. It names the backups that become unreadable.
 func checkDestroy(ctx context.Context, c *Custodian, set *controlSet, p *Plan, r *Rehearsal) error {
 	backups, err := c.backupsKnown(ctx)
 	if err != nil {
@@ -25,7 +25,7 @@ func checkDestroy(ctx context.Context, c *Custodian, set *controlSet, p *Plan, r
 	for _, text := range p.KeyVersions {
 		id, _ := ParseKEKID(text) // checked by ParsePlan
 		k, ok := set.keks[id]
-		end, retired := set.retireTime(id)
+		end, retired := set.goneSince(RotateKEK, id.Category, id.Version)
 		switch {
 		case !ok:
 			return refusePlan(ErrPlan, "there is no key version %s", id)
@@ -41,7 +41,13 @@ func checkDestroy(ctx context.Context, c *Custodian, set *controlSet, p *Plan, r
 			return refusePlan(ErrPlan, "key version %s is %s, and only what is retired can be destroyed", id, k.State)
 		}
 		r.Changes = append(r.Changes, fmt.Sprintf("key version %s is destroyed: its wrapped key is erased, and nothing brings it back", id))
-		r.Changes = append(r.Changes, unreadable(backups, id, k.CreateTime, end)...)
+		r.Changes = append(r.Changes, unreadable(backups, k.CreateTime, end, fmt.Sprintf("what lies under %s in it cannot be restored", id),
+			fmt.Sprintf("no backup is known in which content keys lie under %s", id))...)
+	}
+	if p.MEKVersion > 0 {
+		if err := c.checkDestroyMEK(ctx, set, p.MEKVersion, backups, r); err != nil {
+			return err
+		}
 	}
 	if n := c.audit.Stats().Pruned; n > 0 {
 		r.Changes = append(r.Changes, fmt.Sprintf("the first %d entries of the audit log are pruned: backups that only they name are not listed", n))
@@ -49,11 +55,11 @@ func checkDestroy(ctx context.Context, c *Custodian, set *controlSet, p *Plan, r
 	return nil
 }
 
-// retireTime is when a KEK version was retired, or when the rotation that made
-// it was rolled back.
-func (s *controlSet) retireTime(id KEKID) (end time.Time, ok bool) {
+// goneSince is when a version was retired, or when the rotation that made it was
+// rolled back.
+func (s *controlSet) goneSince(kind RotationKind, category CategoryName, version uint32) (end time.Time, ok bool) {
 	for _, r := range s.rotations {
-		if r.Kind == RotateKEK && r.Category == id.Category && slices.Contains(r.gone(), id.Version) {
+		if r.Kind == kind && r.Category == category && slices.Contains(r.gone(), version) {
 			ok = true
 			if r.StepTime.After(end) {
 				end = r.StepTime
@@ -96,57 +102,77 @@ func (c *Custodian) backupsKnown(ctx context.Context) (known []knownBackup, err 
 // maxBackupLines is how many backups a rehearsal names one by one.
 const maxBackupLines = 100
 
-// unreadable names the backups in which content keys may lie under a KEK
-// version: those from when it was made until it was retired.
-func unreadable(backups []knownBackup, id KEKID, from, to time.Time) (lines []string) {
+// unreadable names the backups in which something may lie under a key: those
+// from when it was made until it was retired. what is what that means, and none
+// is said where there are no such backups.
+func unreadable(backups []knownBackup, from, to time.Time, what, none string) (lines []string) {
 	n := 0
 	for _, b := range backups {
 		if b.time.Before(from) || b.time.After(to) {
 			continue
 		}
 		if n++; n <= maxBackupLines {
-			lines = append(lines, fmt.Sprintf("the backup of %s, control revision %d, %s, becomes unreadable: what lies under %s in it cannot be restored", b.time.UTC().Format(time.RFC3339), b.revision, b.to, id))
+			lines = append(lines, fmt.Sprintf("the backup of %s, control revision %d, %s, becomes unreadable: %s", b.time.UTC().Format(time.RFC3339), b.revision, b.to, what))
 		}
 	}
 	if n > maxBackupLines {
 		lines = append(lines, fmt.Sprintf("and %d more backups until %s, likewise", n-maxBackupLines, to.UTC().Format(time.RFC3339)))
 	}
 	if n == 0 {
-		lines = append(lines, fmt.Sprintf("no backup is known in which content keys lie under %s", id))
+		lines = append(lines, none)
 	}
 	return lines
 }
 
-// destroyKEKs destroys the versions of a plan, one by one.
-func destroyKEKs(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error) {
+// destroyKeys destroys the versions of a plan, one by one.
+func destroyKeys(ctx context.Context, c *Custodian, x Ceremony, p *Plan) (bool, error) {
 	for _, text := range p.KeyVersions {
 		id, _ := ParseKEKID(text) // checked by ParsePlan
+		if c.set.Load().keks[id].State == StateDestroyed {
+			continue
+		}
 		// Once more: it may be long since it was executed, if the daemon was away.
 		if err := c.noneUnder(ctx, id); err != nil {
 			return false, err
 		}
-		if err := c.destroyKEK(ctx, id, audit.Entry{Caller: x.Executor, RequestID: about(x.ID), Detail: p.Reason}); err != nil {
+		e := kekDestroyed(id, audit.Entry{Caller: x.Executor, RequestID: about(x.ID), Detail: p.Reason})
+		if err := c.carryOut(ctx, e, func(end audit.Entry) error { return c.destroyKEK(ctx, id, end) }); err != nil {
+			return false, err
+		}
+	}
+	if p.MEKVersion > 0 {
+		if err := c.destroyMEK(ctx, p.MEKVersion, audit.Entry{Caller: x.Executor, RequestID: about(x.ID), Detail: p.Reason}); err != nil {
 			return false, err
 		}
 	}
 	return true, nil
 }
 
+// kekDestroyed makes e the entry of the end of a KEK version.
+func kekDestroyed(id KEKID, e audit.Entry) audit.Entry {
+	e.Action, e.Category, e.KeyVersion, e.Detail, e.Priority = actionDestroy, string(id.Category), id.String(), id.String()+" "+e.Detail, true
+	return e
+}
+
 // destroyKEK erases a KEK version from the store and from the token.
 func (c *Custodian) destroyKEK(ctx context.Context, id KEKID, e audit.Entry) error {
-	e.Action, e.Category, e.KeyVersion, e.Detail, e.Priority = actionDestroy, string(id.Category), id.String(), id.String()+" "+e.Detail, true
 	err := c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
 		k := old.keks[id]
 		if k.State == StateDestroyed {
 			return change{}, errNoChange
 		}
-		k.State, k.Wrapped.Outer, k.Wrapped.Canary, k.Revision = StateDestroyed, nil, nil, k.Revision+1
-		return change{put: []ControlRecord{kekRecord(k)}, entry: e}, nil
+		return change{put: []ControlRecord{kekRecord(k.destroyed())}, entry: e}, nil
 	})
 	if err == nil {
 		c.keys.forget(c.set.Load())
 	}
 	return err
+}
+
+// destroyed is the record of k without the wrapped key.
+func (k KEK) destroyed() KEK {
+	k.State, k.Wrapped.Outer, k.Wrapped.Canary, k.Revision = StateDestroyed, nil, nil, k.Revision+1
+	return k
 }
 
 // destroyAgain destroys the KEK versions that were destroyed after the backup: a
@@ -169,7 +195,7 @@ func (c *Custodian) destroyAgain(ctx context.Context, l Logged, backup uint64, r
 		if err != nil {
 			return err
 		}
-		if err := c.destroyKEK(ctx, id, audit.Entry{Detail: "restore"}); err != nil {
+		if err := c.destroyKEK(ctx, id, kekDestroyed(id, audit.Entry{Detail: "restore"})); err != nil {
 			return fmt.Errorf("key version %s: %w", id, err)
 		}
 		rep.Destroyed = append(rep.Destroyed, DestroyedKEK{id, n})

@@ -196,3 +196,17 @@ func NewFlights() func(KID) {
 		}
 	}
 }
+
+// ForgeRevocations has the log know of n revocations that no store has, and of
+// one that does not say when it ends, in the form of before that was logged.
+func (l *Logged) ForgeRevocations(like audit.Ref, n int, until time.Time) {
+	for i := range n + 1 {
+		r := Revocation{Session: like, Until: until}
+		r.Session.MAC[0], r.Session.MAC[1], r.Session.MAC[2] = 0xff, byte(i>>8), byte(i)
+		detail := r.logged("forged")
+		if i == n {
+			detail = "of an older daemon"
+		}
+		l.Changes = append(l.Changes, ControlChange{Revision: l.Revision + 1, Action: string(ActionRevoke), Detail: detail, refs: []audit.Ref{r.Session}})
+	}
+}

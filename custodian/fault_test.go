@@ -139,6 +139,7 @@ var deeds = []deed{
 func TestFaults(t *testing.T) {
 	for _, d := range deeds {
 		t.Run(d.name, func(t *testing.T) {
+			t.Parallel() // half of the time it waits for the disk
 			w := newWorld(t)
 			d.prepare(w)
 			answered := w.answered

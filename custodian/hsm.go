@@ -53,6 +53,9 @@ type HSM interface {
 	// labels or none. It is called only while nothing can have been used under
 	// these names. It returns how many objects there were.
 	DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (int, error)
+	// DestroyMEK destroys the token object of m, for good. One that is not there
+	// is destroyed already.
+	DestroyMEK(ctx context.Context, m MEK) error
 	// Health makes one real operation.
 	Health(ctx context.Context) error
 	// Status describes the token.

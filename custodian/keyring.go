@@ -414,7 +414,8 @@ func (s *controlSet) wrapped(id keyID) (w Wrapped, ident []byte, use KeyUse, err
 		if err := Usable(h.State, Process, false); err != nil {
 			return w, nil, 0, fmt.Errorf("%s: state %s: %w", id, h.State, err)
 		}
-		// No record refers to a pseudonym key, but the audit log does, for ever.
+		// No record refers to a pseudonym key, but the audit log does, until the MEK
+		// is destroyed.
 		if id.helper != HelperPseudonym && s.retiredMEK(h.Wrapped.MEKVersion) {
 			return w, nil, 0, corrupt(id.String(), errors.New("it is retired with its mek, and no record refers to it"))
 		}

@@ -17,6 +17,7 @@ import (
 	"maps"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/keycustody/custodian/internal/audit"
@@ -293,13 +294,31 @@ func (c *Custodian) refusePolicy(ctx context.Context, p *Policy) error {
 		return nil
 	}
 	d := p.Digest()
-	err := refusePlan(ErrQuorum, "the grants of the configuration (digest %x) are not the officers' bundle; it stays in force, and a policy ceremony changes it", d)
+	err := refusePlan(ErrQuorum, "the grants of the configuration (digest %x) are not the officers' bundle: %s; the bundle stays in force, and a policy ceremony changes it", d, difference(p, set.policy))
 	c.log.Error("policy refused", "err", err)
 	if _, aerr := c.record(ctx, audit.Entry{Action: "policy.load", Outcome: audit.Denied, Reason: string(ReasonOf(err)), Priority: true,
 		ControlRevision: set.head.Revision, Detail: "policy " + hex.EncodeToString(d[:])}); aerr != nil {
 		return aerr
 	}
 	return err
+}
+
+// difference says which grants the configuration has alone, and which the
+// officers' bundle, so that nobody has to compare two files by eye.
+func difference(config, bundle *Policy) string {
+	has, wants := config.lines(), bundle.lines()
+	var told []string
+	for _, g := range missing(has, wants) {
+		told = append(told, "only the configuration has "+g)
+	}
+	for _, g := range missing(wants, has) {
+		told = append(told, "only the bundle has "+g)
+	}
+	const most = 10
+	if len(told) > most {
+		told = append(told[:most], fmt.Sprintf("and %d more", len(told)-most))
+	}
+	return strings.Join(told, "; ")
 }
 
 // describe says who may change policy, for the status.

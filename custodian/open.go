@@ -44,6 +44,8 @@ type ControlChange struct {
 	Action   string    `json:"action"`
 	Category string    `json:"category,omitempty"`
 	Detail   string    `json:"detail,omitempty"`
+
+	refs []audit.Ref
 }
 
 // Visit takes one entry in.
@@ -56,7 +58,7 @@ func (l *Logged) Visit(e *audit.Entry) error {
 	if len(e.ControlDigest) == 32 {
 		l.Revision, l.Digest = e.ControlRevision, [32]byte(e.ControlDigest)
 		if l.TrackKIDs {
-			l.Changes = append(l.Changes, ControlChange{e.ControlRevision, e.Time, e.Action, e.Category, e.Detail})
+			l.Changes = append(l.Changes, ControlChange{e.ControlRevision, e.Time, e.Action, e.Category, e.Detail, e.Refs})
 		}
 	}
 	if e.Action == actionRestored {
@@ -95,7 +97,7 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	set, err := c.verifyControl(ctx, records, head)
+	set, err := c.verifyControl(ctx, records, head, cfg)
 	if err != nil {
 		return err
 	}
@@ -134,7 +136,7 @@ func (c *Custodian) open(ctx context.Context, cfg Config) error {
 	if cfg.ConfirmTime && !cfg.Restored && c.believesClock() == nil {
 		// Kept now, so that the confirmation is needed once. A restore keeps it
 		// with its first change, which lifts the revision above the log's.
-		if err := c.keepTime(ctx, true); err != nil {
+		if err := c.confirmTime(ctx); err != nil {
 			return err
 		}
 	}
@@ -202,7 +204,7 @@ func (c *Custodian) readControl(ctx context.Context) (records []ControlRecord, h
 // the set says, and then checks every MAC and the digest of the whole. What
 // was decoded before its MAC was checked has only named blobs and canaries
 // that the token itself authenticates.
-func (c *Custodian) verifyControl(ctx context.Context, records []ControlRecord, head ControlRecord) (*controlSet, error) {
+func (c *Custodian) verifyControl(ctx context.Context, records []ControlRecord, head ControlRecord, cfg Config) (*controlSet, error) {
 	set := newControlSet()
 	var err error
 	if set.head, err = decodeHead(head.Body); err != nil {
@@ -213,11 +215,24 @@ func (c *Custodian) verifyControl(ctx context.Context, records []ControlRecord, 
 			return nil, err
 		}
 	}
+	var destroyed []uint32 // since the backup
+	if cfg.Restored {
+		if destroyed, err = cfg.Logged.destroyedMEKs(set.head.Revision); err != nil {
+			return nil, err
+		}
+	}
 	for _, m := range set.meks {
-		if m.State == StateActive || m.State == StateDeactivated {
-			if err := c.hsm.CheckMEK(ctx, m); err != nil {
-				return nil, mekError(m, err)
+		if m.State != StateActive && m.State != StateDeactivated {
+			continue
+		}
+		if slices.Contains(destroyed, m.Version) {
+			if !set.retiredMEK(m.Version) {
+				return nil, fmt.Errorf("mek %s was destroyed by the officers after this backup was made, and the backup needs it: %w", m.Label, ErrKeyDestroyed)
 			}
+			continue // nothing of the backup needs it, and the restore destroys it again
+		}
+		if err := c.hsm.CheckMEK(ctx, m); err != nil {
+			return nil, mekError(m, err)
 		}
 	}
 	for _, r := range append(slices.Clone(records), head) {
@@ -274,7 +289,9 @@ func (c *Custodian) checkToken(ctx context.Context, set *controlSet) error {
 	}
 	labels := map[string]string{} // of what is ours, by ID
 	for _, m := range set.meks {
-		labels[string(m.ID[:])] = m.Label
+		if m.State != StateDestroyed { // one that somebody has brought back is not ours any more
+			labels[string(m.ID[:])] = m.Label
+		}
 	}
 	for _, g := range set.signers {
 		labels[string(g.ID[:])] = g.Label
@@ -343,12 +360,21 @@ func (c *Custodian) Tick(ctx context.Context) error {
 	if c.lookAtClock() != nil || c.now().Sub(c.set.Load().head.HighestNow) < 24*time.Hour {
 		return err
 	}
-	return c.keepTime(ctx, false)
+	return c.keepTime(ctx, false, audit.Entry{Action: "time", Detail: c.now().Format(time.RFC3339)})
 }
 
+// confirmTime takes the clock as it is, because who started the daemon says
+// that it is right.
+func (c *Custodian) confirmTime(ctx context.Context) error {
+	e := audit.Entry{Action: actionConfirmTime, Detail: fmt.Sprintf("-confirm-time: now is %s, and the highest time seen was %s",
+		c.now().UTC().Format(time.RFC3339), c.set.Load().head.HighestNow.UTC().Format(time.RFC3339))}
+	return c.carryOut(ctx, e, func(end audit.Entry) error { return c.keepTime(ctx, true, end) })
+}
+
+// actionConfirmTime is what the audit log calls a start with -confirm-time.
+const actionConfirmTime = "time.confirm"
+
 // keepTime writes the time down; confirmed, even if it is below the highest.
-func (c *Custodian) keepTime(ctx context.Context, confirmed bool) error {
-	return c.change(ctx, func(*controlSet, time.Time) (change, error) {
-		return change{setTime: confirmed, entry: audit.Entry{Action: "time", Detail: c.now().Format(time.RFC3339)}}, nil
-	})
+func (c *Custodian) keepTime(ctx context.Context, confirmed bool, e audit.Entry) error {
+	return c.change(ctx, func(*controlSet, time.Time) (change, error) { return change{setTime: confirmed, entry: e}, nil })
 }

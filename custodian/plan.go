@@ -51,7 +51,7 @@ const (
 
 	KindRestore          PlanKind = "restore"           // a backup takes the place of a lost store, by custodiand restore
 	KindCallerCompromise PlanKind = "caller-compromise" // a caller is stopped, and what it was given decided about
-	KindDestroy          PlanKind = "destroy"           // retired KEK versions are erased
+	KindDestroy          PlanKind = "destroy"           // retired KEK versions, or a retired MEK, are erased
 	KindCategoryPolicy   PlanKind = "category-policy"   // mode and standing approval of categories
 	KindRekey            PlanKind = "rekey"             // content gets new keys
 	KindWithdraw         PlanKind = "withdraw"          // the keys that were superseded are released no more
@@ -79,9 +79,9 @@ type Plan struct {
 	Categories []CategoryName `yaml:"categories,omitempty" json:"categories,omitempty"`
 	Callers    []string       `yaml:"callers,omitempty" json:"callers,omitempty"`     // identities, as the grants have them
 	Providers  []string       `yaml:"providers,omitempty" json:"providers,omitempty"` // all that each category is to have
-	// MEKVersion is the one whose place a new one takes.
+	// MEKVersion is the one whose place a new one takes, or that is destroyed.
 	MEKVersion  uint32   `yaml:"mek_version,omitempty" json:"mek_version,omitempty"`
-	KeyVersions []string `yaml:"key_versions,omitempty" json:"key_versions,omitempty"` // compromised: movies/4
+	KeyVersions []string `yaml:"key_versions,omitempty" json:"key_versions,omitempty"` // movies/4: compromised, destroyed, or what content lies under
 	Decision    string   `yaml:"decision,omitempty" json:"decision,omitempty"`         // DecisionServe or DecisionFreeze
 	Rotations   []string `yaml:"rotations,omitempty" json:"rotations,omitempty"`       // kek/movies/5, mek/2
 	// Hold is how long a rotation can be rolled back at least: 72h.
@@ -178,7 +178,7 @@ var planSections = map[PlanKind][]string{
 
 	KindRestore:          {"backup"},
 	KindCallerCompromise: {"callers", "categories?", "decision"},
-	KindDestroy:          {"key_versions"},
+	KindDestroy:          {"key_versions?", "mek_version?"},
 	KindCategoryPolicy:   {"categories", "mode?", "new_batch?"},
 	KindRekey:            {"content?", "key_versions?", "callers?"},
 	KindWithdraw:         {"content?", "key_versions?", "callers?"},
@@ -290,34 +290,31 @@ func (p *Plan) check() error {
 	if p.Kind == KindUnfreeze && len(p.Categories)+len(p.Callers) == 0 {
 		fault("categories", "a plan of kind %s needs it, or callers", p.Kind)
 	}
+	if p.Kind == KindDestroy && len(p.KeyVersions) == 0 && p.MEKVersion == 0 {
+		fault("key_versions", "a plan of kind %s needs it, or mek_version", p.Kind)
+	}
 	if p.Kind == KindProviders && len(p.Categories) == 0 && !p.HelperKeys {
 		fault("categories", "a plan of kind %s needs it, or helper_keys: true", p.Kind)
 	}
-	for i, identity := range p.Callers {
-		if err := checkCallerID(identity); err != nil {
-			fault(fmt.Sprintf("callers[%d]", i), "%w", err)
-		}
-		if slices.Contains(p.Callers[:i], identity) {
-			fault(fmt.Sprintf("callers[%d]", i), "%.200s is named twice", identity)
-		}
-	}
-	for i, name := range p.Providers {
-		if err := printable(name, 64); err != nil {
-			fault(fmt.Sprintf("providers[%d]", i), "%w", err)
-		}
-		if slices.Contains(p.Providers[:i], name) {
-			fault(fmt.Sprintf("providers[%d]", i), "%s is named twice", name)
-		}
-	}
-	for i, c := range p.Categories {
-		if err := c.Check(); err != nil {
-			fault(fmt.Sprintf("categories[%d]", i), "%w", err)
-		}
-		if slices.Contains(p.Categories[:i], c) {
-			fault(fmt.Sprintf("categories[%d]", i), "%s is named twice", c)
-		}
-	}
+	faults = slices.Concat(faults,
+		checkEach("callers", p.Callers, checkCallerID),
+		checkEach("providers", p.Providers, func(name string) error { return printable(name, 64) }),
+		checkEach("categories", p.Categories, CategoryName.Check))
 	return errors.Join(faults...)
+}
+
+// checkEach says what is wrong with the names of a list, and which are there
+// twice.
+func checkEach[N ~string](list string, all []N, check func(N) error) (faults []error) {
+	for i, name := range all {
+		if err := check(name); err != nil {
+			faults = append(faults, fmt.Errorf("%s[%d]: %w", list, i, err))
+		}
+		if slices.Contains(all[:i], name) {
+			faults = append(faults, fmt.Errorf("%s[%d]: %.200s is named twice", list, i, name))
+		}
+	}
+	return faults
 }
 
 func kindNames() []string {

@@ -196,7 +196,7 @@ func NewPolicy(grants []Grant) (*Policy, error) {
 		return nil, errors.Join(faults...)
 	}
 	slices.Sort(canonical)
-	p.granted = sha256.Sum256([]byte(strings.Join(canonical, "\n")))
+	p.granted = sha256.Sum256([]byte(strings.Join(slices.Compact(canonical), "\n")))
 	p.digest = p.granted
 	return p, nil
 }
@@ -209,6 +209,35 @@ func (g Grant) canonical() string {
 	cats := slices.Clone(g.Categories)
 	slices.Sort(cats)
 	return fmt.Sprintf("%q %q %v %q %v %s", g.Identity, g.Role, g.AllCategories, cats, g.Reissue, pin)
+}
+
+// line says a grant to people, as that of a plan.
+func (g Grant) line() string {
+	said := PlanGrant{Identity: g.Identity, Role: string(g.Role), Reissue: g.Reissue}
+	if g.AllCategories {
+		said.Categories = []string{"*"}
+	}
+	for _, c := range slices.Sorted(slices.Values(g.Categories)) {
+		said.Categories = append(said.Categories, string(c))
+	}
+	if g.SPKI != nil {
+		said.SPKI = hex.EncodeToString(g.SPKI[:])
+	}
+	return said.line()
+}
+
+// lines are the grants, for people.
+func (p *Policy) lines() (lines []string) {
+	if p.authority == nil {
+		return nil
+	}
+	for _, grants := range p.authority.permits {
+		for _, g := range grants {
+			lines = append(lines, g.grant.line())
+		}
+	}
+	slices.Sort(lines)
+	return lines
 }
 
 // Digest names the policy in the audit log.

@@ -140,7 +140,7 @@ func TestNoPseudonymNoRelease(t *testing.T) {
 	if !errors.Is(err, custodian.ErrHSMUnavailable) || len(res) > 0 {
 		t.Errorf("got %d results, %v, want ErrHSMUnavailable", len(res), err)
 	}
-	if wrote := w.entries(from); len(wrote) != 0 {
-		t.Errorf("the log has %+v", wrote)
+	if wrote := w.entries(from); len(wrote) != 1 || wrote[0].Outcome != audit.Failed || wrote[0].Reason != "HSM_UNAVAILABLE" || [16]byte(wrote[0].KID) != kid {
+		t.Errorf("the log has %+v, want the release that failed", wrote)
 	}
 }

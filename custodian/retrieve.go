@@ -106,7 +106,10 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 		return nil, err
 	}
 	defer c.freezeBroken(ctx)
+	ctx, watch := timed(ctx)
+	defer c.tellLate(ctx, watch, who, req)
 	pass, err := c.admit(ctx, who, req)
+	watch.end(stageAdmission)
 	if err != nil {
 		return nil, err
 	}
@@ -117,34 +120,26 @@ func (c *Custodian) Retrieve(ctx context.Context, who Caller, req RetrieveReques
 
 // retrieve is Retrieve of a call that was let in.
 func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveRequest) ([]RetrieveResult, error) {
+	watch := stopwatchOf(ctx)
 	var err error
 	if req.recipient, err = c.policy.Load().recipient(who, req.RecipientKeyID); err != nil {
 		return nil, err
 	}
 	req.token = c.policy.Load().ReadToken(who, req.LicenceToken, req.SessionID, c.now())
+	watch.end(stageLicence)
 	results := make([]RetrieveResult, len(req.KIDs))
 	sealed := make([]SealedKey, len(req.KIDs))
-	var contentCategory CategoryName
-	err = c.store.View(ctx, func(tx Tx) error {
-		for i, kid := range req.KIDs {
-			sealed[i], results[i].Err = tx.ContentKey(kid)
-		}
-		if len(req.ContentID) > 0 {
-			var err error
-			if contentCategory, err = tx.ContentCategory(req.ContentID); err != nil && !errors.Is(err, ErrNotFound) {
-				return err
-			}
-		}
-		return nil
-	})
+	contentCategory, err := c.readKeys(ctx, req, sealed, results)
+	watch.end(stageStore)
 	if err != nil {
-		return nil, deadline(ctx, err)
+		return nil, c.unread(ctx, who, req, deadline(ctx, err))
 	}
 	// The set is loaded after the records, so that it knows their KEKs.
 	set := c.set.Load()
 	viewer, err := c.lookAtViewer(ctx, set, who, &req)
+	watch.end(stageViewer)
 	if err != nil {
-		return nil, deadline(ctx, err)
+		return nil, c.unread(ctx, who, req, deadline(ctx, err))
 	}
 	entries := make([]audit.Entry, len(results))
 	for i := range results {
@@ -162,7 +157,9 @@ func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveReques
 		entries[i].Detail = r.detail(req.token)
 		entries[i].Refs = viewer
 	}
+	watch.end(stageDecide)
 	receipts, err := c.record(ctx, entries...)
+	watch.end(stageAudit)
 	if err == nil && ctx.Err() != nil {
 		err = fmt.Errorf("retrieve %d keys: %w", len(results), ErrDeadline) // nobody waits for them
 	}
@@ -176,6 +173,26 @@ func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveReques
 		results[i].Receipt = receipts[i]
 	}
 	return results, nil
+}
+
+// readKeys reads the records that are asked for: what is wrong with one of them
+// is the error of its result. It returns the category of the content item that
+// the request names, "" where there is none.
+func (c *Custodian) readKeys(ctx context.Context, req RetrieveRequest, sealed []SealedKey, results []RetrieveResult) (contentCategory CategoryName, err error) {
+	err = c.store.View(ctx, func(tx Tx) error {
+		for i, kid := range req.KIDs {
+			sealed[i], results[i].Err = tx.ContentKey(kid)
+		}
+		if len(req.ContentID) == 0 {
+			return nil
+		}
+		var err error
+		if contentCategory, err = tx.ContentCategory(req.ContentID); errors.Is(err, ErrNotFound) {
+			return nil
+		}
+		return err
+	})
+	return contentCategory, err
 }
 
 // lookAtViewer returns the references of the viewer that the audit log has, and
@@ -224,9 +241,14 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
 		return
 	}
-	if r.Key, r.Grace, r.kept, r.Err = c.openHot(ctx, set, *k); r.Err == nil {
+	watch := stopwatchOf(ctx)
+	watch.end(stageDecide)
+	r.Key, r.Grace, r.kept, r.Err = c.openHot(ctx, set, *k)
+	watch.end(stageShare)
+	if r.Err == nil {
 		r.Info = k.Key
 		r.Sealed, r.Err = sealTo(req.recipient, who, req.RequestID, &r.Info, r.Key)
+		watch.end(stageSeal)
 	}
 }
 
@@ -237,9 +259,29 @@ func (c *Custodian) release(ctx context.Context, set *controlSet, who Caller, re
 func (c *Custodian) decideUnread(who Caller, r *RetrieveResult) {
 	c.log.Error("the record of a content key cannot be read", "kid", r.KID, "err", r.Err)
 	r.decision = c.decide(who, ActionRelease, Resource{})
-	if !r.decision.Allow || !r.decision.KnowIt && errors.Is(r.Err, ErrRecordCorrupt) {
+	if !r.decision.Allow {
+		r.Err = fmt.Errorf("content key %s: %w", r.KID, r.decision.Err)
+	} else if !r.decision.KnowIt && errors.Is(r.Err, ErrRecordCorrupt) {
 		r.decision.Allow, r.Err = false, fmt.Errorf("content key %s: %w", r.KID, ErrDenied)
 	}
+}
+
+// unread writes down, for each key of a call, that nothing could be read to
+// decide about it, and returns what the caller hears: why, if it may have keys
+// at all.
+func (c *Custodian) unread(ctx context.Context, who Caller, req RetrieveRequest, why error) error {
+	d := c.decide(who, ActionRelease, Resource{})
+	if !d.Allow {
+		why = fmt.Errorf("retrieve %d keys: %w", len(req.KIDs), d.Err)
+	}
+	entries := make([]audit.Entry, len(req.KIDs))
+	for i, kid := range req.KIDs {
+		entries[i] = c.entry(c.set.Load(), who, d, ActionRelease, req.RequestID, ref{contentID: req.ContentID, kid: kid}, why)
+	}
+	if _, err := c.record(ctx, entries...); err != nil {
+		return err
+	}
+	return why
 }
 
 // decideUnknown is the decision about a key that does not exist: who may not
@@ -302,12 +344,16 @@ func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (
 	if err != nil {
 		return secret.Secret{}, 0, err
 	}
-	n := 0
+	n, watch := 0, stopwatchOf(ctx)
+	watch.end(stageShare)
 	grace, err = c.keys.withKEK(ctx, set, k.Key.KEK, func(kek Key) error {
+		watch.end(stageKEK)
+		defer watch.end(stageToken)
 		var err error
 		n, err = kek.Open(ctx, k.IV, associatedData(set.head.StoreID, k.Body), k.Sealed, slot)
 		return err
 	})
+	watch.end(stageKEK) // where it did not come
 	if err == nil && n != CEKSize {
 		err = corrupt("sealed key", fmt.Errorf("%d bytes, not %d", n, CEKSize))
 	}

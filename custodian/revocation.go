@@ -202,9 +202,7 @@ func (c *Custodian) revoke(ctx context.Context, who Caller, d Decision, req Revo
 	}
 	var begun *attempt
 	if err == nil {
-		if r.Issuer != "" {
-			e.Detail = "issuer " + r.Issuer + ": " + req.Cause
-		} else {
+		if e.Detail = r.logged(req.Cause); r.Issuer == "" {
 			e.Refs = []audit.Ref{r.Session}
 		}
 		// As a freeze, it is not held up by a log that cannot be written.
@@ -266,7 +264,7 @@ func (c *Custodian) putRevocation(ctx context.Context, r *Revocation, e audit.En
 		} else if r.Issuer == "" && len(old.sessions)-len(ch.remove) >= MaxRevokedSessions {
 			return change{}, fmt.Errorf("%d sessions are revoked, and no more can be; revoke the issuer of their tokens instead: %w", len(old.sessions), ErrRate)
 		}
-		ch.put = []ControlRecord{revocationRecord(*r)}
+		ch.put, ch.entry.Detail = []ControlRecord{revocationRecord(*r)}, r.logged(r.Cause)
 		return ch, nil
 	})
 }
@@ -381,7 +379,7 @@ func (c *Custodian) lift(ctx context.Context, req LiftRequest, e *audit.Entry) (
 		return nil, invalid("name", errors.New("it is not revoked"))
 	}
 	if found.Issuer != "" {
-		e.Detail = "issuer " + found.Issuer + ": " + req.Cause
+		e.Detail = found.logged(req.Cause)
 	} else {
 		e.Refs = []audit.Ref{found.Session}
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -45,7 +46,7 @@ func TestRevokeSession(t *testing.T) {
 	if want := w.now().Add(40 * time.Second); !r.Until.Equal(want) {
 		t.Errorf("until %s, want %s: lifetime and twice the skew", r.Until, want)
 	}
-	if e := w.entries(from); len(e) != 2 || e[0].Outcome != audit.Begun || e[1].Outcome != audit.Allowed || e[1].Detail != "it was shared" || len(e[1].Refs) != 1 || e[1].Refs[0] != r.Session {
+	if e := w.entries(from); len(e) != 2 || e[0].Outcome != audit.Begun || e[1].Outcome != audit.Allowed || e[1].Detail != "until "+r.Until.Format(time.RFC3339Nano)+": it was shared" || len(e[1].Refs) != 1 || e[1].Refs[0] != r.Session {
 		t.Errorf("the log has %+v, want the attempt and its end with the session's hash", e)
 	}
 	for range 2 {
@@ -244,5 +245,135 @@ func TestUngrantedCostsNoToken(t *testing.T) {
 	w.ask(provider, custodian.RetrieveRequest{KIDs: []custodian.KID{{9}}, SessionID: "s", UserID: "u"})
 	if got := w.breaker.count("hsm.CMAC") - before; got != 2 {
 		t.Errorf("a granted caller: the token made %d MACs, want 2", got)
+	}
+}
+
+// TestRestoreKeepsRevoked: a backup from before a revocation does not end it. What
+// cannot be revoked again is in the report.
+func TestRestoreKeepsRevoked(t *testing.T) {
+	w := newTokenWorld(t, nil)
+	hour := w.now().Add(time.Hour)
+	for _, s := range []string{"kept", "longer"} {
+		w.revoke(custodian.RevokeRequest{SessionID: s, Until: hour})
+	}
+	putBack := w.saveStore()
+	w.reopen()
+	after := w.revoke(custodian.RevokeRequest{SessionID: "session-1", Until: hour.Add(time.Nanosecond), Cause: "shared: issuer \"x\""})
+	longer := w.revoke(custodian.RevokeRequest{SessionID: "longer", Until: hour.Add(time.Hour)})
+	w.revoke(custodian.RevokeRequest{SessionID: "short"})
+	issuer := w.revoke(custodian.RevokeRequest{Issuer: playback, Cause: "its key: stolen"})
+	for _, s := range []string{"lifted", "kept"} {
+		w.revoke(custodian.RevokeRequest{SessionID: s, Until: hour})
+		wantErr(t, "lift", w.c.LiftRevocation(t.Context(), operator, custodian.LiftRequest{SessionID: s, Cause: "issuer \"https://playback.test\": no"}), nil)
+	}
+	w.rotate(mekOrder) // and so the key that sessions are hashed with
+	lost := w.revoke(custodian.RevokeRequest{SessionID: "lost", Until: hour, Cause: "late"})
+	w.advance(2 * time.Minute) // "short" is over
+	for range 2 {              // also where the restore is repeated
+		putBack()
+		if err := w.tryParts(); err != nil {
+			t.Fatal(err)
+		}
+		rep, err := custodian.Restore(t.Context(), w.cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := []string{after.Name(), longer.Name(), issuer.Name()}
+		slices.Sort(want)
+		if !slices.Equal(rep.Revoked, want) {
+			t.Errorf("revoked again: got %q, want %q", rep.Revoked, want)
+		}
+		if l := rep.LostRevocations; len(l) != 1 || l[0].Name != lost.Name() || !l[0].Until.Equal(hour) || l[0].Cause != "late" {
+			t.Errorf("lost: got %+v, want %s", l, lost.Name())
+		}
+		w.reopen()
+		listed := map[string]custodian.Revocation{}
+		for _, r := range w.revocations() {
+			listed[r.Name()] = r
+		}
+		for _, r := range []custodian.Revocation{after, longer, issuer} {
+			if got := listed[r.Name()]; !got.Until.Equal(r.Until) || got.Cause != r.Cause || got.By != "restore" {
+				t.Errorf("listed: %+v, want %+v by the restore", got, r)
+			}
+		}
+		if len(listed) != 4 { // and the one that was lifted after the backup, which has it
+			t.Errorf("listed: %+v, want 4", listed)
+		}
+		wantErr(t, "its issuer is revoked", w.show(provider, w.hd, w.token(map[string]any{"sid": "another"})), custodian.ErrTokenRevoked)
+		wantErr(t, "lift", w.c.LiftRevocation(t.Context(), operator, custodian.LiftRequest{Name: issuer.Name(), Cause: "a new key"}), nil)
+		wantErr(t, "the session", w.show(provider, w.hd, w.token(nil)), custodian.ErrTokenRevoked)
+		wantErr(t, "another one", w.show(provider, w.hd, w.token(map[string]any{"sid": "another"})), nil)
+		w.revoke(custodian.RevokeRequest{Issuer: playback, Cause: "its key: stolen"})
+		w.attemptsEnd()
+	}
+}
+
+// TestRestoreManyRevocations: they are put in a few changes, and one from before
+// their end was logged is told of.
+func TestRestoreManyRevocations(t *testing.T) {
+	w := newTokenWorld(t, nil)
+	ref := w.revoke(custodian.RevokeRequest{SessionID: "session-1", Until: w.now().Add(time.Hour)}).Session
+	w.close()
+	if err := w.tryParts(); err != nil {
+		t.Fatal(err)
+	}
+	w.cfg.Logged.ForgeRevocations(ref, 1001, w.now().Add(time.Hour))
+	rep, err := custodian.Restore(t.Context(), w.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(rep.Revoked) != 1001 || len(rep.LostRevocations) != 1 || rep.LostRevocations[0].Cause != "of an older daemon" {
+		t.Errorf("got %d revoked again and %+v lost, want 1001 and the one without an end", len(rep.Revoked), rep.LostRevocations)
+	}
+	w.reopen()
+	if n := len(w.revocations()); n != 1002 {
+		t.Errorf("%d are listed, want 1002", n)
+	}
+	wantErr(t, "the session", w.show(provider, w.hd, w.token(nil)), custodian.ErrTokenRevoked)
+	changes := 0
+	for _, e := range w.entries(0) {
+		if e.Action == "revocation.restore" && e.Outcome == audit.Allowed {
+			changes++
+		}
+	}
+	if changes != 6 {
+		t.Errorf("the log has %d changes, want 6", changes)
+	}
+}
+
+// TestRevokedSessionsAreBounded: one session more than can be revoked at once is
+// refused, and says what to do; a known one, and its issuer, still can be, and
+// there is room when others are over.
+func TestRevokedSessionsAreBounded(t *testing.T) {
+	w := newTokenWorld(t, nil)
+	known := w.revoke(custodian.RevokeRequest{SessionID: "session-1", Until: w.now().Add(time.Hour)}).Session
+	w.close()
+	if err := w.tryParts(); err != nil {
+		t.Fatal(err)
+	}
+	w.cfg.Logged.ForgeRevocations(known, custodian.MaxRevokedSessions-1, w.now().Add(time.Minute))
+	if _, err := custodian.Restore(t.Context(), w.cfg); err != nil {
+		t.Fatal(err)
+	}
+	w.reopen()
+	more := func() error {
+		_, err := w.c.Revoke(t.Context(), operator, custodian.RevokeRequest{SessionID: "session-2", Cause: "a test"})
+		return err
+	}
+	from := w.logSize()
+	err := more()
+	wantErr(t, "one too many", err, custodian.ErrRate)
+	if err != nil && !strings.Contains(err.Error(), "10000 sessions are revoked, and no more can be; revoke the issuer of their tokens instead") {
+		t.Errorf("got %v, want it to say what to do", err)
+	}
+	if e := w.entries(from); len(e) != 2 || e[1].Outcome != audit.Failed || e[1].Reason != "RATE" {
+		t.Errorf("the log has %+v, want the attempt and that it failed", e)
+	}
+	w.revoke(custodian.RevokeRequest{SessionID: "session-1", Until: w.now().Add(2 * time.Hour)})
+	w.revoke(custodian.RevokeRequest{Issuer: playback})
+	w.advance(time.Minute)
+	wantErr(t, "when others are over", more(), nil)
+	if n := len(w.revocations()); n != 3 {
+		t.Errorf("%d are listed, want 3", n)
 	}
 }

@@ -630,6 +630,7 @@ func (c *Custodian) endRewrap(ctx context.Context, job RewrapJob) error {
 	})
 	if err == nil {
 		c.log.Info("outer wraps are moved, and each was opened", "job", scope(job.Category), "providers", names(job.Providers))
+		c.rotations.wakeUp() // a ceremony may have waited for it
 	}
 	return err
 }

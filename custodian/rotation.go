@@ -36,11 +36,9 @@ const (
 	StepRetired    RotationStep = 5 // no record refers to the predecessor, which opens nothing any more
 	StepRollback   RotationStep = 6 // the predecessor protects again, and records move back to it
 	StepRolledBack RotationStep = 7
-	StepDestroy    RotationStep = 8 // the predecessor is about to be destroyed
-	StepDestroyed  RotationStep = 9
 )
 
-var stepNames = [...]string{"UNSPECIFIED", "GENERATE", "REWRAP", "VERIFY", "HOLD", "RETIRED", "ROLLBACK", "ROLLED_BACK", "DESTROY", "DESTROYED"}
+var stepNames = [...]string{"UNSPECIFIED", "GENERATE", "REWRAP", "VERIFY", "HOLD", "RETIRED", "ROLLBACK", "ROLLED_BACK"}
 
 func (s RotationStep) String() string {
 	if int(s) < len(stepNames) {
@@ -55,14 +53,13 @@ func (s RotationStep) MarshalText() ([]byte, error) { return []byte(s.String()),
 // running says whether the engine has something to do in s by itself.
 func (s RotationStep) running() bool {
 	switch s {
-	case StepGenerate, StepRewrap, StepVerify, StepRollback, StepDestroy:
+	case StepGenerate, StepRewrap, StepVerify, StepRollback:
 		return true
 	}
 	return false
 }
 
-// over says whether nothing can be done about a rotation in s but, once it is
-// retired, to destroy what it has replaced.
+// over says whether nothing can be done about a rotation in s any more.
 func (s RotationStep) over() bool { return !s.running() && s != StepHold }
 
 // A Rotation puts a new version of a key in the place of others, and moves
@@ -114,7 +111,7 @@ func (s *controlSet) rolledBackTo(k RotationKind, c CategoryName, version uint32
 // and that open nothing any more.
 func (r Rotation) gone() []uint32 {
 	switch r.Step {
-	case StepRetired, StepDestroy, StepDestroyed:
+	case StepRetired:
 		return r.From
 	case StepRolledBack:
 		return []uint32{r.To}
@@ -214,8 +211,7 @@ func (c *Custodian) StartRotation(ctx context.Context, who Caller, o RotationOrd
 	if err := o.Check(); err != nil {
 		return r, err
 	}
-	order := Rotation{Kind: o.Kind, Category: o.Category, Compromised: o.Compromised, Serve: o.Serve, Cause: o.Cause}
-	err = c.ordered(ctx, who, actionRotationStart, o.RequestID, o.Category, order.order(), func(e audit.Entry) error {
+	err = c.ordered(ctx, who, actionRotationStart, o.RequestID, o.Category, o.text(), func(e audit.Entry) error {
 		r, err = c.startRotation(ctx, o, e)
 		return err
 	})
@@ -350,12 +346,13 @@ func (r Rotation) text() string {
 	return fmt.Sprintf("%s: from %v to %d", r.Name(), r.From, r.To) + r.why()
 }
 
-// order is what the audit log says of a rotation that is to begin.
-func (r Rotation) order() string {
-	if r.Kind == RotateMEK {
-		return string(r.Kind) + r.why()
+// text is what the audit log says of a rotation that is to begin.
+func (o RotationOrder) text() string {
+	why := Rotation{Compromised: o.Compromised, Serve: o.Serve, Cause: o.Cause}.why()
+	if o.Kind == RotateMEK {
+		return string(o.Kind) + why
 	}
-	return fmt.Sprintf("%s/%s%s", r.Kind, r.Category, r.why())
+	return fmt.Sprintf("%s/%s%s", o.Kind, o.Category, why)
 }
 
 func (r Rotation) why() (t string) {
@@ -400,7 +397,7 @@ func (c *Custodian) rollBack(ctx context.Context, name string, e audit.Entry) (R
 // restorePredecessor are the records of what protects after a rollback.
 func (s *controlSet) restorePredecessor(r Rotation, now time.Time) ([]ControlRecord, error) {
 	switch {
-	case r.Step.over() || r.Step == StepDestroy:
+	case r.Step.over():
 		return nil, fmt.Errorf("it is at %s: %w", r.Step, ErrRotationState)
 	case len(r.Compromised) > 0:
 		return nil, fmt.Errorf("versions %v are compromised: %w", r.Compromised, ErrKeyCompromised)

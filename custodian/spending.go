@@ -21,6 +21,8 @@ const (
 	MinBudgetWindow = time.Minute
 	MaxBudgetWindow = 24 * time.Hour
 	MaxBudgetKIDs   = 1_000_000 // some 50 MB of memory
+	MinBudgetRate   = 0.001     // keys a second
+	MaxBudgetRate   = 1e6
 )
 
 // AnyCaller in a Budget stands for each caller that has no budget of its own for
@@ -70,8 +72,8 @@ func (b Budget) check() error {
 	if b.SoftKIDs < 0 || b.SoftKIDs >= max(b.HardKIDs, 1) {
 		fault("soft_kids: %d: must be below hard_kids, %d, or 0 for no alert", b.SoftKIDs, b.HardKIDs)
 	}
-	if !(b.Rate >= 0 && b.Rate <= 1e6) { // nor NaN
-		fault("rate: %g: must be 0 to 1000000", b.Rate)
+	if !(b.Rate == 0 || b.Rate >= MinBudgetRate && b.Rate <= MaxBudgetRate) { // nor NaN
+		fault("rate: %g: must be %g to %g, or 0 for any number", b.Rate, MinBudgetRate, MaxBudgetRate)
 	}
 	return errors.Join(faults...)
 }
@@ -213,6 +215,7 @@ type counter struct {
 	turn         time.Time // the end of the newer generation
 	newer, older map[KID]struct{}
 	full         time.Time // when the bucket of the rate is full again
+	rate         float64   // by which full was reckoned
 	soft, slowed bool      // people were told in this window
 }
 
@@ -227,6 +230,18 @@ func (c *counter) forget(now time.Time, window time.Duration) {
 		c.older = nil
 	}
 	c.turn, c.soft, c.slowed = now.Add(window), false, false
+}
+
+// mend reckons the bucket anew where the rate of its budget has changed: as many
+// keys as before are missing from it.
+func (c *counter) mend(b *Budget, now time.Time) {
+	if c.rate == b.Rate {
+		return
+	}
+	missing := max(0, c.full.Sub(now).Seconds()) * c.rate
+	if c.full, c.rate = now, b.Rate; b.Rate > 0 {
+		c.full = now.Add(time.Duration(missing / b.Rate * float64(time.Second)))
+	}
 }
 
 // next is when the bucket of the rate is full again after one more key, and
@@ -291,6 +306,7 @@ func (c *Custodian) spend(p *Policy, who Caller, action Action, category Categor
 			a.counters[budgetScope{action, b.Category}] = n
 		}
 		n.forget(now, b.Window)
+		n.mend(b, now)
 		if _, ok := n.next(b, now); !ok {
 			a.tell(n, b, IncidentBudgetRate, &n.slowed, now)
 			return fmt.Errorf("more than %g keys a second: %w", b.Rate, ErrRate)

@@ -367,6 +367,7 @@ func TestBudgetRules(t *testing.T) {
 		"too much":          {func(b *custodian.Budget) { b.HardKIDs = custodian.MaxBudgetKIDs + 1 }, "budgets[0].hard_kids:"},
 		"soft above hard":   {func(b *custodian.Budget) { b.SoftKIDs = 20 }, "budgets[0].soft_kids: 20: must be below"},
 		"a negative rate":   {func(b *custodian.Budget) { b.Rate = -1 }, "budgets[0].rate:"},
+		"a rate of years":   {func(b *custodian.Budget) { b.Rate = 1e-9 }, "budgets[0].rate: 1e-09: must be 0.001 to"},
 		"a category's name": {func(b *custodian.Budget) { b.Category = "No Such" }, "budgets[0].category:"},
 		"too narrow":        {func(b *custodian.Budget) { b.Category = "movies" }, `budgets: none covers release by ` + provider.ID + ` in "*"`},
 		"none for reissue":  {func(*custodian.Budget) {}, "budgets: none covers reissue by " + packager.ID},
@@ -388,5 +389,105 @@ func TestBudgetRules(t *testing.T) {
 	some, err := testPolicy(t).WithBudgets(hourly)
 	if err != nil || some.Digest() == none.Digest() {
 		t.Errorf("budgets: got the same digest, or %v", err)
+	}
+}
+
+// TestBudgetUse: what the metrics tell of budgets, through windows, a freeze, its
+// lift and a restart; and of nobody without a grant.
+func TestBudgetUse(t *testing.T) {
+	w := newBudgetWorld(t, append([]custodian.Budget{{Caller: provider.ID, Action: custodian.ActionRelease, Category: "movies", Window: time.Hour, HardKIDs: 5},
+		{Caller: provider.ID, Action: custodian.ActionRelease, Window: time.Hour, SoftKIDs: 7, HardKIDs: 9}}, hourly...)...)
+	want := func(when string, frozen int, lines ...string) {
+		t.Helper()
+		var got []string
+		for _, b := range w.c.BudgetUse() {
+			got = append(got, fmt.Sprintf("%s %s %q %d %d %d", strings.TrimPrefix(b.Caller, "spiffe://test/"), b.Action, b.Category, b.KIDs, b.SoftKIDs, b.HardKIDs))
+		}
+		if !slices.Equal(got, lines) {
+			t.Errorf("%s: got %q, want %q", when, got, lines)
+		}
+		if n := w.c.CallersFrozen(); n != frozen {
+			t.Errorf("%s: %d are frozen, want %d", when, n, frozen)
+		}
+	}
+	want("before anything is taken", 0)
+	w.take(nobody, w.movies[0])
+	w.take(narrow, w.movies[:3]...)
+	w.take(provider, w.movies[:2]...)
+	w.take(provider, w.series[:4]...)
+	for range 2 {
+		want("taken", 0, `narrow release "" 3 10 20`, `provider release "" 6 7 9`, `provider release "movies" 2 0 5`)
+		w.reopen()
+	}
+	w.take(provider, w.movies[:6]...)
+	want("frozen", 1, `narrow release "" 3 10 20`, `provider release "" 9 7 9`, `provider release "movies" 5 0 5`)
+	w.lift(provider.ID)
+	want("lifted", 0, `narrow release "" 3 10 20`)
+	w.advance(2*time.Hour + time.Second)
+	want("when all is forgotten", 0, `narrow release "" 0 10 20`)
+}
+
+// TestBudgetIsMended: what a reload says of budgets holds from the next key on:
+// another rate, a larger budget, and none that covers a category any more.
+func TestBudgetIsMended(t *testing.T) {
+	release := func(rate float64, hard int) custodian.Budget {
+		return custodian.Budget{Caller: "*", Action: custodian.ActionRelease, Window: time.Hour, HardKIDs: hard, Rate: rate}
+	}
+	w := newBudgetWorld(t, release(0.01, 100), hourly[1])
+	load := func(p *custodian.Policy, err error) {
+		t.Helper()
+		if err == nil {
+			err = w.c.SetPolicy(t.Context(), p)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.take(provider, slices.Repeat(w.movies[:1], custodian.MaxKIDsPerCall)...) // the burst
+	wantErr(t, "too quick", w.release(provider, w.movies[0]), custodian.ErrRate)
+	load(testPolicy(t).WithBudgets([]custodian.Budget{release(1000, 2), hourly[1]}))
+	w.advance(time.Second)
+	wantErr(t, "with a rate that is mended", w.release(provider, w.movies[1]), nil)
+	load(testPolicy(t).WithBudgets([]custodian.Budget{release(0, 4), hourly[1]}))
+	if n, _ := w.take(provider, w.movies[:4]...); n != 4 {
+		t.Errorf("with a larger budget: got %d, want 4", n)
+	}
+	w.wantFrozen()
+	w.wantTold(custodian.IncidentBudgetRate)
+}
+
+// TestNoBudgetCovers: grants and budgets can part where officers decide about the
+// one and the configuration has the other. Then what no budget covers is refused,
+// nobody is frozen for it, and the log says why.
+func TestNoBudgetCovers(t *testing.T) {
+	a := newAssembly(t)
+	a.category("movies")
+	a.category("series")
+	film, pilot := a.issue("movies", "film", "SD")[0].KID, a.issue("series", "pilot", "SD")[0].KID
+	// The configuration grants less than the officers do, so that it covers all
+	// that it knows of.
+	p, err := custodian.NewPolicy([]custodian.Grant{{Identity: provider.ID, Role: custodian.RoleProvider, Categories: []custodian.CategoryName{"movies"}}})
+	if err == nil {
+		p, err = p.WithBudgets([]custodian.Budget{{Caller: "*", Action: custodian.ActionRelease, Category: "movies", Window: time.Hour, HardKIDs: 10}})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.cfg.Policy = p
+	a.reopen()
+	wantErr(t, "what a budget covers", a.release(provider, film), nil)
+	from := a.logSize()
+	wantErr(t, "what none covers", a.release(provider, pilot), custodian.ErrKIDBudget)
+	if e := a.entries(from); len(e) != 1 || e[0].Outcome != audit.Denied || e[0].Reason != "KID_BUDGET" {
+		t.Errorf("the log has %+v, want one denial", e)
+	}
+	_, err = a.c.Issue(t.Context(), packager, ask("movies", "film", "SD"))
+	wantErr(t, "a re-issue, which none covers", err, custodian.ErrKIDBudget)
+	if err != nil && !strings.Contains(err.Error(), "no budget covers reissue in category movies") {
+		t.Errorf("got %v, want it to say what is not covered", err)
+	}
+	wantErr(t, "what a budget covers, after that", a.release(provider, film), nil)
+	if n := a.c.CallersFrozen(); n != 0 {
+		t.Errorf("%d callers are frozen", n)
 	}
 }

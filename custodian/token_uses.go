@@ -26,9 +26,9 @@ type tokenUse struct {
 	until   time.Time // it may be forgotten
 }
 
-// maxTokenUses is how many tokens are remembered at once: some 200 MB. A
-// thousand new tokens a second, for 40 seconds each, are 2% of it.
-const maxTokenUses = 2 << 20
+// maxTokenUses is how many tokens of a generation are remembered: some 200 MB for
+// the two. A thousand new tokens a second, for 40 seconds each, are 4% of one.
+const maxTokenUses = 1 << 20
 
 // tokenUses remember which tokens were used. The memory is filled from the
 // audit log at a start: a use is written down with the release, and no key
@@ -38,6 +38,8 @@ const maxTokenUses = 2 << 20
 // There are two generations. A use is found in both and written to the newer
 // one; every span the older one is dropped.
 type tokenUses struct {
+	most int // tokens of a generation
+
 	// mu guards the fields below.
 	mu    sync.Mutex
 	turn  time.Time // the end of the newer generation
@@ -60,8 +62,8 @@ func (u *tokenUses) use(rules *Tokens, who Caller, t *Token, now time.Time) (*to
 		return nil, fmt.Errorf("licence token: its jti was used by another caller, session or content: %w", ErrTokenReplayed)
 	case ok && before.n >= rules.MaxUses:
 		return nil, fmt.Errorf("licence token: it was used %d times: %w", before.n, ErrTokenReplayed)
-	case !ok && len(u.newer) >= maxTokenUses/2:
-		return nil, fmt.Errorf("%d licence tokens are remembered, and no more can be: %w", len(u.newer)+len(u.older), ErrRate)
+	case !ok && len(u.newer) >= u.most:
+		return nil, fmt.Errorf("licence token: %d others are remembered, and no more can be for %s: %w", len(u.newer)+len(u.older), u.turn.Sub(now), ErrRate)
 	}
 	use.n += before.n
 	if u.newer == nil {
@@ -115,7 +117,7 @@ func (l *loggedUses) visit(e *audit.Entry) {
 
 // newTokenUses remembers what the log knows.
 func newTokenUses(logged loggedUses, now time.Time) *tokenUses {
-	return &tokenUses{older: logged.uses, turn: now.Add(MaxTokenLifetime + 2*MaxTokenSkew)}
+	return &tokenUses{most: maxTokenUses, older: logged.uses, turn: now.Add(MaxTokenLifetime + 2*MaxTokenSkew)}
 }
 
 func refOf(issuer, id string) tokenRef {

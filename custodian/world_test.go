@@ -94,7 +94,7 @@ func bareWorld(t *testing.T) *world {
 	if w.st, err = store.Create(t.Context(), w.storePath(), store.Options{}); err != nil {
 		t.Fatal(err)
 	}
-	if w.log, err = audit.Create(w.auditDir(), audit.Options{}); err != nil {
+	if w.log, err = audit.Create(w.auditDir(), audit.Options{Reserve: 64 << 10}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(w.close)
@@ -165,7 +165,7 @@ func (w *world) tryParts() (err error) {
 	}
 	w.logged = custodian.Logged{TrackKIDs: true, Budgets: w.cfg.Policy.Budgets()}
 	wrap := func(f audit.File) audit.File { return brokenFile{f, w.breaker} }
-	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment}); err != nil {
+	if w.log, err = audit.Open(w.auditDir(), audit.Options{Visit: w.logged.Visit, WrapFile: wrap, SegmentSize: w.segment, Reserve: 64 << 10}); err != nil {
 		return err
 	}
 	w.cfg.Store, w.cfg.Audit, w.cfg.Logged = brokenStore{w.st, w.breaker}, w.log, w.logged
@@ -397,11 +397,11 @@ func (w *world) entries(from uint64) []audit.Entry {
 func (w *world) saveStore() (putBack func()) {
 	w.t.Helper()
 	w.close()
-	saved := readFile(w.t, w.storePath())
+	saved := newFileImage(readFile(w.t, w.storePath()))
 	return func() {
 		w.t.Helper()
 		w.close()
-		writeFile(w.t, w.storePath(), saved)
+		saved.write(w.t, w.storePath())
 	}
 }
 
@@ -409,42 +409,78 @@ func (w *world) saveStore() (putBack func()) {
 func (w *world) save() (putBack func()) {
 	w.t.Helper()
 	w.close()
-	saved := filepath.Join(w.t.TempDir(), "saved")
-	copyFolder(w.t, w.dir, saved)
+	saved := readFolder(w.t, w.dir)
 	return func() {
 		w.t.Helper()
 		w.close()
 		if err := os.RemoveAll(w.dir); err != nil {
 			w.t.Fatal(err)
 		}
-		copyFolder(w.t, saved, w.dir)
+		saved.write(w.t, w.dir)
 	}
 }
 
 func copyFolder(t *testing.T, from, to string) {
 	t.Helper()
-	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+	readFolder(t, from).write(t, to)
+}
+
+// A folder is what lies in one, files by their paths. Of the zeros at the end
+// of a file, of which a store's has 16 MiB, it has the number only.
+type folder map[string]fileImage
+
+type fileImage struct {
+	data []byte
+	size int64
+}
+
+func newFileImage(b []byte) fileImage {
+	return fileImage{bytes.TrimRight(b, "\x00"), int64(len(b))}
+}
+
+// write has a hole in the place of the zeros.
+func (f fileImage) write(t *testing.T, path string) {
+	t.Helper()
+	err := os.WriteFile(path, f.data, 0o600)
+	if err == nil {
+		err = os.Truncate(path, f.size)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func readFolder(t *testing.T, dir string) folder {
+	t.Helper()
+	f := folder{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
 		if err != nil {
 			return err
 		}
-		rel, err := filepath.Rel(from, path)
-		if err != nil {
-			return err
-		}
-		if d.IsDir() {
-			return os.MkdirAll(filepath.Join(to, rel), 0o700)
-		}
-		b, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
+		f[rel] = newFileImage(readFile(t, path))
 		if d.Name() == "audit.log" { // the zeros behind are room, 4 MiB of it
-			b = b[:max(64, len(bytes.TrimRight(b, "\x00")))]
+			f[rel] = fileImage{f[rel].data, max(64, int64(len(f[rel].data)))}
 		}
-		return os.WriteFile(filepath.Join(to, rel), b, 0o600)
+		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	return f
+}
+
+func (f folder) write(t *testing.T, dir string) {
+	t.Helper()
+	for rel, image := range f {
+		path := filepath.Join(dir, rel)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		image.write(t, path)
 	}
 }
 
@@ -459,9 +495,7 @@ func readFile(t *testing.T, path string) []byte {
 
 func writeFile(t *testing.T, path string, b []byte) {
 	t.Helper()
-	if err := os.WriteFile(path, b, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	newFileImage(b).write(t, path)
 }
 
 // wantErr reports an error that is not the wanted one; nil wants success.
@@ -588,7 +622,7 @@ var (
 
 // The operations that a breaker knows.
 var (
-	hsmOps   = []string{"hsm.Random", "hsm.DestroyLeftovers", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.RewrapKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.Reseal", "hsm.CMAC"}
+	hsmOps   = []string{"hsm.Random", "hsm.DestroyLeftovers", "hsm.DestroyMEK", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.RewrapKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.Reseal", "hsm.CMAC"}
 	kmsOps   = []string{"kms.Wrap", "kms.Unwrap"}
 	storeOps = []string{"store.View", "store.ContentKey", "store.Update"}
 	auditOps = []string{"audit.WriteAt", "audit.Sync"}
@@ -635,6 +669,9 @@ func (h brokenHSM) Signer(ctx context.Context, label string, id [16]byte) (s cry
 func (h brokenHSM) DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (n int, err error) {
 	err = h.b.do("hsm.DestroyLeftovers", errHSM, func() error { n, err = h.HSM.DestroyLeftovers(ctx, labels, ids); return err })
 	return n, err
+}
+func (h brokenHSM) DestroyMEK(ctx context.Context, m custodian.MEK) error {
+	return h.b.do("hsm.DestroyMEK", errHSM, func() error { return h.HSM.DestroyMEK(ctx, m) })
 }
 func (h brokenHSM) Objects(ctx context.Context) (o []custodian.TokenObject, err error) {
 	err = h.b.do("hsm.Objects", errHSM, func() error { o, err = h.HSM.Objects(ctx); return err })

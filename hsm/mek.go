@@ -104,6 +104,29 @@ func (w *worker) generateMEK(s MEKSpec) error {
 	return err
 }
 
+// DestroyMEK destroys the MEK with this label and ID, for good. One that is not
+// there is destroyed already. ErrDuplicate: the label or the ID belongs to another
+// key, and nothing was destroyed.
+func (t *Token) DestroyMEK(ctx context.Context, label string, id [16]byte) error {
+	err := t.again(ctx, func() error {
+		return t.doWithin(ctx, makeTimeout, t.control, func(w *worker) error {
+			h, err := w.one(pkcs11.CKO_SECRET_KEY, label, id)
+			if isNotFound(err) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			if err := w.t.lib.p.DestroyObject(w.session, pkcs11.ObjectHandle(h)); err != nil {
+				return faultOf(callDestroy, err)
+			}
+			w.settleFiles()
+			return w.probe()
+		})
+	})
+	return t.named("destroy MEK "+label, err)
+}
+
 // adopt tells whether the MEK is there and right.
 func (w *worker) adopt(s MEKSpec) (bool, error) {
 	h, err := w.one(pkcs11.CKO_SECRET_KEY, s.Label, s.ID)

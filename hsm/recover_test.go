@@ -318,3 +318,35 @@ func TestFinalisationThatFailed(t *testing.T) {
 		t.Errorf("epoch %d, want %d", got, want)
 	}
 }
+
+// A MEK is destroyed by label and ID, both: what has only the one or the other is
+// another key. A module that fails leaves it to be destroyed again.
+func TestDestroyMEK(t *testing.T) {
+	c, f := faulty(t)
+	tok := open(t, c)
+	spec := hsm.MEKSpec{Label: "mek-v1", ID: randomID(t), Profile: hsm.Sealed}
+	wantErr(t, "generate", tok.GenerateMEK(t.Context(), spec), nil)
+	newMEK(t, tok, "mek-v2", hsm.Sealed)
+	wantErr(t, "another ID", tok.DestroyMEK(t.Context(), "mek-v1", randomID(t)), hsm.ErrDuplicate)
+	wantErr(t, "another label", tok.DestroyMEK(t.Context(), "mek-v2", spec.ID), hsm.ErrDuplicate)
+	wantErr(t, "none", tok.DestroyMEK(t.Context(), "mek-v3", randomID(t)), nil)
+	count := func() int {
+		t.Helper()
+		objects, err := tok.Objects(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(objects)
+	}
+	f.Fail("C_DestroyObject", 0x5, 1)
+	if err := tok.DestroyMEK(t.Context(), spec.Label, spec.ID); err == nil || count() != 2 {
+		t.Errorf("the module does not destroy it: got %v and %d objects, want an error and 2", err, count())
+	}
+	f.FailAfter("C_DestroyObject", 0x5, 1)
+	if err := tok.DestroyMEK(t.Context(), spec.Label, spec.ID); err == nil || count() != 1 {
+		t.Errorf("the module destroys it and fails: got %v and %d objects, want an error and 1", err, count())
+	}
+	wantErr(t, "again", tok.DestroyMEK(t.Context(), spec.Label, spec.ID), nil)
+	_, err := tok.OpenMEK(t.Context(), spec.Label, spec.ID)
+	wantErr(t, "open", err, hsm.ErrNotFound)
+}

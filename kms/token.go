@@ -220,6 +220,18 @@ func (t *token) DestroyLeftovers(ctx context.Context, labels []string, ids [][16
 	return n, err
 }
 
+func (t *token) DestroyMEK(ctx context.Context, m custodian.MEK) error {
+	return t.run(ctx, func() error {
+		if err := t.t.DestroyMEK(ctx, m.Label, m.ID); err != nil {
+			return err
+		}
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		delete(t.meks, mekName{m.Label, m.ID})
+		return nil
+	})
+}
+
 func (t *token) Objects(ctx context.Context) (objects []custodian.TokenObject, err error) {
 	err = t.run(ctx, func() error {
 		found, err := t.t.Objects(ctx)

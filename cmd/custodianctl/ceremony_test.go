@@ -25,7 +25,8 @@ func fill(ts *testscript.TestScript, _ bool, args []string) {
 }
 
 // genesisPlan is the plan of assemble; testdata/script/ceremony-genesis.txtar
-// shows each step that is taken here.
+// shows each step that is taken here. Its grants are those of the configuration
+// that custodiand dev makes, so that a reload is not refused.
 const genesisPlan = `plan: custodian/1
 kind: genesis
 reason: the first day
@@ -47,6 +48,7 @@ grants:
 - {identity: spiffe://dev.custodian.internal/officer, role: officer, categories: ["*"], spki: $SPKI}
 - {identity: spiffe://dev.custodian.internal/operator, role: operator, categories: ["*"]}
 - {identity: spiffe://dev.custodian.internal/auditor, role: auditor, categories: ["*"]}
+- {identity: spiffe://dev.custodian.internal/event-source, role: event-source, categories: ["*"]}
 `
 
 func assemble(ts *testscript.TestScript, _ bool, _ []string) {

@@ -19,8 +19,10 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"go.yaml.in/yaml/v3"
 
 	"github.com/keycustody/custodian/internal/audit"
+	"github.com/keycustody/custodian/testservers/awskms"
 )
 
 // daemon is the real custodiand, built once for all scripts.
@@ -55,7 +57,11 @@ func TestMain(m *testing.M) {
 //	dev [-category NAME]...  start custodiand dev in ./dev, and set OFFICER,
 //	                         PACKAGER, PROVIDER, OPERATOR and AUDITOR to the
 //	                         config files of these callers
-//	reload                   have it read its configuration again, which must go well
+//	aws                      a key in AWS KMS is the provider aws of the custody in ./dev
+//	serve                    start custodiand on ./dev with its configuration as it is;
+//	                         dev writes its own
+//	reload                   have it read its configuration again, which must go
+//	                         well; with ! it must be refused
 //	halt                     end it, which must go well
 //	exits N COMMAND...       run a command that must end with exit code N
 //	keep VAR FIELD           set VAR to the first FIELD in the JSON on stdout
@@ -90,7 +96,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"dev": startDev, "halt": haltDev, "reload": reloadDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip,
+			"dev": startDev, "serve": serve, "aws": configureAWS(t), "halt": haltDev, "reload": reloadDev, "exits": exits, "keep": keep, "samekey": sameKey, "flip": flip,
 			"checkpoint": saveCheckpoint, "await": await,
 			"fill": fill, "assemble": assemble, "card": card,
 		},
@@ -123,37 +129,85 @@ func startDev(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("! dev has no meaning")
 	}
 	dir := ts.MkAbs("dev")
-	cmd := exec.Command(daemon, append([]string{"dev", "-dir", dir, "-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-packagers", "127.0.0.1:0"}, args...)...)
+	launch(ts, `^custodiand: ready on (\S+)`, append([]string{"dev", "-dir", dir, "-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-packagers", "127.0.0.1:0"}, args...)...)
+	for variable, role := range callers {
+		ts.Setenv(variable, filepath.Join(dir, role+".yaml"))
+	}
+}
+
+// callers are the roles of the development PKI, by the variables that have the
+// names of their config files.
+var callers = map[string]string{"OFFICER": "officer", "PACKAGER": "packager", "PROVIDER": "drm-provider", "OPERATOR": "operator", "AUDITOR": "auditor"}
+
+var addressLine = regexp.MustCompile(`(?m)^address: .*$`)
+
+func serve(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) > 0 {
+		ts.Fatalf("usage: serve")
+	}
+	listen := launch(ts, `msg=serving listen=(\S+)`, "-config", ts.MkAbs("dev/custodiand.yaml"))
+	for _, role := range callers {
+		path := ts.MkAbs(filepath.Join("dev", role+".yaml"))
+		config := addressLine.ReplaceAllString(ts.ReadFile(path), "address: "+listen)
+		ts.Check(os.WriteFile(path, []byte(config), 0o600))
+	}
+}
+
+// launch starts the daemon and waits for a line like ready, of which it returns
+// the first part in parentheses.
+func launch(ts *testscript.TestScript, ready string, args ...string) string {
+	cmd := exec.Command(daemon, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	log, err := os.OpenFile(ts.MkAbs("dev.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	ts.Check(err)
-	defer log.Close()
-	cmd.Stderr = log
-	out, err := cmd.StdoutPipe()
+	said, stderr, err := os.Pipe()
 	ts.Check(err)
+	cmd.Stdout, cmd.Stderr = stderr, stderr
 	ts.Check(cmd.Start())
+	stderr.Close()
 	ts.Value(processKey{}).(*process).cmd = cmd
 	ts.Defer(func() { end(cmd) })
 
-	ready := make(chan bool)
+	line, found := regexp.MustCompile(ready), make(chan string, 1)
 	go func() { // ends with the process
-		for s := bufio.NewScanner(out); s.Scan(); {
-			if strings.HasPrefix(s.Text(), "custodiand: ready on ") {
-				ready <- true
+		defer log.Close()
+		defer close(found)
+		s := bufio.NewScanner(said)
+		s.Buffer(nil, 1<<20)
+		for s.Scan() {
+			fmt.Fprintln(log, s.Text())
+			if m := line.FindStringSubmatch(s.Text()); m != nil && len(found) == 0 {
+				found <- m[1]
 			}
 		}
-		close(ready)
 	}()
 	select {
-	case ok := <-ready:
+	case m, ok := <-found:
 		if !ok {
-			ts.Fatalf("custodiand dev ended:\n%s", ts.ReadFile("dev.log"))
+			ts.Fatalf("custodiand ended:\n%s", ts.ReadFile("dev.log"))
 		}
+		return m
 	case <-time.After(time.Minute):
-		ts.Fatalf("custodiand dev is not ready after a minute:\n%s", ts.ReadFile("dev.log"))
+		ts.Fatalf("custodiand is not ready after a minute:\n%s", ts.ReadFile("dev.log"))
 	}
-	for variable, role := range map[string]string{"OFFICER": "officer", "PACKAGER": "packager", "PROVIDER": "drm-provider", "OPERATOR": "operator", "AUDITOR": "auditor"} {
-		ts.Setenv(variable, filepath.Join(dir, role+".yaml"))
+	return ""
+}
+
+// configureAWS starts AWS KMS when it is asked for.
+func configureAWS(t *testing.T) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		if neg || len(args) > 0 {
+			ts.Fatalf("usage: aws")
+		}
+		aws := awskms.Start(t)
+		var config map[string]any
+		ts.Check(yaml.Unmarshal([]byte(ts.ReadFile("dev/custodiand.yaml")), &config))
+		kms := config["kms"].(map[string]any)
+		kms["providers"] = append(kms["providers"].([]any), map[string]any{"name": "aws", "kind": "aws",
+			"aws": map[string]any{"key": aws.CreateKey("custodian"), "endpoint": aws.Address, "ca_file": aws.CAFile, "credentials_file": aws.CredentialsFile}})
+		raw, err := yaml.Marshal(config)
+		ts.Check(err)
+		ts.Check(os.WriteFile(ts.MkAbs("dev/custodiand.yaml"), raw, 0o600))
 	}
 }
 
@@ -166,12 +220,17 @@ func end(cmd *exec.Cmd) {
 	_ = cmd.Wait()
 }
 
-func reloadDev(ts *testscript.TestScript, _ bool, _ []string) {
+func reloadDev(ts *testscript.TestScript, neg bool, _ []string) {
 	before := len(ts.ReadFile("dev.log"))
 	ts.Check(ts.Value(processKey{}).(*process).cmd.Process.Signal(syscall.SIGHUP))
-	for end := time.Now().Add(time.Minute); !strings.Contains(ts.ReadFile("dev.log")[before:], "reloaded "); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) || strings.Contains(ts.ReadFile("dev.log")[before:], "stays") {
-			ts.Fatalf("custodiand dev did not reload:\n%s", ts.ReadFile("dev.log")[before:])
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		log := ts.ReadFile("dev.log")[before:]
+		done, refused := strings.Contains(log, "reloaded "), strings.Contains(log, "configuration stays")
+		if done && !neg || refused && neg {
+			return
+		}
+		if done || refused || time.Now().After(end) {
+			ts.Fatalf("custodiand dev: reload done %v, refused %v:\n%s", done, refused, log)
 		}
 	}
 }

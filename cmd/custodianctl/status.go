@@ -64,8 +64,11 @@ func (a *app) printStatus(s *v1.Status) error {
 	}
 	add("authority", "%s, control revision %d", orDash(s.GetAuthority()), s.GetControlRevision())
 	for _, m := range s.GetMeks() {
-		add("mek", "%s, version %d, %s, %s; wraps new keys until %s, %s left", orDash(m.GetLabel()), m.GetVersion(), enum(m.GetState().String(), "KEY_STATE_"),
-			orDash(m.GetProfile()), stamp(at(m.GetEndTime())), number(m.GetDaysLeft(), "day", "days"))
+		line := fmt.Sprintf("%s, version %d, %s, %s", orDash(m.GetLabel()), m.GetVersion(), enum(m.GetState().String(), "KEY_STATE_"), orDash(m.GetProfile()))
+		if m.GetState() == v1.KeyState_KEY_STATE_ACTIVE {
+			line += fmt.Sprintf("; wraps new keys until %s, %s left", stamp(at(m.GetEndTime())), number(m.GetDaysLeft(), "day", "days"))
+		}
+		add("mek", "%s", line)
 	}
 	h := s.GetHsm()
 	add("token", "%s: %s %s, serial %s, profile %s", orDash(h.GetLabel()), orDash(h.GetManufacturer()), orDash(h.GetModel()), orDash(h.GetSerial()), orDash(h.GetProfile()))

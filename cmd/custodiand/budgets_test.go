@@ -333,4 +333,10 @@ func TestReloadOfRulesAndBudgets(t *testing.T) {
 	c.hangUp(reloadedLine)
 	want("with budgets", "", "KID_BUDGET")
 	want("frozen", "CALLER_FROZEN", "CALLER_FROZEN")
+	metrics, of := c.metrics(), `{action="release",caller="spiffe://`+devTrustDomain+`/`+string(custodian.RoleProvider)+`",category="*"} 1`
+	for _, line := range []string{"custodian_frozen_callers 1", "custodian_budget_kids" + of, "custodian_budget_hard_kids" + of} {
+		if !strings.Contains(metrics, "\n"+line+"\n") {
+			t.Errorf("the metrics have no line %q", line)
+		}
+	}
 }

@@ -62,11 +62,13 @@ func startGCP(t *testing.T) cloudKMS {
 // and releases; a KMS that is away or whose key is disabled is never "unknown
 // key"; when it is back, so is service, without a restart.
 func TestCloudKMS(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	for _, test := range []struct {
 		name  string
 		start func(t *testing.T) cloudKMS
 	}{{"aws", startAWS}, {"gcp", startGCP}} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			kms := test.start(t)
 			c := provision(t)
 			c.withKMS(kms.config, "0s")

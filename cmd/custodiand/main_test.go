@@ -20,6 +20,7 @@ import (
 
 	"github.com/keycustody/custodian/client"
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/softhsm"
 )
 
 // daemonBinary is the real daemon, built once for the tests of this package.
@@ -58,8 +59,8 @@ type custody struct {
 	log bytes.Buffer
 }
 
-// provisioning is held by whoever provisions: the token's module is in this
-// process meanwhile, and a module is one custody's at a time.
+// provisioning is held by whoever provisions, or uses a token by itself: the
+// module is in this process meanwhile, and a module is one custody's at a time.
 var provisioning sync.Mutex
 
 // provision makes a custody that is not initialised.
@@ -74,6 +75,17 @@ func provision(t testing.TB) *custody {
 	}
 	t.Cleanup(c.kill)
 	return c
+}
+
+// holdModule lets the test itself use the token, until release is called.
+func (c *custody) holdModule() (release func()) {
+	c.t.Helper()
+	provisioning.Lock()
+	if err := os.Setenv(softhsm.ConfEnv, c.config.HSM.SoftHSMConf); err != nil {
+		provisioning.Unlock()
+		c.t.Fatal(err)
+	}
+	return provisioning.Unlock
 }
 
 // newCustody makes an initialised custody with a running daemon.

@@ -27,6 +27,7 @@ func TestMoveCategory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a real Vault takes minutes to build; not in -short")
 	}
+	t.Parallel() // it waits, and takes little of the CPUs
 	const versions = 1000
 	v, aws := testservers.Vault(t), awskms.Start(t)
 	c := provision(t)
@@ -122,7 +123,7 @@ func (c *custody) metrics() string {
 func (c *custody) seed(versions int) map[custodian.KID][32]byte {
 	t := c.t
 	t.Helper()
-	t.Setenv("SOFTHSM2_CONF", c.config.HSM.SoftHSMConf)
+	defer c.holdModule()()
 	log := slog.New(slog.DiscardHandler)
 	policy, err := c.config.policy(nil)
 	if err != nil {

@@ -162,6 +162,7 @@ func TestCrashRotation(t *testing.T) {
 	needStrace(t)
 	for _, rc := range rotationCases {
 		t.Run(rc.name, func(t *testing.T) {
+			t.Parallel() // it waits, and takes little of the CPUs
 			c, l := custodyOf(t, rc.profile, 5)
 			step, stride := rc.first, rc.stride
 			if *crashRuns > 20 {

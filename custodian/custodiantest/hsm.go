@@ -410,6 +410,15 @@ func (h *HSM) DestroyLeftovers(ctx context.Context, labels []string, ids [][16]b
 	return n, err
 }
 
+// DestroyMEK removes a MEK, and what AddObject put in under its name.
+func (h *HSM) DestroyMEK(ctx context.Context, m custodian.MEK) error {
+	return h.do(ctx, "DestroyMEK", func() error {
+		delete(h.meks, objectID{m.Label, m.ID})
+		h.foreign = slices.DeleteFunc(h.foreign, func(o custodian.TokenObject) bool { return o.Label == m.Label && bytes.Equal(o.ID, m.ID[:]) })
+		return nil
+	})
+}
+
 // Objects lists the MEKs, both halves of the key pairs, and what AddObject
 // put in, ordered by label.
 func (h *HSM) Objects(ctx context.Context) (objects []custodian.TokenObject, err error) {

@@ -31,6 +31,7 @@ func TestHSM(t *testing.T, open func(t *testing.T) custodian.HSM) {
 		{"GenerateMEKAdopts", testMEKAdopt},
 		{"MEKCanary", testMEKCanary},
 		{"UnknownMEK", testMEKUnknown},
+		{"DestroyMEK", testDestroyMEK},
 		{"SealAndOpen", testSealOpen},
 		{"OpenRefuses", testOpenRefuses},
 		{"CMAC", testCMAC},
@@ -231,6 +232,30 @@ func testMEKUnknown(t *testing.T, h custodian.HSM) {
 	wantError(t, "generate under an unknown mek", err, custodian.ErrNoObject)
 	_, err = h.LoadKey(t.Context(), m, w.use, w.identity, w.inner, w.canary)
 	wantError(t, "load under an unknown mek", err, custodian.ErrNoObject)
+}
+
+func testDestroyMEK(t *testing.T, h custodian.HSM) {
+	m, other := NewMEK(t, h), NewMEK(t, h)
+	w, kept := generate(t, h, m, custodian.UseSeal, "kek"), generate(t, h, other, custodian.UseSeal, "kek")
+	for range 2 { // the second finds it destroyed already
+		if err := h.DestroyMEK(t.Context(), m); err != nil {
+			t.Fatalf("destroy a mek: %v", err)
+		}
+	}
+	wantError(t, "check a destroyed mek", h.CheckMEK(t.Context(), m), custodian.ErrNoObject)
+	_, err := h.LoadKey(t.Context(), m, w.use, w.identity, w.inner, w.canary)
+	wantError(t, "load under a destroyed mek", err, custodian.ErrNoObject)
+	objects, err := h.Objects(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slices.ContainsFunc(objects, func(o custodian.TokenObject) bool { return bytes.Equal(o.ID, m.ID[:]) }) {
+		t.Error("the token shows a destroyed mek")
+	}
+	if err := h.CheckMEK(t.Context(), other); err != nil {
+		t.Errorf("another mek: %v", err)
+	}
+	kept.load(t, h)
 }
 
 func testSealOpen(t *testing.T, h custodian.HSM) {

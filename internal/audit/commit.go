@@ -117,6 +117,8 @@ func (l *Log) flush() {
 
 // commit writes one batch with what there is room for, and answers everybody.
 func (l *Log) commit(batch []*request) {
+	defer l.at("")
+	l.at(StepRoom)
 	admitted := l.admit(batch)
 	if len(admitted) > 0 {
 		signed, err := l.store(admitted)
@@ -140,6 +142,7 @@ func (l *Log) commit(batch []*request) {
 func (l *Log) store(batch []*request) ([]byte, error) {
 	l.undo.size, l.undo.edge = l.tree.size, append(l.undo.edge[:0], l.tree.edge...)
 	h := l.build(batch)
+	l.at(StepSign)
 	signed, err := l.sign(h.root)
 	if err != nil {
 		l.tree, l.undo = l.undo, l.tree
@@ -267,6 +270,7 @@ func (l *Log) write() error {
 	if err := l.checkUntouched(); err != nil {
 		return err
 	}
+	l.at(StepWrite)
 	n, err := l.file.WriteAt(l.frame, l.end)
 	if err == nil && n < len(l.frame) {
 		err = io.ErrShortWrite
@@ -274,8 +278,10 @@ func (l *Log) write() error {
 	if err != nil {
 		return fmt.Errorf("write at offset %d: %w", l.end, err)
 	}
+	l.at(StepSync)
 	if err := l.file.Sync(); err != nil {
 		return fmt.Errorf("sync: %w", err)
 	}
+	l.at(StepWrite)
 	return l.checkFiles()
 }

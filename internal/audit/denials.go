@@ -15,8 +15,9 @@ const (
 	othersName = "(others)" // where one of these bounds is reached
 )
 
-// denials counts what is denied to a caller too often to be written down one
-// by one, so that nobody can fill the disk by asking for what is refused.
+// denials counts what is denied to a caller, or fails for it, too often to be
+// written down one by one, so that nobody can fill the disk by asking for what is
+// refused, nor an outage by failing.
 type denials struct {
 	limit int // entries per second and caller
 
@@ -33,7 +34,10 @@ type denied struct {
 	counted map[deniedKind]*Entry // with Count; the rest is the first one's
 }
 
-type deniedKind struct{ role, action, reason string }
+type deniedKind struct {
+	outcome              Outcome // Denied, or Failed: what failed for us is no denial
+	role, action, reason string
+}
 
 func newDenials(limit int) *denials {
 	return &denials{limit: limit, callers: make(map[string]*denied)}
@@ -99,11 +103,11 @@ func (d *denials) caller(name string) *denied {
 
 func (d *denials) count(c *denied, e Entry) {
 	if c == &d.others {
-		e = Entry{Time: e.Time, Action: e.Action, Outcome: Denied, Reason: e.Reason, Caller: othersName, Count: e.Count}
+		e = Entry{Time: e.Time, Action: e.Action, Outcome: e.Outcome, Reason: e.Reason, Caller: othersName, Count: e.Count}
 	}
-	kind := deniedKind{e.Role, e.Action, e.Reason}
+	kind := deniedKind{e.Outcome, e.Role, e.Action, e.Reason}
 	if c.counted[kind] == nil && len(c.counted) >= maxKinds {
-		kind = deniedKind{othersName, othersName, othersName}
+		kind = deniedKind{e.Outcome, othersName, othersName, othersName}
 		e.Role, e.Action, e.Reason = kind.role, kind.action, kind.reason
 	}
 	if c.counted == nil {
@@ -138,7 +142,7 @@ func (c *denied) take(entries []Entry) []Entry {
 			e.Count = 0
 		} else {
 			*e = Entry{
-				Time: e.Time, Action: e.Action, Outcome: Denied, Reason: e.Reason,
+				Time: e.Time, Action: e.Action, Outcome: e.Outcome, Reason: e.Reason,
 				Caller: e.Caller, Role: e.Role, Count: e.Count,
 			}
 		}

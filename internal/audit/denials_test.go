@@ -189,3 +189,24 @@ func TestDenialsFull(t *testing.T) {
 		t.Errorf("Close: error = %v, want that denials are not written", err)
 	}
 }
+
+// TestFailuresAreCounted: what fails too often is counted as what is denied, apart
+// from it, and stays a failure.
+func TestFailuresAreCounted(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "audit")
+	l := create(t, dir, audit.Options{Now: newClock().now, DenialsPerSecond: 10})
+	failed := denial(0, "provider")
+	failed.Outcome = audit.Failed // for the same reason, so that nothing else tells them apart
+	for range 50 {
+		deny(t, l, denial(0, "provider"), 1)
+		deny(t, l, failed, 1)
+	}
+	shut(t, l)
+	got := map[audit.Outcome]uint64{}
+	for _, e := range readAll(t, dir) {
+		got[e.Outcome] += max(1, e.Count)
+	}
+	if len(got) != 2 || got[audit.Failed] != 50 || got[audit.Denied] != 50 {
+		t.Errorf("the log has %v, want 50 that failed and 50 that were denied", got)
+	}
+}

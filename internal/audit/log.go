@@ -202,6 +202,7 @@ type Log struct {
 	root    tlog.Hash   // of what is acknowledged
 	signed  []byte      // the checkpoint of what is acknowledged, if it has one
 	signer  *Signer
+	steps   steps
 }
 
 // A request is one Append on its way.

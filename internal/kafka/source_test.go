@@ -161,6 +161,7 @@ func TestDuplicatesAndFlood(t *testing.T) {
 // A broker that is not there when the source starts, or goes away meanwhile, is
 // waited for; what was sent then is handled.
 func TestBrokerDown(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	k := newKit(t, plenty)
 	k.start(k.custody)
 	k.await("no broker", func(s kafka.TopicStatus) bool { return !s.Away.IsZero() })
@@ -230,6 +231,7 @@ func TestHeldUp(t *testing.T) {
 // offset is committed, and where commits fail: the next one handles what is
 // left, and nothing twice.
 func TestRestart(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	k := newKit(t, plenty)
 	k.brokerUp()
 	k.cluster.ControlKey(int16(kmsg.OffsetCommit), func(req kmsg.Request) (kmsg.Response, error, bool) {

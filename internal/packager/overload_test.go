@@ -53,8 +53,8 @@ func TestLargeRequestsTogether(t *testing.T) {
 		select {
 		case a := <-answers:
 			// A connection that is closed while its caller still sends is a refusal too.
-			if a.err == nil && (a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "") {
-				t.Fatalf("got %d, %v, want 503 with Retry-After", a.status, a.header)
+			if a.err == nil && (a.status != http.StatusTooManyRequests || a.header.Get("Retry-After") == "") {
+				t.Fatalf("got %d, %v, want 429 with Retry-After", a.status, a.header)
 			}
 			told++
 		case <-time.After(10 * time.Second):
@@ -69,6 +69,11 @@ func TestLargeRequestsTogether(t *testing.T) {
 	_, inner := captured(t, "mt-cenc-aes")
 	if status, raw := post(t, c, k.url+"widevine", wvBody(inner)); status != http.StatusOK || wvDecode(t, raw).Status != "OK" {
 		t.Errorf("an ordinary request: got %d %s", status, raw)
+	}
+	for _, door := range []string{"widevine", "playready", "speke"} {
+		if status := k.knock(t, doorPackager, door, "movies", "late", nil, document[:32<<10]); status != http.StatusTooManyRequests {
+			t.Errorf("%s: a large request more: got %d, want 429", door, status)
+		}
 	}
 	close(rest)
 	for range room {

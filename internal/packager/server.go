@@ -198,8 +198,7 @@ func (s *Server) handler(d door) http.Handler {
 			<-ctx.Done()
 			panic(http.ErrAbortHandler) // net/http's way to close a connection
 		case err != nil:
-			if errors.Is(err, errOverload) { // which is not of this caller's making
-				refusal.HTTPStatus = http.StatusServiceUnavailable
+			if errors.Is(err, errOverload) {
 				w.Header().Set("Connection", "close") // or the rest of the body would be read
 			}
 			answer = d.refuse(refusal, err)

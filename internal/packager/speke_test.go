@@ -630,6 +630,7 @@ func TestSPEKEHold(t *testing.T) {
 		{"passes", func(k *doorKit) { k.hsm.Fail("Random", custodian.ErrHSMUnavailable, 2) }, 10 * time.Second, 200, "PlainValue"},
 		{"after it was done", func(k *doorKit) { k.hsm.FailAfter("Seal", custodian.ErrHSMUnavailable, 2) }, 10 * time.Second, 200, "PlainValue"},
 		{"stays", func(k *doorKit) { k.hsm.Fail("Random", custodian.ErrHSMUnavailable, 1000) }, 300 * time.Millisecond, 503, "the HSM is out of reach"},
+		{"too much", func(k *doorKit) { k.hsm.Fail("Random", custodian.ErrRate, 1000) }, 300 * time.Millisecond, 429, "too many calls"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -646,7 +647,7 @@ func TestSPEKEHold(t *testing.T) {
 			}
 			defer res.Body.Close()
 			text, err := io.ReadAll(res.Body)
-			if err != nil || res.StatusCode != test.status || !bytes.Contains(text, []byte(test.text)) || (res.Header.Get("Retry-After") != "") != (test.status == 503) {
+			if err != nil || res.StatusCode != test.status || !bytes.Contains(text, []byte(test.text)) || (res.Header.Get("Retry-After") != "") != (test.status != 200) {
 				t.Errorf("got %d, %v, %s, %v; want %d %q", res.StatusCode, res.Header, text, err, test.status, test.text)
 			}
 		})

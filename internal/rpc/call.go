@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 	"time"
 
@@ -46,7 +45,7 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	if err == nil {
 		resp, err = handler(ctx, req)
 	}
-	if err = s.end(ctx, c, err); err != nil {
+	if err = s.end(ctx, c, s.noteMalformed(ctx, c, err)); err != nil {
 		return nil, err
 	}
 	return resp, nil
@@ -69,6 +68,38 @@ type callStream struct {
 }
 
 func (s *callStream) Context() context.Context { return s.ctx }
+
+// malformed ends a call whose message does not decode.
+func (s *Server) malformed(ctx context.Context, fullMethod string) error {
+	ctx, c, done, err := s.begin(ctx, fullMethod, nil)
+	defer done()
+	if err == nil {
+		err = &custodian.InvalidError{Field: "message", Err: errMalformed}
+	}
+	return s.end(ctx, c, s.noteMalformed(ctx, c, err))
+}
+
+// asksForKeys are the calls whose malformed requests are written down: what they
+// would have come to.
+var asksForKeys = map[string]custodian.Action{
+	"KeyRetrievalService/GetContentKeys":  custodian.ActionRelease,
+	"KeyIssuanceService/IssueContentKeys": custodian.ActionIssue,
+}
+
+// noteMalformed has the domain write down that a request for keys was malformed,
+// as it writes down every other refusal of one, and returns what the caller is to
+// hear: err, or that it cannot be written down.
+func (s *Server) noteMalformed(ctx context.Context, c *call, err error) error {
+	action, ok := asksForKeys[c.method]
+	if err == nil || !ok || reasonOf(err) != reasonOf(custodian.ErrInvalid) {
+		return err
+	}
+	custody, away := s.custody()
+	if away != nil { // and so is the audit log
+		return err
+	}
+	return custody.Refuse(ctx, c.caller, custodian.Refusal{RequestID: c.requestID, Action: action, Door: c.method}, err)
+}
 
 // begin names the caller and the call, and bounds its time. The call is there
 // even with an error.
@@ -154,7 +185,7 @@ func (s *Server) end(ctx context.Context, c *call, err error) error {
 func (s *Server) refuse(ctx context.Context, c *call, err error, took time.Duration) row {
 	r := explain(ctx, err)
 	s.metrics.observe(c.method, string(r.reason), took)
-	s.report(ctx, c, r, err)
+	s.report(c, r, err)
 	return r
 }
 
@@ -183,15 +214,21 @@ func (e *sendError) Error() string { return e.err.Error() }
 func (e *sendError) Unwrap() error { return e.err }
 
 // report writes the real error of our own faults, and of refused certificates,
-// to the log: the caller hears neither.
-func (s *Server) report(ctx context.Context, c *call, r row, err error) {
-	level := slog.LevelError
+// to the log: the caller hears neither. What fails for everybody until it is
+// mended, and what anybody can bring about, is not written for each call, unless
+// the audit log cannot be, which has them else.
+func (s *Server) report(c *call, r row, err error) {
+	write := s.config.Log.Error
 	switch {
 	case r.reason == reasonIdentity:
-		level = slog.LevelWarn
+		write = s.config.Log.Warn
 	case !r.ours:
 		return
 	}
-	s.config.Log.LogAttrs(ctx, level, "call refused", slog.String("method", c.method), slog.String("reason", string(r.reason)),
-		slog.String("caller", c.caller.ID), slog.String("request_id", c.requestID), slog.String("error", err.Error()))
+	l := line{write, "call refused", []any{"method", c.method, "reason", string(r.reason), "caller", c.caller.ID, "request_id", c.requestID, "error", err}}
+	if r.reason == reasonIdentity || r.retry > 0 && r.reason != reasonOf(custodian.ErrAuditBlocked) {
+		s.repeats.say("call "+string(r.reason)+" "+c.caller.ID, l)
+		return
+	}
+	l.write(l.message, l.attrs...)
 }

@@ -6,7 +6,8 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// wipingCreds are TLS credentials whose connections wipe what was written.
+// wipingCreds are TLS credentials whose connections wipe what was written, and
+// whose refusals are told.
 //
 // Below the codec, gRPC copies each message once more, into the buffer of its
 // HTTP/2 writer, where it would stay until later messages overwrite it. That
@@ -20,19 +21,20 @@ import (
 // all calls would break if an upgrade still read the bytes.
 type wipingCreds struct {
 	credentials.TransportCredentials
-	primers *primers
+	server *Server
 }
 
 func (c wipingCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
 	if err != nil {
+		c.server.refusedHandshake(listenerGRPC, raw, err)
 		return nil, nil, err
 	}
-	return &wipingConn{conn, c.primers}, info, nil
+	return &wipingConn{conn, c.server.primers}, info, nil
 }
 
 func (c wipingCreds) Clone() credentials.TransportCredentials {
-	return wipingCreds{c.TransportCredentials.Clone(), c.primers}
+	return wipingCreds{c.TransportCredentials.Clone(), c.server}
 }
 
 // A wipingConn wipes the caller's buffer once it is written. That is more than

@@ -6,19 +6,16 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -151,52 +148,6 @@ func TestAbusedConnections(t *testing.T) {
 	served("1,500 connections have been reset")
 	if n.Load() < 1000 {
 		t.Errorf("only %d of 1,500 connections could be made to be reset", n.Load())
-	}
-}
-
-// TestLongIdleConnections: 10,000 connections at each listener that say nothing;
-// they are closed after their time, and service goes on.
-func TestLongIdleConnections(t *testing.T) {
-	if os.Getenv("CUSTODIAN_LONG") != "1" {
-		t.Skip("10,000 connections at each listener, half a minute: set CUSTODIAN_LONG=1, or make long")
-	}
-	want := 10_000
-	limit := unix.Rlimit{Cur: 65536, Max: 65536}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-			t.Fatal(err)
-		}
-		limit.Cur = limit.Max
-		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-			t.Fatal(err)
-		}
-		if room := int(limit.Cur)/2 - 500; room < want { // both ends are ours
-			t.Logf("this machine allows %d open files: %d connections", limit.Cur, room)
-			want = room
-		}
-	}
-	k := newKit(t, options{})
-	addrs, served := k.listeners(t)
-	for name, addr := range addrs {
-		var conns []net.Conn
-		for range want {
-			c, err := net.Dial("tcp", addr)
-			if err != nil {
-				t.Fatalf("%s: connection %d: %v", name, len(conns), err)
-			}
-			conns = append(conns, c)
-		}
-		served(fmt.Sprintf("%d connections to %s are idle", want, name))
-		start := time.Now()
-		for _, c := range conns {
-			c.SetReadDeadline(start.Add(20 * time.Second))
-			if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Fatalf("%s: a connection that says nothing is open after 20 s", name)
-			}
-			c.Close()
-		}
-		t.Logf("%s: %d idle connections were closed within %s", name, want, time.Since(start).Round(time.Second))
-		served("they are closed")
 	}
 }
 

@@ -26,9 +26,9 @@ import (
 // A knock asks for keys at one front door. It returns all that was answered,
 // and whether that was keys.
 type knock struct {
-	name    string
-	release bool // rules are about it
-	ask     func(content string) (answer []byte, keys bool)
+	name  string
+	rules bool // rules and freezes of callers are about it
+	ask   func(content string) (answer []byte, keys bool)
 }
 
 // doors are all ways to a content key.
@@ -194,6 +194,16 @@ func TestEveryDoor(t *testing.T) {
 			}
 		}
 	}
+	boss := k.dial(t, officer)
+	frozen := func(f func(*v1.FreezeCallerRequest) error) func() {
+		return func() {
+			for _, who := range []string{packager, everybody} {
+				if err := f(&v1.FreezeCallerRequest{Identity: identity(who), Cause: "drill"}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
 	doors := k.doors(t)
 	open := func() {
 		t.Helper()
@@ -209,7 +219,7 @@ func TestEveryDoor(t *testing.T) {
 		begin  func()
 		end    func()
 		reason string
-		rules  bool
+		rules  bool // it is about the callers of issue and release only
 	}{
 		{"nothing is granted", set(granted(custodian.Grant{Identity: identity(operator), Role: custodian.RoleOperator})), set(policy), "DENIED", false},
 		{"other roles are granted", set(granted(
@@ -222,14 +232,19 @@ func TestEveryDoor(t *testing.T) {
 			custodian.Grant{Identity: identity(officer), Role: custodian.RoleOfficer, Categories: others, SPKI: &spki})), set(policy), "DENIED", false},
 		{"rules forbid it", set(forbidden), set(policy), "DENIED", true},
 		{"the category is frozen", mode(v1.CategoryMode_CATEGORY_MODE_FROZEN), mode(v1.CategoryMode_CATEGORY_MODE_OPEN), "CATEGORY_FROZEN", false},
+		{"the callers are frozen", frozen(func(r *v1.FreezeCallerRequest) error { _, err := boss.FreezeCaller(t.Context(), r); return err }),
+			frozen(func(r *v1.FreezeCallerRequest) error {
+				_, err := boss.LiftCaller(t.Context(), &v1.LiftCallerRequest{Identity: r.GetIdentity(), Cause: r.GetCause()})
+				return err
+			}), "CALLER_FROZEN", true},
 		{"keys leave sealed only", set(sealed), set(policy), "SEALING_REQUIRED", false},
 	} {
 		t.Run(no.name, func(t *testing.T) {
 			no.begin()
 			defer no.end()
 			for _, d := range doors {
-				if no.rules && !d.release {
-					continue // rules are about issue and release
+				if no.rules && !d.rules {
+					continue
 				}
 				for _, content := range []string{film, "other"} {
 					if content == "other" && (strings.Contains(d.name, "Get") || d.name == "HTTP twin" || d.name == "CPIX export") {

@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"log/slog"
 
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
@@ -34,3 +35,9 @@ func ReceiveForTest(wire []byte, m any) error {
 // TakeForTest and LeaveForTest are what a visitor does.
 func (p *Places) TakeForTest(caller string) bool { return p.take(caller) }
 func (p *Places) LeaveForTest(caller string)     { p.leave(caller) }
+
+// RepeatsForTest says lines of a kind to a log, over the periods until ctx ends.
+func RepeatsForTest(log *slog.Logger) (say func(kind, message string), run func(ctx context.Context)) {
+	r := newRepeats()
+	return func(kind, message string) { r.say(kind, line{log.Info, message, nil}) }, r.run
+}

@@ -3,9 +3,6 @@ package rpc
 import (
 	"context"
 	"crypto/tls"
-	"errors"
-	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"sync"
@@ -90,19 +87,14 @@ func (v *Visit) End(ctx context.Context, err error) Refusal {
 func (s *Server) Listen(l net.Listener) net.Listener {
 	config := s.config.Certs.PackagerTLSConfig()
 	config.NextProtos = []string{"http/1.1"}
-	return s.listen(l, config)
-}
-
-func (s *Server) listen(l net.Listener, config *tls.Config) net.Listener {
-	return &frontListener{l, config, s.primers, s.config.Log, s.config.MaxConnectionAge}
+	return &frontListener{l, listenerPackagers, config, s}
 }
 
 type frontListener struct {
 	net.Listener
-	config  *tls.Config
-	primers *primers
-	log     *slog.Logger
-	maxAge  time.Duration
+	name   string
+	config *tls.Config
+	server *Server
 }
 
 func (l *frontListener) Accept() (net.Conn, error) {
@@ -110,16 +102,15 @@ func (l *frontListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &FrontConn{Conn: tls.Server(conn, l.config), primers: l.primers, log: l.log, end: time.Now().Add(l.maxAge)}, nil
+	return &FrontConn{Conn: tls.Server(conn, l.config), listener: l, end: time.Now().Add(l.server.config.MaxConnectionAge)}, nil
 }
 
 // A FrontConn is a connection that Listen accepted.
 type FrontConn struct {
 	*tls.Conn
-	primers *primers
-	log     *slog.Logger
-	greeted sync.Once
-	end     time.Time
+	listener *frontListener
+	greeted  sync.Once
+	end      time.Time
 }
 
 // Answer prepares the headers of an answer: a connection that has been open for
@@ -130,12 +121,11 @@ func (c *FrontConn) Answer(h http.Header) {
 	}
 }
 
-// Read shakes hands first. A client that is refused there hears next to nothing,
-// so the log says why.
+// Read shakes hands first.
 func (c *FrontConn) Read(p []byte) (int, error) {
 	c.greeted.Do(func() {
-		if err := c.Conn.Handshake(); err != nil && !errors.Is(err, io.EOF) {
-			c.log.Info("connection refused", "remote", c.RemoteAddr().String(), "err", err)
+		if err := c.Conn.Handshake(); err != nil {
+			c.listener.server.refusedHandshake(c.listener.name, c, err)
 		}
 	})
 	return c.Conn.Read(p)
@@ -145,6 +135,6 @@ func (c *FrontConn) Read(p []byte) (int, error) {
 // are written whole and not read again.
 func (c *FrontConn) Write(p []byte) (int, error) {
 	defer clear(p)
-	c.primers.prime(len(p))
+	c.listener.server.primers.prime(len(p))
 	return c.Conn.Write(p)
 }

@@ -51,6 +51,9 @@ type kit struct {
 	certs   *certs.Server
 	hsm     *custodiantest.HSM
 	core    *custodian.Custodian
+	custody custodian.Config // what core stands on
+	audit   audit.Options
+	trail   *audit.Log
 	server  *rpc.Server
 	metrics *prometheus.Registry
 	log     *syncBuffer
@@ -65,6 +68,9 @@ type options struct {
 	audit  func(*audit.Options)
 	// custody changes what the domain stands on.
 	custody func(*custodian.Config)
+	// genesis names officers; nil: there are none. beforeInit fills it in.
+	genesis    *custodian.Genesis
+	beforeInit func(*kit)
 	// roles are what the CA may vouch for; nil: all.
 	roles []string
 	// starting leaves the server without its custody.
@@ -134,15 +140,13 @@ func (k *kit) openCore(ctx context.Context, o options) error {
 		return err
 	}
 	k.closers = append(k.closers, s.Close)
-	var logged custodian.Logged
-	ao := audit.Options{Visit: logged.Visit}
 	if o.audit != nil {
-		o.audit(&ao)
+		o.audit(&k.audit)
 	}
-	log, err := audit.Create(filepath.Join(k.dir, "audit"), ao)
-	if err != nil {
+	if k.trail, err = audit.Create(filepath.Join(k.dir, "audit"), k.audit); err != nil {
 		return err
 	}
+	k.closers = append(k.closers, k.closeCore)
 	local, err := kms.Open(ctx, kms.Config{Name: "local", Kind: "local"})
 	if err != nil {
 		return err
@@ -151,28 +155,46 @@ func (k *kit) openCore(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	cfg := custodian.Config{Store: s, HSM: k.hsm, Providers: []custodian.Provider{local}, Audit: log, Policy: policy, Now: time.Now,
+	k.custody = custodian.Config{Store: s, HSM: k.hsm, Providers: []custodian.Provider{local}, Audit: k.trail, Policy: policy, Now: time.Now,
 		LabelPrefix: "test", DefaultProviders: []string{"local"}, MaxReleases: 1024}
 	if o.custody != nil {
-		o.custody(&cfg)
+		o.custody(&k.custody)
 	}
-	if err := custodian.Init(ctx, cfg, custodian.InitSpec{}); err != nil {
+	if o.beforeInit != nil {
+		o.beforeInit(k)
+	}
+	if err := custodian.Init(ctx, k.custody, custodian.InitSpec{Genesis: o.genesis}); err != nil {
 		return err
 	}
 	// As the daemon does: init and service are two openings of one log.
-	if err := log.Close(); err != nil {
+	return k.openAgain(ctx)
+}
+
+// openAgain closes custody and audit log and opens them as a start does.
+func (k *kit) openAgain(ctx context.Context) (err error) {
+	if err := k.closeCore(); err != nil {
 		return err
 	}
-	if log, err = audit.Open(filepath.Join(k.dir, "audit"), ao); err != nil {
+	logged := custodian.Logged{Budgets: k.custody.Policy.Budgets()}
+	o := k.audit
+	o.Visit = logged.Visit
+	if k.trail, err = audit.Open(filepath.Join(k.dir, "audit"), o); err != nil {
 		return err
 	}
-	k.closers = append(k.closers, log.Close)
-	cfg.Audit, cfg.Logged = log, logged
-	if k.core, err = custodian.Open(ctx, cfg); err != nil {
-		return err
+	k.custody.Audit, k.custody.Logged = k.trail, logged
+	k.core, err = custodian.Open(ctx, k.custody)
+	return err
+}
+
+func (k *kit) closeCore() (err error) {
+	if k.core != nil {
+		err = k.core.Close()
 	}
-	k.closers = append(k.closers, k.core.Close)
-	return nil
+	if k.trail != nil {
+		err = errors.Join(err, k.trail.Close())
+	}
+	k.core, k.trail = nil, nil
+	return err
 }
 
 func (k *kit) policy() (*custodian.Policy, error) {

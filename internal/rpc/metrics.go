@@ -14,16 +14,17 @@ import (
 // contract and reasons of the table, never a KID. Only the expiry of
 // certificates is told by caller.
 type metrics struct {
-	calls    *prometheus.CounterVec
-	latency  *prometheus.HistogramVec
-	inFlight prometheus.Gauge
-	released prometheus.Counter
-	issued   *prometheus.CounterVec
-	results  *prometheus.CounterVec
-	missing  prometheus.Counter
-	crowded  prometheus.Counter
-	peerEnd  *prometheus.GaugeVec
-	peerEnds sync.Map // caller's name to the NotAfter that peerEnd shows
+	calls      *prometheus.CounterVec
+	latency    *prometheus.HistogramVec
+	inFlight   prometheus.Gauge
+	released   prometheus.Counter
+	issued     *prometheus.CounterVec
+	results    *prometheus.CounterVec
+	missing    prometheus.Counter
+	crowded    prometheus.Counter
+	handshakes *prometheus.CounterVec
+	peerEnd    *prometheus.GaugeVec
+	peerEnds   sync.Map // caller's name to the NotAfter that peerEnd shows
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -45,14 +46,34 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	}
 	m.crowded = prometheus.NewCounter(prometheus.CounterOpts{Name: "custodian_calls_without_place_total",
 		Help: "Calls over HTTPS that were refused because their caller had too many under way."})
+	m.handshakes = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "custodian_handshakes_refused_total",
+		Help: "Connections that ended while shaking hands, by listener and reason."}, []string{"listener", "reason"})
 	m.peerEnd = prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "custodian_peer_cert_end_timestamp_seconds",
 		Help: "End of validity of the certificate that a caller showed last."}, []string{"caller"})
-	for _, c := range []prometheus.Collector{m.calls, m.latency, m.inFlight, m.released, m.issued, m.results, m.missing, m.crowded, m.peerEnd} {
+	for _, c := range []prometheus.Collector{m.calls, m.latency, m.inFlight, m.released, m.issued, m.results, m.missing, m.crowded, m.handshakes, m.peerEnd} {
 		if err := r.Register(c); err != nil {
 			return nil, err
 		}
 	}
+	m.begin()
 	return m, nil
+}
+
+// begin shows at zero what an alert waits for: a counter that is there only once
+// it has counted has not increased for Prometheus, and the first time, which may
+// be the only one, would be missed.
+func (m *metrics) begin() {
+	for _, reason := range Reasons() {
+		m.results.WithLabelValues(string(reason))
+	}
+	for method := range asksForKeys {
+		m.calls.WithLabelValues(method, string(reasonOf(custodian.ErrRecordCorrupt)))
+	}
+	for _, listener := range []string{listenerGRPC, listenerTwin, listenerPackagers} {
+		for _, refused := range refusedCertificates {
+			m.handshakes.WithLabelValues(listener, refused.reason)
+		}
+	}
 }
 
 func (m *metrics) observe(method, reason string, took time.Duration) {

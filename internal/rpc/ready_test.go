@@ -80,6 +80,7 @@ func TestReadinessIsAskedOnce(t *testing.T) {
 // A KMS that hangs makes nobody wait for longer than two seconds or so, and is
 // asked once, even where the one who asked first has left.
 func TestReadinessOfAHangingKMS(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	k := newKit(t, options{})
 	c := &troubled{Custody: k.core}
 	c.hang.Store(true)

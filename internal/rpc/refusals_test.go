@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -34,8 +35,9 @@ import (
 
 type rpcConfig = rpc.Config
 
-// counter is the sum of a metric over its labels.
-func (k *kit) counter(t *testing.T, name string) float64 {
+// counter is the sum of a metric over its labels, of those that have the values
+// named.
+func (k *kit) counter(t *testing.T, name string, values ...string) float64 {
 	t.Helper()
 	families, err := k.metrics.Gather()
 	if err != nil {
@@ -45,7 +47,13 @@ func (k *kit) counter(t *testing.T, name string) float64 {
 	for _, f := range families {
 		if f.GetName() == name {
 			for _, m := range f.GetMetric() {
-				sum += m.GetCounter().GetValue()
+				var has []string
+				for _, l := range m.GetLabel() {
+					has = append(has, l.GetValue())
+				}
+				if !slices.ContainsFunc(values, func(v string) bool { return !slices.Contains(has, v) }) {
+					sum += m.GetCounter().GetValue()
+				}
 			}
 		}
 	}
@@ -348,6 +356,7 @@ func TestRevokedWhileConnected(t *testing.T) {
 }
 
 func TestBeforeService(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	k := newKit(t, options{starting: true})
 	get := &v1.GetContentKeysRequest{Kids: [][]byte{bytes.Repeat([]byte{1}, 16)}}
 	callback, ops := k.dial(t, provider), k.dial(t, operator)
@@ -529,6 +538,7 @@ func TestDeadline(t *testing.T) {
 }
 
 func TestClientRetries(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	k := newKit(t, options{})
 	k.createCategory(t, "movies")
 	kid := k.issue(t, "clip", "HD")[0].GetKid()
@@ -572,6 +582,7 @@ func TestClientRetries(t *testing.T) {
 
 // TestClientOutlastsARestart: calls that find nobody there come back.
 func TestClientOutlastsARestart(t *testing.T) {
+	t.Parallel() // it waits, and takes little of the CPUs
 	k := newKit(t, options{})
 	k.createCategory(t, "movies")
 	key := k.issue(t, "clip", "HD")[0]

@@ -72,7 +72,7 @@ func (r *retrieval) encode(ctx context.Context, c *call, results []custodian.Ret
 	for i := range results {
 		grace.add(results[i].Grace)
 		if err := results[i].Err; err != nil {
-			r.server.report(ctx, c, explain(ctx, err), err)
+			r.server.report(c, explain(ctx, err), err)
 		}
 	}
 	grace.send(ctx)

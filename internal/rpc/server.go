@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -159,6 +160,7 @@ type Server struct {
 	// draining is closed when no new calls are taken.
 	draining chan struct{}
 	primers  *primers
+	repeats  *repeats
 
 	// serving is replaced as a whole.
 	serving atomic.Pointer[serving]
@@ -182,7 +184,7 @@ func NewServer(c Config) (*Server, error) {
 		return nil, errors.New("rpc server: GRPC_BINARY_LOG_FILTER is set: it would write keys to a file; unset it")
 	}
 	c.setDefaults()
-	s := &Server{config: c, codec: newCodec(), draining: make(chan struct{})}
+	s := &Server{config: c, codec: newCodec(), draining: make(chan struct{}), repeats: newRepeats()}
 	var err error
 	if s.metrics, err = newMetrics(c.Metrics); err != nil {
 		return nil, fmt.Errorf("rpc server: %w", err)
@@ -192,7 +194,7 @@ func NewServer(c Config) (*Server, error) {
 	}
 	s.SetUnavailable(custodian.ErrStarting)
 	s.grpc = grpc.NewServer(
-		grpc.Creds(wipingCreds{credentials.NewTLS(c.Certs.TLSConfig()), s.primers}),
+		grpc.Creds(wipingCreds{credentials.NewTLS(c.Certs.TLSConfig()), s}),
 		grpc.ForceServerCodecV2(s.codec),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
@@ -240,8 +242,7 @@ func (s *Server) register(desc *grpc.ServiceDesc, impl any) {
 						return err
 					}
 					if e.err != nil {
-						invalid := &custodian.InvalidError{Field: "message", Err: errMalformed}
-						return explain(ctx, invalid).statusOf(invalid, "").Err()
+						return s.malformed(ctx, "/"+desc.ServiceName+"/"+m.MethodName)
 					}
 					return nil
 				}, in)
@@ -290,6 +291,10 @@ func (s *Server) untilDrain(ctx context.Context) (context.Context, context.Cance
 // keeps it from returning.
 func (s *Server) Serve(ctx context.Context, l net.Listener, drain time.Duration) error {
 	defer func() { s.serving.Load().readiness.close() }()
+	told, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var telling sync.WaitGroup
+	telling.Go(func() { s.repeats.run(told) })
+	defer func() { stop(); telling.Wait() }() // after the last call
 	served := make(chan error, 1)
 	go func() { served <- s.grpc.Serve(l) }()
 	select {

@@ -62,7 +62,7 @@ func (s *Server) ServeTwin(ctx context.Context, l net.Listener, drain time.Durat
 	config := s.config.Certs.TLSConfig()
 	config.NextProtos = []string{"http/1.1"}
 	served := make(chan error, 1)
-	go func() { served <- h.Serve(s.listen(l, config)) }()
+	go func() { served <- h.Serve(&frontListener{l, listenerTwin, config, s}) }()
 	select {
 	case err := <-served:
 		return fmt.Errorf("http listener: %w", err)
@@ -95,6 +95,7 @@ func (t *twin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		resp, err = t.call(ctx, visit, w, r)
 	}
+	err = t.server.noteMalformed(ctx, &visit.call, err)
 	refusal := visit.End(ctx, err)
 	body, status := []byte(nil), http.StatusOK
 	if err == nil {
@@ -130,13 +131,13 @@ func (t *twin) call(ctx context.Context, v *Visit, w http.ResponseWriter, r *htt
 		return nil, err
 	}
 	req, err := decodeTwin(raw)
-	if err != nil {
-		return nil, err
-	}
 	if req.GetRequestId() != "" {
 		if err := v.call.name(req.GetRequestId()); err != nil {
 			return nil, err
 		}
+	}
+	if err != nil {
+		return nil, err
 	}
 	return t.method.GetContentKeys(ctx, req)
 }
@@ -159,6 +160,8 @@ type twinContext struct {
 	custodian.Viewer
 }
 
+// decodeTwin reads a request. One that is malformed still has its request ID,
+// where that could be read.
 func decodeTwin(raw []byte) (*v1.GetContentKeysRequest, error) {
 	bad := func(field string, err error) error { return &custodian.InvalidError{Field: field, Err: err} }
 	var in twinRequest
@@ -170,19 +173,19 @@ func decodeTwin(raw []byte) (*v1.GetContentKeysRequest, error) {
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
 		return nil, bad("body", errors.New("something follows the JSON of this call"))
 	}
-	if in.ContentID != "" && len(in.ContentIDB64) > 0 {
-		return nil, bad("content_id_b64", errors.New("content_id is there too"))
-	}
 	req := &v1.GetContentKeysRequest{RequestId: in.RequestID, ContentId: in.ContentIDB64, LicenceToken: in.LicenceToken, RecipientKeyId: in.RecipientKeyID,
 		ViewerContext: &v1.ViewerContext{SessionId: in.ViewerContext.SessionID, UserId: in.ViewerContext.UserID, DrmSystem: in.ViewerContext.DRMSystem, SecurityLevel: in.ViewerContext.SecurityLevel,
 			Hdcp: in.ViewerContext.HDCP, Region: in.ViewerContext.Region, LicenceType: in.ViewerContext.LicenceType}}
 	if in.ContentID != "" {
+		if len(in.ContentIDB64) > 0 {
+			return req, bad("content_id_b64", errors.New("content_id is there too"))
+		}
 		req.ContentId = []byte(in.ContentID)
 	}
 	for i, text := range in.KIDs {
 		kid, err := custodian.ParseKID(text)
 		if err != nil {
-			return nil, bad(fmt.Sprintf("kids[%d]", i), err)
+			return req, bad(fmt.Sprintf("kids[%d]", i), err)
 		}
 		req.Kids = append(req.Kids, kid[:])
 	}

@@ -96,10 +96,6 @@ const (
 	RotationStep_ROTATION_STEP_ROLLBACK RotationStep = 6
 	// Rolled back, and verified.
 	RotationStep_ROTATION_STEP_ROLLED_BACK RotationStep = 7
-	// What was replaced is about to be destroyed.
-	RotationStep_ROTATION_STEP_DESTROY RotationStep = 8
-	// What was replaced is destroyed.
-	RotationStep_ROTATION_STEP_DESTROYED RotationStep = 9
 )
 
 // Enum value maps for RotationStep.
@@ -113,8 +109,6 @@ var (
 		5: "ROTATION_STEP_RETIRED",
 		6: "ROTATION_STEP_ROLLBACK",
 		7: "ROTATION_STEP_ROLLED_BACK",
-		8: "ROTATION_STEP_DESTROY",
-		9: "ROTATION_STEP_DESTROYED",
 	}
 	RotationStep_value = map[string]int32{
 		"ROTATION_STEP_UNSPECIFIED": 0,
@@ -125,8 +119,6 @@ var (
 		"ROTATION_STEP_RETIRED":     5,
 		"ROTATION_STEP_ROLLBACK":    6,
 		"ROTATION_STEP_ROLLED_BACK": 7,
-		"ROTATION_STEP_DESTROY":     8,
-		"ROTATION_STEP_DESTROYED":   9,
 	}
 )
 
@@ -1072,7 +1064,7 @@ const file_custodian_v1_rotation_service_proto_rawDesc = "" +
 	"\fRotationKind\x12\x1d\n" +
 	"\x19ROTATION_KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11ROTATION_KIND_KEK\x10\x01\x12\x15\n" +
-	"\x11ROTATION_KIND_MEK\x10\x02*\xa3\x02\n" +
+	"\x11ROTATION_KIND_MEK\x10\x02*\xeb\x01\n" +
 	"\fRotationStep\x12\x1d\n" +
 	"\x19ROTATION_STEP_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16ROTATION_STEP_GENERATE\x10\x01\x12\x18\n" +
@@ -1081,9 +1073,7 @@ const file_custodian_v1_rotation_service_proto_rawDesc = "" +
 	"\x12ROTATION_STEP_HOLD\x10\x04\x12\x19\n" +
 	"\x15ROTATION_STEP_RETIRED\x10\x05\x12\x1a\n" +
 	"\x16ROTATION_STEP_ROLLBACK\x10\x06\x12\x1d\n" +
-	"\x19ROTATION_STEP_ROLLED_BACK\x10\a\x12\x19\n" +
-	"\x15ROTATION_STEP_DESTROY\x10\b\x12\x1b\n" +
-	"\x17ROTATION_STEP_DESTROYED\x10\t*z\n" +
+	"\x19ROTATION_STEP_ROLLED_BACK\x10\a*z\n" +
 	"\tEventKind\x12\x1a\n" +
 	"\x16EVENT_KIND_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14EVENT_KIND_NEW_BATCH\x10\x01\x12\x17\n" +

@@ -36,7 +36,8 @@ var figures = []string{"callback_per_s_c32", "callback_per_s_c128", "echo_per_s_
 	"audit_entries_per_s_c1", "audit_entries_per_s_c32", "audit_entries_per_s_c128", "audit_verify_entries_per_s",
 	"audit_verify_peak_mb_100k", "audit_verify_peak_mb_1m", "audit_proof_ms_1m", "audit_proof_check_us_1m", "audit_proof_bytes_1m",
 	"policy_decision_us", "policy_cpu_share", "token_verify_vs_ecdsa", "overload_capacity_per_s", "overload_goodput_1x", "overload_shed_share_10x",
-	"hot_viewers_per_s_not_kept"}
+	"overload_goodput_closed_10x", "overload_goodput_closed_slow_10x", "overload_p99_ms_10x", "overload_peak_mb", "overload_peak_mb_closed",
+	"modest_goodput_under_greedy", "hot_viewers_per_s_not_shared", "hot_viewers_per_s_not_kept", "hot_viewers_per_s_kept_1s", "hot_viewers_per_s_kept_60s"}
 
 func TestAllSections(t *testing.T) {
 	if testing.Short() {
@@ -45,7 +46,7 @@ func TestAllSections(t *testing.T) {
 	if _, err := softhsm.FindModule(); err != nil {
 		t.Skip(err)
 	}
-	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 400 * time.Millisecond, rounds: 1, keys: 100, million: 1300, rotated: 6000, connections: 2, lifetime: time.Second}, t.TempDir(), "")
+	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 400 * time.Millisecond, rounds: 1, keys: 100, million: 1300, rotated: 6000, connections: 2, lifetime: time.Second, overload: []int{1, 10}}, t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,6 +72,9 @@ func TestAllSections(t *testing.T) {
 	}
 	if got["seeded_keys"] != 1300 {
 		t.Errorf("seeded_keys: got %v, want 1300", got["seeded_keys"])
+	}
+	if got["modest_goodput_under_greedy"] <= got["greedy_goodput_beside_modest"] {
+		t.Errorf("of the modest caller's calls %v were answered, of the greedy one's %v", got["modest_goodput_under_greedy"], got["greedy_goodput_beside_modest"])
 	}
 	if got["overload_wrong_keys"] != 0 {
 		t.Errorf("under overload, %v answers had another key than was issued", got["overload_wrong_keys"])

@@ -96,6 +96,7 @@ func openParts(ctx context.Context, dir string, create bool) (_ *custody, err er
 	}
 	policy, err := custodian.NewPolicy([]custodian.Grant{
 		{Identity: identity(custodian.RoleProvider), Role: custodian.RoleProvider, AllCategories: true},
+		{Identity: identity(modestProvider), Role: custodian.RoleProvider, AllCategories: true},
 		{Identity: packager.ID, Role: custodian.RolePackager, AllCategories: true},
 		{Identity: officer.ID, Role: custodian.RoleOfficer, AllCategories: true, SPKI: &officer.SPKI},
 	})

@@ -81,7 +81,7 @@ func load(ctx context.Context, args []string) error {
 	if *method == methodIssue {
 		role = custodian.RolePackager
 	}
-	conns, err := dial(*pki, role, *addr, *connections)
+	conns, err := dial(*pki, string(role), *addr, *connections)
 	if err != nil {
 		return err
 	}
@@ -111,11 +111,11 @@ func load(ctx context.Context, args []string) error {
 	return json.NewEncoder(os.Stdout).Encode(res)
 }
 
-// dial makes n connections of a role and waits for none of them: the first
-// calls do, which do not count.
-func dial(pki string, role custodian.Role, addr string, n int) ([]*grpc.ClientConn, error) {
-	tls, err := certs.NewClient(certs.ClientOptions{CertFile: filepath.Join(pki, string(role)+".pem"),
-		KeyFile: filepath.Join(pki, string(role)+".key"), CAFile: filepath.Join(pki, "ca.pem")})
+// dial makes n connections with the certificate of who and waits for none of
+// them: the first calls do, which do not count.
+func dial(pki, who, addr string, n int) ([]*grpc.ClientConn, error) {
+	tls, err := certs.NewClient(certs.ClientOptions{CertFile: filepath.Join(pki, who+".pem"),
+		KeyFile: filepath.Join(pki, who+".key"), CAFile: filepath.Join(pki, "ca.pem")})
 	if err != nil {
 		return nil, err
 	}

@@ -105,11 +105,12 @@ type scale struct {
 	rotated     int // that move to another key
 	connections int
 	lifetime    time.Duration // of a loaded KEK that ends in the middle of a run
+	overload    []int         // times of what a server can do
 }
 
 var (
-	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, rotated: 50_000, connections: 4, lifetime: time.Second}
-	quickScale = scale{warm: 150 * time.Millisecond, time: 500 * time.Millisecond, rounds: 2, keys: 2_000, million: 20_000, rotated: 5_000, connections: 4, lifetime: 200 * time.Millisecond}
+	fullScale  = scale{warm: time.Second, time: 4 * time.Second, rounds: 3, keys: 10_000, million: 1_000_000, rotated: 50_000, connections: 4, lifetime: time.Second, overload: []int{1, 2, 5, 10}}
+	quickScale = scale{warm: 150 * time.Millisecond, time: 500 * time.Millisecond, rounds: 2, keys: 2_000, million: 20_000, rotated: 5_000, connections: 4, lifetime: 200 * time.Millisecond, overload: []int{1, 2, 5, 10}}
 )
 
 // sections in the order in which they run.

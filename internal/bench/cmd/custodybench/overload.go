@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -15,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -35,6 +37,11 @@ const (
 	sulk = time.Second
 	// maxOut bounds the calls that the load has under way in an open loop.
 	maxOut = 20_000
+
+	// modestProvider is the caller that keeps to its share: a quarter of the
+	// capacity, where two callers have a half each.
+	modestProvider = "modest-provider"
+	modestShare    = 0.25
 
 	overloadKeys = 1000
 	tokenDelay   = 2 * time.Millisecond
@@ -83,6 +90,8 @@ type overloadSpec struct {
 	callers int
 	rate    float64 // calls a second; 0: callers
 	keys    int     // that are asked for: the first ones
+	own     bool    // each of the callers asks for one key only, the next one for the next
+	who     string  // whose certificate; empty: the provider's
 }
 
 // An overloadResult is what became of the calls.
@@ -95,82 +104,77 @@ type overloadResult struct {
 
 func (o overloadResult) goodput() float64 { return float64(o.Good) / o.Seconds }
 
-func (r *rig) overloadRun(ctx context.Context, s *server, data string, spec overloadSpec) (overloadResult, error) {
-	var res overloadResult
-	err := call(ctx, &res, roleOverload, "-pki", r.pki(), "-addr", s.addr, "-dir", data, "-callers", strconv.Itoa(spec.callers), "-rate", strconv.FormatFloat(spec.rate, 'f', 1, 64),
-		"-keys", strconv.Itoa(spec.keys), "-warm", r.scale.warm.String(), "-time", (r.scale.time / 2).String())
-	if err == nil && res.Good == 0 {
-		note("overload, %+v: of %d calls none was answered", spec, res.Sent)
+// share is what n of the calls are of all.
+func (o overloadResult) share(n int) float64 { return float64(n) / float64(max(o.Sent, 1)) }
+
+// overloadRun makes the runs at the same time, on one server.
+func (r *rig) overloadRun(ctx context.Context, s *server, data string, specs ...overloadSpec) ([]overloadResult, error) {
+	results := make([]overloadResult, len(specs))
+	g, gctx := errgroup.WithContext(ctx)
+	for i, spec := range specs {
+		g.Go(func() error {
+			return call(gctx, &results[i], roleOverload, "-pki", r.pki(), "-addr", s.addr, "-dir", data, "-who", cmp.Or(spec.who, string(custodian.RoleProvider)),
+				"-callers", strconv.Itoa(spec.callers), "-rate", strconv.FormatFloat(spec.rate, 'f', 1, 64), "-keys", strconv.Itoa(spec.keys),
+				"-own="+strconv.FormatBool(spec.own), "-warm", r.scale.warm.String(), "-time", (r.scale.time / 2).String())
+		})
 	}
-	if res.Failed > 0 {
-		note("overload, %+v: %d calls failed, the first: %s", spec, res.Failed, res.FirstError)
-		r.table.count("failed_calls", float64(res.Failed))
+	err := g.Wait()
+	for i, res := range results {
+		if err == nil && res.Good == 0 {
+			note("overload, %+v: of %d calls none was answered", specs[i], res.Sent)
+		}
+		if res.Failed > 0 {
+			note("overload, %+v: %d calls failed, the first: %s", specs[i], res.Failed, res.FirstError)
+			r.table.count("failed_calls", float64(res.Failed))
+		}
+		r.table.count("overload_wrong_keys", float64(res.Wrong))
 	}
-	r.table.count("overload_wrong_keys", float64(res.Wrong))
-	return res, err
+	return results, err
 }
 
-// overload is what is answered where there are more calls than can be. Open: at
-// multiples of the rate that a token with 2 ms a call can do; a faster one would
-// need more load than the same machine can make. Closed: at multiples of the
-// callers that keep the real token busy.
+// An overloadKind is a way to have too many calls: open, at multiples of the
+// rate that the server can do, whatever becomes of the calls; or closed, with
+// multiples of the callers that keep it busy.
+type overloadKind struct {
+	suffix  string // of the figures
+	open    bool
+	callers int // that keep the server busy
+}
+
+// overload is what is answered where there are more calls than can be: with a
+// token that takes 2 ms a call, because a faster one would need more load than
+// the same machine can make, and closed with the token as it is, too.
 func (r *rig) overload(ctx context.Context) error {
 	data := filepath.Join(r.dir, "overload")
 	if _, err := r.prepare(ctx, data, overloadKeys); err != nil {
 		return err
 	}
-	times := []int{1, 2, 5, 10}
-	for _, kind := range []struct {
-		name   string
+	for _, server := range []struct {
+		suffix string
 		args   []string
-		serial int // callers that keep it busy
-	}{{"", []string{"-token-delay", tokenDelay.String()}, 64}, {"_closed", nil, 128}} {
-		s, err := r.serve(ctx, roleCallback, "overload"+kind.name, append([]string{"-dir", data}, kind.args...)...)
+		kinds  []overloadKind
+	}{
+		{"", []string{"-token-delay", tokenDelay.String()}, []overloadKind{{"", true, 64}, {"_closed_slow", false, 64}}},
+		{"_closed", nil, []overloadKind{{"_closed", false, 128}}},
+	} {
+		s, err := r.serve(ctx, roleCallback, "overload"+server.suffix, append([]string{"-dir", data}, server.args...)...)
 		if err != nil {
 			return err
 		}
-		before, err := s.anonymous()
+		idle, err := s.anonymous()
 		if err != nil {
 			return err
 		}
+		peak := s.watchMemory(ctx)
 		for range r.scale.rounds {
-			var first, capacity float64
-			if kind.name == "" {
-				res, err := r.overloadRun(ctx, s, data, overloadSpec{callers: kind.serial, keys: overloadKeys})
-				if err != nil {
+			for _, kind := range server.kinds {
+				if err := r.overloadSteps(ctx, s, data, kind); err != nil {
 					return err
 				}
-				capacity = res.goodput()
-				r.table.add("overload_capacity_per_s", capacity)
 			}
-			for _, n := range times {
-				spec := overloadSpec{callers: kind.serial * n, keys: overloadKeys}
-				if kind.name == "" {
-					spec = overloadSpec{rate: capacity * float64(n), keys: overloadKeys}
-				}
-				res, err := r.overloadRun(ctx, s, data, spec)
-				if err != nil {
-					return err
-				}
-				if n == 1 {
-					first = res.goodput()
-				}
-				suffix := fmt.Sprintf("%s_%dx", kind.name, n)
-				r.table.add("overload_goodput"+suffix, res.goodput())
-				r.table.add("overload_offered"+suffix, float64(res.Sent)/res.Seconds)
-				r.table.add("overload_p99_ms"+suffix, res.P99/1000)
-				r.table.add("overload_shed_share"+suffix, float64(res.Shed)/float64(max(res.Sent, 1)))
-				r.table.add("overload_late_share"+suffix, float64(res.Late)/float64(max(res.Sent, 1)))
-				if n == 10 && first > 0 {
-					r.table.add("goodput"+kind.name+"_10x_vs_1x", res.goodput()/first)
-				}
-			}
-			after, err := s.anonymous()
-			if err != nil {
-				return err
-			}
-			r.table.add("overload_grown_mb"+kind.name, (after-before)/1e6)
 		}
+		r.table.add("overload_idle_mb"+server.suffix, idle/1e6)
+		r.table.add("overload_peak_mb"+server.suffix, peak()/1e6)
 		if err := r.stopAll(); err != nil {
 			return err
 		}
@@ -178,28 +182,82 @@ func (r *rig) overload(ctx context.Context) error {
 	return nil
 }
 
-// hot is a thousand viewers of five titles, with a token that takes 2 ms a call.
+// overloadSteps goes from one to ten times of what the server can do. Where it
+// is open, a greedy caller and a modest one come last.
+func (r *rig) overloadSteps(ctx context.Context, s *server, data string, kind overloadKind) error {
+	var first, capacity float64
+	if kind.open {
+		res, err := r.overloadRun(ctx, s, data, overloadSpec{callers: kind.callers, keys: overloadKeys})
+		if err != nil {
+			return err
+		}
+		capacity = res[0].goodput()
+		r.table.add("overload_capacity_per_s", capacity)
+	}
+	for _, n := range r.scale.overload {
+		spec := overloadSpec{callers: kind.callers * n, keys: overloadKeys}
+		if kind.open {
+			spec = overloadSpec{rate: capacity * float64(n), keys: overloadKeys}
+		}
+		runs, err := r.overloadRun(ctx, s, data, spec)
+		if err != nil {
+			return err
+		}
+		res := runs[0]
+		suffix := fmt.Sprintf("%s_%dx", kind.suffix, n)
+		r.table.add("overload_goodput"+suffix, res.goodput())
+		r.table.add("overload_offered"+suffix, float64(res.Sent)/res.Seconds)
+		r.table.add("overload_p99_ms"+suffix, res.P99/1000)
+		r.table.add("overload_shed_share"+suffix, res.share(res.Shed))
+		r.table.add("overload_late_share"+suffix, res.share(res.Late))
+		if n == 1 {
+			first = res.goodput()
+		}
+		if n == 10 && first > 0 {
+			r.table.add("goodput"+kind.suffix+"_10x_vs_1x", res.goodput()/first)
+		}
+	}
+	if !kind.open {
+		return nil
+	}
+	runs, err := r.overloadRun(ctx, s, data, overloadSpec{rate: 10 * capacity, keys: overloadKeys},
+		overloadSpec{rate: modestShare * capacity, keys: overloadKeys, who: modestProvider})
+	if err != nil {
+		return err
+	}
+	greedy, modest := runs[0], runs[1]
+	r.table.add("greedy_goodput_beside_modest", greedy.share(greedy.Good))
+	r.table.add("modest_goodput_under_greedy", modest.share(modest.Good))
+	r.table.add("modest_p99_ms_under_greedy", modest.P99/1000)
+	return nil
+}
+
+// hot is a thousand viewers, with a token that takes 2 ms a call. That calls for
+// one key share an operation of the token cannot be switched off: what it spares
+// is told by viewers of a title each, who have nobody to share it with.
 func (r *rig) hot(ctx context.Context) error {
 	data := filepath.Join(r.dir, "hot")
-	if _, err := r.prepare(ctx, data, titles); err != nil {
+	if _, err := r.prepare(ctx, data, viewers); err != nil {
 		return err
 	}
 	for range r.scale.rounds {
-		for _, kept := range []struct {
-			name string
-			life time.Duration
-		}{{"not_kept", 0}, {"kept_1s", time.Second}, {"kept_60s", time.Minute}} {
-			s, err := r.serve(ctx, roleCallback, "hot", "-dir", data, "-token-delay", tokenDelay.String(), "-hot-titles", kept.life.String())
+		for _, setting := range []struct {
+			name   string
+			titles int
+			life   time.Duration
+		}{{"not_shared", viewers, 0}, {"not_kept", titles, 0}, {"kept_1s", titles, time.Second}, {"kept_60s", titles, time.Minute}} {
+			s, err := r.serve(ctx, roleCallback, "hot", "-dir", data, "-token-delay", tokenDelay.String(), "-hot-titles", setting.life.String())
 			if err != nil {
 				return err
 			}
-			res, err := r.overloadRun(ctx, s, data, overloadSpec{callers: viewers, keys: titles})
+			runs, err := r.overloadRun(ctx, s, data, overloadSpec{callers: viewers, keys: setting.titles, own: true})
 			if err != nil {
 				return err
 			}
-			r.table.add("hot_viewers_per_s_"+kept.name, res.goodput())
-			r.table.add("hot_p99_ms_"+kept.name, res.P99/1000)
-			r.table.add("hot_shed_share_"+kept.name, float64(res.Shed)/float64(max(res.Sent, 1)))
+			res := runs[0]
+			r.table.add("hot_viewers_per_s_"+setting.name, res.goodput())
+			r.table.add("hot_p99_ms_"+setting.name, res.P99/1000)
+			r.table.add("hot_shed_share_"+setting.name, res.share(res.Shed))
 			if err := r.stopAll(); err != nil {
 				return err
 			}
@@ -214,6 +272,8 @@ func overloadLoad(ctx context.Context, args []string) error {
 	pki := fs.String("pki", "", "folder of the certificates")
 	addr := fs.String("addr", "", "address of the server")
 	dir := fs.String("dir", "", "folder of the custody")
+	who := fs.String("who", "", "whose certificate")
+	own := fs.Bool("own", false, "each caller that waits asks for one key only")
 	callers := fs.Int("callers", 0, "callers that wait for their answers")
 	rate := fs.Float64("rate", 0, "calls a second, where nobody waits")
 	keys := fs.Int("keys", 1, "how many KIDs to ask for")
@@ -222,7 +282,7 @@ func overloadLoad(ctx context.Context, args []string) error {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	conns, err := dial(*pki, custodian.RoleProvider, *addr, 8)
+	conns, err := dial(*pki, *who, *addr, 8)
 	if err != nil {
 		return err
 	}
@@ -249,8 +309,12 @@ func overloadLoad(ctx context.Context, args []string) error {
 	if *rate > 0 {
 		wg.Go(func() { o.open(ctx, *rate, &wg) })
 	} else {
-		for range *callers {
-			wg.Go(func() { o.closed(ctx) })
+		for i := range *callers {
+			key := o.any
+			if *own {
+				key = func() int { return i % len(o.kids) }
+			}
+			wg.Go(func() { o.closed(ctx, key) })
 		}
 	}
 	pause(ctx, *warm)
@@ -300,23 +364,26 @@ func (o *overloader) open(ctx context.Context, rate float64, wg *sync.WaitGroup)
 			o.out.Add(1)
 			wg.Go(func() {
 				defer o.out.Add(-1)
-				o.one(context.WithoutCancel(ctx))
+				o.one(context.WithoutCancel(ctx), o.any())
 			})
 		}
 	}
 }
 
-func (o *overloader) closed(ctx context.Context) {
+// closed makes a call when the one before has its answer.
+func (o *overloader) closed(ctx context.Context, key func() int) {
 	for ctx.Err() == nil {
-		if o.one(context.WithoutCancel(ctx)) == codes.ResourceExhausted {
+		if o.one(context.WithoutCancel(ctx), key()) == codes.ResourceExhausted {
 			pause(ctx, sulk)
 		}
 	}
 }
 
-// one makes a call, compares the key, and counts.
-func (o *overloader) one(ctx context.Context) codes.Code {
-	i := mrand.IntN(len(o.kids))
+// any draws a key.
+func (o *overloader) any() int { return mrand.IntN(len(o.kids)) }
+
+// one makes a call for a key, compares what it gets, and counts.
+func (o *overloader) one(ctx context.Context, i int) codes.Code {
 	ctx, cancel := context.WithTimeout(ctx, viewerDeadline)
 	defer cancel()
 	start := time.Now()

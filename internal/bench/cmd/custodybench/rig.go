@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -89,8 +90,8 @@ func (r *rig) makePKI() error {
 	if _, err := ca.IssueServer([]string{"localhost"}, []net.IP{net.IPv4(127, 0, 0, 1)}, 24*time.Hour); err != nil {
 		return err
 	}
-	for _, role := range []custodian.Role{custodian.RoleProvider, custodian.RolePackager} {
-		if _, err := ca.IssueClient("/"+string(role), 24*time.Hour); err != nil {
+	for _, who := range []string{string(custodian.RoleProvider), modestProvider, string(custodian.RolePackager)} {
+		if _, err := ca.IssueClient("/"+who, 24*time.Hour); err != nil {
 			return err
 		}
 	}
@@ -264,6 +265,28 @@ func (s *server) anonymous() (float64, error) {
 		}
 	}
 	return 0, fmt.Errorf("process %d: no RssAnon", s.pid)
+}
+
+// watchMemory looks at the server's anonymous memory until its result is called,
+// which returns the most that was seen, in bytes.
+func (s *server) watchMemory(ctx context.Context) (peak func() float64) {
+	ctx, stop := context.WithCancel(ctx)
+	var most float64
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		tick := time.NewTicker(20 * time.Millisecond)
+		defer tick.Stop()
+		for ctx.Err() == nil {
+			if now, err := s.anonymous(); err == nil {
+				most = max(most, now)
+			}
+			select {
+			case <-ctx.Done():
+			case <-tick.C:
+			}
+		}
+	})
+	return func() float64 { stop(); wg.Wait(); return most }
 }
 
 // load runs the load process against a server for one run.

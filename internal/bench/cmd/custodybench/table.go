@@ -48,8 +48,13 @@ var bars = map[string]bar{
 	"policy_cpu_share":      {"<=", 0.10},
 	"token_verify_vs_ecdsa": {"<=", 1.3},
 
-	"goodput_10x_vs_1x":        {">=", 0.8},
-	"goodput_closed_10x_vs_1x": {">=", 0.8},
+	"goodput_10x_vs_1x":             {">=", 0.8},
+	"goodput_closed_10x_vs_1x":      {">=", 0.8},
+	"goodput_closed_slow_10x_vs_1x": {">=", 0.8},
+	"modest_goodput_under_greedy":   {">=", 0.8},
+	"overload_wrong_keys":           {"<=", 0},
+	"overload_peak_mb":              {"<", 400},
+	"overload_peak_mb_closed":       {"<", 400},
 
 	// Memory while a log is verified does not grow with the log.
 	"audit_verify_peak_1m_vs_100k": {"<=", 1.2},
