@@ -83,8 +83,8 @@ func (c *Custodian) tellLate(ctx context.Context, w *stopwatch, who Caller, req 
 		}
 		attrs = append(attrs, "took", short(time.Since(w.began)))
 		for s, took := range w.took {
-			if took > 0 {
-				attrs = append(attrs, stageNames[s], short(took))
+			if took = short(took); took > 0 {
+				attrs = append(attrs, stageNames[s], took)
 			}
 		}
 		if log := c.audit.Writing(); log.Step != "" {

@@ -296,31 +296,25 @@ func (p *Plan) check() error {
 	if p.Kind == KindProviders && len(p.Categories) == 0 && !p.HelperKeys {
 		fault("categories", "a plan of kind %s needs it, or helper_keys: true", p.Kind)
 	}
-	for i, identity := range p.Callers {
-		if err := checkCallerID(identity); err != nil {
-			fault(fmt.Sprintf("callers[%d]", i), "%w", err)
-		}
-		if slices.Contains(p.Callers[:i], identity) {
-			fault(fmt.Sprintf("callers[%d]", i), "%.200s is named twice", identity)
-		}
-	}
-	for i, name := range p.Providers {
-		if err := printable(name, 64); err != nil {
-			fault(fmt.Sprintf("providers[%d]", i), "%w", err)
-		}
-		if slices.Contains(p.Providers[:i], name) {
-			fault(fmt.Sprintf("providers[%d]", i), "%s is named twice", name)
-		}
-	}
-	for i, c := range p.Categories {
-		if err := c.Check(); err != nil {
-			fault(fmt.Sprintf("categories[%d]", i), "%w", err)
-		}
-		if slices.Contains(p.Categories[:i], c) {
-			fault(fmt.Sprintf("categories[%d]", i), "%s is named twice", c)
-		}
-	}
+	faults = slices.Concat(faults,
+		checkEach("callers", p.Callers, checkCallerID),
+		checkEach("providers", p.Providers, func(name string) error { return printable(name, 64) }),
+		checkEach("categories", p.Categories, CategoryName.Check))
 	return errors.Join(faults...)
+}
+
+// checkEach says what is wrong with the names of a list, and which are there
+// twice.
+func checkEach[N ~string](list string, all []N, check func(N) error) (faults []error) {
+	for i, name := range all {
+		if err := check(name); err != nil {
+			faults = append(faults, fmt.Errorf("%s[%d]: %w", list, i, err))
+		}
+		if slices.Contains(all[:i], name) {
+			faults = append(faults, fmt.Errorf("%s[%d]: %.200s is named twice", list, i, name))
+		}
+	}
+	return faults
 }
 
 func kindNames() []string {

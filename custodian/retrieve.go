@@ -129,19 +129,7 @@ func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveReques
 	watch.end(stageLicence)
 	results := make([]RetrieveResult, len(req.KIDs))
 	sealed := make([]SealedKey, len(req.KIDs))
-	var contentCategory CategoryName
-	err = c.store.View(ctx, func(tx Tx) error {
-		for i, kid := range req.KIDs {
-			sealed[i], results[i].Err = tx.ContentKey(kid)
-		}
-		if len(req.ContentID) > 0 {
-			var err error
-			if contentCategory, err = tx.ContentCategory(req.ContentID); err != nil && !errors.Is(err, ErrNotFound) {
-				return err
-			}
-		}
-		return nil
-	})
+	contentCategory, err := c.readKeys(ctx, req, sealed, results)
 	watch.end(stageStore)
 	if err != nil {
 		return nil, c.unread(ctx, who, req, deadline(ctx, err))
@@ -185,6 +173,26 @@ func (c *Custodian) retrieve(ctx context.Context, who Caller, req RetrieveReques
 		results[i].Receipt = receipts[i]
 	}
 	return results, nil
+}
+
+// readKeys reads the records that are asked for: what is wrong with one of them
+// is the error of its result. It returns the category of the content item that
+// the request names, "" where there is none.
+func (c *Custodian) readKeys(ctx context.Context, req RetrieveRequest, sealed []SealedKey, results []RetrieveResult) (contentCategory CategoryName, err error) {
+	err = c.store.View(ctx, func(tx Tx) error {
+		for i, kid := range req.KIDs {
+			sealed[i], results[i].Err = tx.ContentKey(kid)
+		}
+		if len(req.ContentID) == 0 {
+			return nil
+		}
+		var err error
+		if contentCategory, err = tx.ContentCategory(req.ContentID); errors.Is(err, ErrNotFound) {
+			return nil
+		}
+		return err
+	})
+	return contentCategory, err
 }
 
 // lookAtViewer returns the references of the viewer that the audit log has, and

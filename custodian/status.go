@@ -152,31 +152,10 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 		w = append(w, fmt.Sprintf("opened content keys of %s are kept in clear for a while (limits.hot_titles); %d now", strings.Trim(fmt.Sprint(hot), "[]"), s.Hot.Kept))
 	}
 	for _, m := range s.MEKs {
-		switch left := m.EndTime.Sub(s.Time); {
-		case m.State != StateActive:
-		case left <= 0:
-			w = append(w, fmt.Sprintf("mek %s is past its year: no new KEK is made under it; rotate it", m.Label))
-		case left <= MEKWarning:
-			w = append(w, fmt.Sprintf("mek %s ends in %d days; plan its rotation", m.Label, m.DaysLeft))
-		}
-		if m.Profile == ProfileRotatable && !s.HSM.EnforcesTrusted {
-			w = append(w, fmt.Sprintf("mek %s is rotatable on a token that does not enforce CKA_WRAP_WITH_TRUSTED: who has PIN and KMS could take a KEK out", m.Label))
-		}
+		w = append(w, m.warnings(s)...)
 	}
 	for _, p := range s.Providers {
-		if !p.OuterLayer {
-			w = append(w, fmt.Sprintf("provider %s has no outer layer: the token alone opens what it wraps", p.Name))
-		}
-		switch {
-		case p.Refused != "":
-			w = append(w, fmt.Sprintf("provider %s refuses its key to us: loaded keys have no grace there: %s", p.Name, p.Refused))
-		case p.LoginRefused != "":
-			w = append(w, fmt.Sprintf("provider %s refuses our login: renew its credentials; loaded keys that need it have %s of grace left: %s",
-				p.Name, p.GraceLeft.Round(time.Second), p.LoginRefused))
-		case !p.AwaySince.IsZero():
-			w = append(w, fmt.Sprintf("provider %s does not answer since %s; loaded keys that need it have %s of grace left",
-				p.Name, p.AwaySince.Format(time.RFC3339), p.GraceLeft.Round(time.Second)))
-		}
+		w = append(w, p.warnings()...)
 	}
 	if len(c.policyOf(set).Budgets()) == 0 {
 		w = append(w, "no budgets: nothing bounds how many different keys a caller takes")
@@ -217,6 +196,37 @@ func (c *Custodian) warnings(set *controlSet, s Status) []string {
 		w = append(w, c.foreign()...)
 	}
 	slices.Sort(w[officers:])
+	return w
+}
+
+func (m MEKStatus) warnings(s Status) (w []string) {
+	switch left := m.EndTime.Sub(s.Time); {
+	case m.State != StateActive:
+	case left <= 0:
+		w = append(w, fmt.Sprintf("mek %s is past its year: no new KEK is made under it; rotate it", m.Label))
+	case left <= MEKWarning:
+		w = append(w, fmt.Sprintf("mek %s ends in %d days; plan its rotation", m.Label, m.DaysLeft))
+	}
+	if m.Profile == ProfileRotatable && !s.HSM.EnforcesTrusted {
+		w = append(w, fmt.Sprintf("mek %s is rotatable on a token that does not enforce CKA_WRAP_WITH_TRUSTED: who has PIN and KMS could take a KEK out", m.Label))
+	}
+	return w
+}
+
+func (p ProviderStatus) warnings() (w []string) {
+	if !p.OuterLayer {
+		w = append(w, fmt.Sprintf("provider %s has no outer layer: the token alone opens what it wraps", p.Name))
+	}
+	switch {
+	case p.Refused != "":
+		w = append(w, fmt.Sprintf("provider %s refuses its key to us: loaded keys have no grace there: %s", p.Name, p.Refused))
+	case p.LoginRefused != "":
+		w = append(w, fmt.Sprintf("provider %s refuses our login: renew its credentials; loaded keys that need it have %s of grace left: %s",
+			p.Name, p.GraceLeft.Round(time.Second), p.LoginRefused))
+	case !p.AwaySince.IsZero():
+		w = append(w, fmt.Sprintf("provider %s does not answer since %s; loaded keys that need it have %s of grace left",
+			p.Name, p.AwaySince.Format(time.RFC3339), p.GraceLeft.Round(time.Second)))
+	}
 	return w
 }
 

@@ -71,17 +71,8 @@ func (a *app) callerFrozenCmd() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("list frozen callers: %w", err)
 		}
-		views := make([]frozenView, 0, len(all))
-		var rows [][]string
-		for _, f := range all {
-			views = append(views, viewFrozen(f))
-			rows = append(rows, []string{plain(f.GetIdentity()), stamp(at(f.GetTime())), plain(f.GetBy()), short(f.GetCause(), 60)})
-		}
-		if a.json {
-			return a.printJSON(struct {
-				Callers []frozenView `json:"callers"`
-			}{views})
-		}
-		return a.printTable([]string{"CALLER", "SINCE", "BY", "CAUSE"}, rows)
+		return printList(a, "callers", all, viewFrozen, []string{"CALLER", "SINCE", "BY", "CAUSE"}, func(f *v1.FrozenCaller, _ frozenView) []string {
+			return []string{plain(f.GetIdentity()), stamp(at(f.GetTime())), plain(f.GetBy()), short(f.GetCause(), 60)}
+		})
 	})
 }

@@ -107,23 +107,13 @@ func (a *app) categoryListCmd() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("list categories: %w", err)
 		}
-		views := make([]categoryView, 0, len(all))
-		var rows [][]string
-		for _, c := range all {
-			v := viewCategory(c)
+		return printList(a, "categories", all, viewCategory, []string{"NAME", "MODE", "KEY VERSION", "PROVIDERS", "REISSUE WINDOW", "CREATED"}, func(c *v1.Category, v categoryView) []string {
 			window := v.ReissueWindow
 			if v.Live {
 				window = "no end (live)"
 			}
-			views = append(views, v)
-			rows = append(rows, []string{plain(v.Name), v.Mode, strconv.FormatUint(uint64(v.ActiveKeyVersion), 10), names(v.Providers), window, stamp(at(c.GetCreateTime()))})
-		}
-		if a.json {
-			return a.printJSON(struct {
-				Categories []categoryView `json:"categories"`
-			}{views})
-		}
-		return a.printTable([]string{"NAME", "MODE", "KEY VERSION", "PROVIDERS", "REISSUE WINDOW", "CREATED"}, rows)
+			return []string{plain(v.Name), v.Mode, strconv.FormatUint(uint64(v.ActiveKeyVersion), 10), names(v.Providers), window, stamp(at(c.GetCreateTime()))}
+		})
 	})
 }
 
@@ -145,6 +135,18 @@ type wrapView struct {
 	KeyRef   string `json:"key_ref"`
 }
 
+func viewVersion(k *v1.KeyVersion) versionView {
+	v := versionView{
+		Category: k.GetCategory(), Version: k.GetVersion(), State: enum(k.GetState().String(), "KEY_STATE_"), MEKVersion: k.GetMekVersion(),
+		ReservedInvocations: k.GetReservedInvocations(), CreateTime: timeOrNone(k.GetCreateTime()),
+		DeactivateTime: timeOrNone(k.GetDeactivateTime()), Revision: k.GetRevision(),
+	}
+	for _, w := range k.GetOuterWraps() {
+		v.OuterWraps = append(v.OuterWraps, wrapView{w.GetProvider(), w.GetKeyRef()})
+	}
+	return v
+}
+
 func (a *app) categoryVersionsCmd() *cobra.Command {
 	return leaf(&cobra.Command{Use: "versions NAME", Short: "List the versions of a category's key-encryption key (officer, operator, auditor)"}, cobra.ExactArgs(1), func(ctx context.Context, args []string) error {
 		if err := custodian.CategoryName(args[0]).Check(); err != nil {
@@ -156,28 +158,13 @@ func (a *app) categoryVersionsCmd() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("list key versions of %s: %w", args[0], err)
 		}
-		views := make([]versionView, 0, len(all))
-		var rows [][]string
-		for _, k := range all {
-			v := versionView{
-				Category: k.GetCategory(), Version: k.GetVersion(), State: enum(k.GetState().String(), "KEY_STATE_"), MEKVersion: k.GetMekVersion(),
-				ReservedInvocations: k.GetReservedInvocations(), CreateTime: timeOrNone(k.GetCreateTime()),
-				DeactivateTime: timeOrNone(k.GetDeactivateTime()), Revision: k.GetRevision(),
-			}
+		return printList(a, "key_versions", all, viewVersion, []string{"KEY", "STATE", "MEK", "OUTER WRAPS", "CREATED", "DEACTIVATED"}, func(k *v1.KeyVersion, v versionView) []string {
 			var holders []string
-			for _, w := range k.GetOuterWraps() {
-				v.OuterWraps = append(v.OuterWraps, wrapView{w.GetProvider(), w.GetKeyRef()})
-				holders = append(holders, w.GetProvider())
+			for _, w := range v.OuterWraps {
+				holders = append(holders, w.Provider)
 			}
-			views = append(views, v)
-			rows = append(rows, []string{fmt.Sprintf("%s/%d", plain(v.Category), v.Version), v.State, strconv.FormatUint(uint64(v.MEKVersion), 10), names(holders), stamp(at(k.GetCreateTime())), stamp(at(k.GetDeactivateTime()))})
-		}
-		if a.json {
-			return a.printJSON(struct {
-				KeyVersions []versionView `json:"key_versions"`
-			}{views})
-		}
-		return a.printTable([]string{"KEY", "STATE", "MEK", "OUTER WRAPS", "CREATED", "DEACTIVATED"}, rows)
+			return []string{fmt.Sprintf("%s/%d", plain(v.Category), v.Version), v.State, strconv.FormatUint(uint64(v.MEKVersion), 10), names(holders), stamp(at(k.GetCreateTime())), stamp(at(k.GetDeactivateTime()))}
+		})
 	})
 }
 

@@ -233,19 +233,9 @@ func (a *app) ceremonyListCmd() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("list ceremonies: %w", err)
 		}
-		views := make([]ceremonyView, 0, len(all))
-		var rows [][]string
-		for _, x := range all {
-			v := viewCeremony(x)
-			views = append(views, v)
-			rows = append(rows, []string{plain(v.ID), plain(v.Kind), v.State, fmt.Sprintf("%d/%d", len(v.Approvals), v.Needed), stamp(at(x.GetChallenge().GetExpireTime())), short(v.Reason, 40)})
-		}
-		if a.json {
-			return a.printJSON(struct {
-				Ceremonies []ceremonyView `json:"ceremonies"`
-			}{views})
-		}
-		return a.printTable([]string{"CEREMONY", "KIND", "STATE", "APPROVALS", "EXPIRES", "REASON"}, rows)
+		return printList(a, "ceremonies", all, viewCeremony, []string{"CEREMONY", "KIND", "STATE", "APPROVALS", "EXPIRES", "REASON"}, func(x *v1.Ceremony, v ceremonyView) []string {
+			return []string{plain(v.ID), plain(v.Kind), v.State, fmt.Sprintf("%d/%d", len(v.Approvals), v.Needed), stamp(at(x.GetChallenge().GetExpireTime())), short(v.Reason, 40)}
+		})
 	})
 }
 

@@ -41,6 +41,20 @@ func (a *app) printTable(header []string, rows [][]string) error {
 	return w.Flush()
 }
 
+// printList prints messages: in JSON under a name, each as its view, or as the
+// rows of a table.
+func printList[M, V any](a *app, name string, all []M, view func(M) V, header []string, row func(M, V) []string) error {
+	views, rows := make([]V, len(all)), make([][]string, len(all))
+	for i, m := range all {
+		views[i] = view(m)
+		rows[i] = row(m, views[i])
+	}
+	if a.json {
+		return a.printJSON(map[string][]V{name: views})
+	}
+	return a.printTable(header, rows)
+}
+
 // printFields prints names with their values, which are wrapped at 80 columns.
 func (a *app) printFields(fields [][2]string) error {
 	width := 0

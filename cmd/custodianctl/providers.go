@@ -136,18 +136,9 @@ func (a *app) providersJobsCmd() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("list jobs: %w", err)
 		}
-		views := make([]rewrapView, 0, len(jobs))
-		var rows [][]string
-		for _, j := range jobs {
-			views = append(views, viewRewrap(j))
-			rows = append(rows, []string{scopeOf(j.GetCategory()), names(j.GetProviders()), names(j.GetReencrypt()), progress(j), short(orDash(j.GetLastError()), 60)})
-		}
-		if a.json {
-			return a.printJSON(struct {
-				Jobs []rewrapView `json:"jobs"`
-			}{views})
-		}
-		return a.printTable([]string{"KEYS", "PROVIDERS", "REENCRYPT", "DONE", "LAST ERROR"}, rows)
+		return printList(a, "jobs", jobs, viewRewrap, []string{"KEYS", "PROVIDERS", "REENCRYPT", "DONE", "LAST ERROR"}, func(j *v1.Rewrap, _ rewrapView) []string {
+			return []string{scopeOf(j.GetCategory()), names(j.GetProviders()), names(j.GetReencrypt()), progress(j), short(orDash(j.GetLastError()), 60)}
+		})
 	})
 }
 

@@ -105,18 +105,9 @@ func (a *app) revocationListCmd() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("list revocations: %w", err)
 		}
-		views := make([]revocationView, 0, len(all))
-		var rows [][]string
-		for _, r := range all {
-			views = append(views, viewRevocation(r))
-			rows = append(rows, []string{plain(r.GetName()), stamp(at(r.GetUntilTime())), stamp(at(r.GetCreateTime())), plain(r.GetCaller()), plain(r.GetCause())})
-		}
-		if a.json {
-			return a.printJSON(struct {
-				Revocations []revocationView `json:"revocations"`
-			}{views})
-		}
-		return a.printTable([]string{"NAME", "UNTIL", "SINCE", "BY", "CAUSE"}, rows)
+		return printList(a, "revocations", all, viewRevocation, []string{"NAME", "UNTIL", "SINCE", "BY", "CAUSE"}, func(r *v1.Revocation, _ revocationView) []string {
+			return []string{plain(r.GetName()), stamp(at(r.GetUntilTime())), stamp(at(r.GetCreateTime())), plain(r.GetCaller()), plain(r.GetCause())}
+		})
 	})
 }
 

@@ -129,20 +129,10 @@ func (a *app) rotationListCmd() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("list rotations: %w", err)
 		}
-		views := make([]rotationView, 0, len(all))
-		var rows [][]string
-		for _, r := range all {
-			v := viewRotation(r)
-			views = append(views, v)
-			rows = append(rows, []string{plain(v.Name), v.Step, fmt.Sprintf("%d of %d", v.Done, v.Total), strconv.FormatFloat(v.Rate, 'f', 0, 64) + "/s",
-				orDash(v.Remaining), stamp(at(r.GetStartTime())), plain(orDash(v.LastError))})
-		}
-		if a.json {
-			return a.printJSON(struct {
-				Rotations []rotationView `json:"rotations"`
-			}{views})
-		}
-		return a.printTable([]string{"ROTATION", "STEP", "RECORDS", "RATE", "REMAINING", "STARTED", "LAST ERROR"}, rows)
+		return printList(a, "rotations", all, viewRotation, []string{"ROTATION", "STEP", "RECORDS", "RATE", "REMAINING", "STARTED", "LAST ERROR"}, func(r *v1.Rotation, v rotationView) []string {
+			return []string{plain(v.Name), v.Step, fmt.Sprintf("%d of %d", v.Done, v.Total), strconv.FormatFloat(v.Rate, 'f', 0, 64) + "/s",
+				orDash(v.Remaining), stamp(at(r.GetStartTime())), plain(orDash(v.LastError))}
+		})
 	})
 }
 

@@ -95,103 +95,138 @@ func (c *collector) Describe(chan<- *prometheus.Desc) {}
 func (c *collector) Collect(out chan<- prometheus.Metric) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second) // the interface gives none
 	defer cancel()
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
-	}
-	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
-		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
-	}
-	c.collectCerts(gauge)
-	for _, t := range c.events.Status() {
-		counter(descEvents, t.Handled, t.Topic, "handled")
-		counter(descEvents, t.PassedOver, t.Topic, "passed_over")
-		counter(descEvents, t.Dead, t.Topic, "dead_letter")
-		gauge(descEventsHeld, number(!t.HeldUp.IsZero()), t.Topic)
-		gauge(descEventsAway, number(!t.Away.IsZero()), t.Topic)
-	}
+	m := sink(out)
+	m.certs(c.certs.Status())
+	m.events(c.events.Status())
 	s, err := c.custody.Snapshot(ctx)
 	if err != nil {
 		out <- prometheus.NewInvalidMetric(descKeys, err)
 		return
 	}
-	for _, m := range s.MEKs {
-		gauge(descMEKEnd, float64(m.EndTime.Unix()), m.Label, m.State.String())
-		if m.Warning != nil {
-			gauge(descMEKWarning, float64(*m.Warning), m.Label)
-		}
-	}
-	for _, p := range s.Providers {
-		gauge(descProvider, number(p.Reachable), p.Name, p.Kind)
-		counter(descKMSCalls, p.Calls, p.Name)
-		counter(descKMSFailures, p.Failures, p.Name)
-		gauge(descKMSGrace, p.GraceLeft.Seconds(), p.Name)
-		gauge(descKMSRefused, number(p.Refused != ""), p.Name)
-		gauge(descKMSLogin, number(p.LoginRefused != ""), p.Name)
-		gauge(descKMSIncident, number(!p.Incident.IsZero()), p.Name)
-		counter(descKMSCount, p.Incidents, p.Name)
-		for _, n := range p.CallsByReason {
-			counter(descKMSReasons, n.Count, p.Name, string(n.Reason), string(n.Result))
-		}
-	}
-	for _, j := range s.Rewraps {
-		gauge(descRewrapDone, float64(j.Done), string(j.Category))
-		gauge(descRewrapKeys, float64(j.Total), string(j.Category))
-	}
-	for _, r := range s.Rotations {
-		step := r.Step.String()
-		gauge(descRotDone, float64(r.Done), r.Name, step)
-		gauge(descRotTotal, float64(r.Total), r.Name, step)
-		gauge(descRotRate, r.Rate, r.Name, step)
-		gauge(descRotLeft, r.Remaining.Seconds(), r.Name, step)
-		gauge(descRotFault, number(r.LastError != ""), r.Name, step)
-	}
-	gauge(descKeys, float64(s.Store.ContentKeys))
-	gauge(descStoreBytes, float64(s.Store.Bytes))
-	gauge(descEntries, float64(s.Audit.Entries))
-	gauge(descBlocked, number(s.Audit.Blocked != ""))
-	gauge(descAuditFull, number(s.Audit.Full))
-	gauge(descAuditBytes, float64(s.Audit.Bytes))
-	gauge(descAuditLimit, float64(s.Audit.Limit))
-	gauge(descWatermark, float64(s.Audit.Watermark))
-	gauge(descSegments, float64(s.Audit.Segments))
-	gauge(descPruned, float64(s.Audit.Pruned))
-	for _, a := range s.Audit.Anchors {
-		gauge(descAnchorLag, float64(a.Lag), a.Name, a.Kind)
-		gauge(descAnchorTime, a.LagTime.Seconds(), a.Name, a.Kind)
-		counter(descAnchorFail, a.Failures, a.Name, a.Kind)
-		gauge(descAnchorAlert, number(!a.Alert.IsZero()), a.Name, a.Kind)
-	}
-	gauge(descClear, float64(s.CEKsInClear))
-	gauge(descHotKept, float64(s.Hot.Kept))
-	counter(descHotHits, s.Hot.Hits)
-	counter(descShared, s.Hot.Shared)
-	gauge(descAdmInside, float64(s.Admission.KeysInside))
-	gauge(descAdmLimit, float64(s.Admission.KeysLimit))
-	gauge(descAdmWaiting, float64(s.Admission.CallsWaiting))
-	gauge(descAdmRate, s.Admission.KeysRate)
-	counter(descAdmShed, s.Admission.Shed)
-	counter(descLoads, s.KEKLoads)
-	gauge(descAbandoned, float64(s.HSM.Abandoned))
-	gauge(descEpoch, float64(s.HSM.Epoch))
-	gauge(descWarnings, float64(len(s.Warnings)))
-	for _, b := range c.custody.BudgetUse() {
-		category := cmp.Or(string(b.Category), "*")
-		gauge(descBudgetKIDs, float64(b.KIDs), b.Caller, string(b.Action), category)
-		gauge(descBudgetHard, float64(b.HardKIDs), b.Caller, string(b.Action), category)
-	}
-	gauge(descFrozen, float64(c.custody.CallersFrozen()))
-	gauge(descRevision, float64(s.ControlRevision))
+	m.meks(s.MEKs)
+	m.providers(s.Providers)
+	m.work(s.Rewraps, s.Rotations)
+	m.audit(s.Audit)
+	m.releases(s)
+	m.budgets(c.custody.BudgetUse())
+	m.gauge(descFrozen, float64(c.custody.CallersFrozen()))
+	m.gauge(descKeys, float64(s.Store.ContentKeys))
+	m.gauge(descStoreBytes, float64(s.Store.Bytes))
+	m.gauge(descAbandoned, float64(s.HSM.Abandoned))
+	m.gauge(descEpoch, float64(s.HSM.Epoch))
+	m.gauge(descWarnings, float64(len(s.Warnings)))
+	m.gauge(descRevision, float64(s.ControlRevision))
 }
 
-func (c *collector) collectCerts(gauge func(*prometheus.Desc, float64, ...string)) {
-	st := c.certs.Status()
-	gauge(descCertEnd, float64(st.CertNotAfter.Unix()))
-	gauge(descReloadBad, number(st.ReloadError != nil))
+// A sink takes the metrics of one collection.
+type sink chan<- prometheus.Metric
+
+func (m sink) gauge(d *prometheus.Desc, v float64, labels ...string) {
+	m <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+}
+
+func (m sink) counter(d *prometheus.Desc, v uint64, labels ...string) {
+	m <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
+}
+
+func (m sink) events(topics []kafka.TopicStatus) {
+	for _, t := range topics {
+		m.counter(descEvents, t.Handled, t.Topic, "handled")
+		m.counter(descEvents, t.PassedOver, t.Topic, "passed_over")
+		m.counter(descEvents, t.Dead, t.Topic, "dead_letter")
+		m.gauge(descEventsHeld, number(!t.HeldUp.IsZero()), t.Topic)
+		m.gauge(descEventsAway, number(!t.Away.IsZero()), t.Topic)
+	}
+}
+
+func (m sink) meks(all []custodian.MEKStatus) {
+	for _, k := range all {
+		m.gauge(descMEKEnd, float64(k.EndTime.Unix()), k.Label, k.State.String())
+		if k.Warning != nil {
+			m.gauge(descMEKWarning, float64(*k.Warning), k.Label)
+		}
+	}
+}
+
+func (m sink) providers(all []custodian.ProviderStatus) {
+	for _, p := range all {
+		m.gauge(descProvider, number(p.Reachable), p.Name, p.Kind)
+		m.counter(descKMSCalls, p.Calls, p.Name)
+		m.counter(descKMSFailures, p.Failures, p.Name)
+		m.gauge(descKMSGrace, p.GraceLeft.Seconds(), p.Name)
+		m.gauge(descKMSRefused, number(p.Refused != ""), p.Name)
+		m.gauge(descKMSLogin, number(p.LoginRefused != ""), p.Name)
+		m.gauge(descKMSIncident, number(!p.Incident.IsZero()), p.Name)
+		m.counter(descKMSCount, p.Incidents, p.Name)
+		for _, n := range p.CallsByReason {
+			m.counter(descKMSReasons, n.Count, p.Name, string(n.Reason), string(n.Result))
+		}
+	}
+}
+
+// work is what jobs have done of what there is to do.
+func (m sink) work(rewraps []custodian.RewrapStatus, rotations []custodian.RotationStatus) {
+	for _, j := range rewraps {
+		m.gauge(descRewrapDone, float64(j.Done), string(j.Category))
+		m.gauge(descRewrapKeys, float64(j.Total), string(j.Category))
+	}
+	for _, r := range rotations {
+		step := r.Step.String()
+		m.gauge(descRotDone, float64(r.Done), r.Name, step)
+		m.gauge(descRotTotal, float64(r.Total), r.Name, step)
+		m.gauge(descRotRate, r.Rate, r.Name, step)
+		m.gauge(descRotLeft, r.Remaining.Seconds(), r.Name, step)
+		m.gauge(descRotFault, number(r.LastError != ""), r.Name, step)
+	}
+}
+
+func (m sink) audit(s custodian.AuditStatus) {
+	m.gauge(descEntries, float64(s.Entries))
+	m.gauge(descBlocked, number(s.Blocked != ""))
+	m.gauge(descAuditFull, number(s.Full))
+	m.gauge(descAuditBytes, float64(s.Bytes))
+	m.gauge(descAuditLimit, float64(s.Limit))
+	m.gauge(descWatermark, float64(s.Watermark))
+	m.gauge(descSegments, float64(s.Segments))
+	m.gauge(descPruned, float64(s.Pruned))
+	for _, a := range s.Anchors {
+		m.gauge(descAnchorLag, float64(a.Lag), a.Name, a.Kind)
+		m.gauge(descAnchorTime, a.LagTime.Seconds(), a.Name, a.Kind)
+		m.counter(descAnchorFail, a.Failures, a.Name, a.Kind)
+		m.gauge(descAnchorAlert, number(!a.Alert.IsZero()), a.Name, a.Kind)
+	}
+}
+
+// releases is how callbacks are doing.
+func (m sink) releases(s custodian.Status) {
+	m.gauge(descClear, float64(s.CEKsInClear))
+	m.gauge(descHotKept, float64(s.Hot.Kept))
+	m.counter(descHotHits, s.Hot.Hits)
+	m.counter(descShared, s.Hot.Shared)
+	m.gauge(descAdmInside, float64(s.Admission.KeysInside))
+	m.gauge(descAdmLimit, float64(s.Admission.KeysLimit))
+	m.gauge(descAdmWaiting, float64(s.Admission.CallsWaiting))
+	m.gauge(descAdmRate, s.Admission.KeysRate)
+	m.counter(descAdmShed, s.Admission.Shed)
+	m.counter(descLoads, s.KEKLoads)
+}
+
+func (m sink) budgets(uses []custodian.BudgetUse) {
+	for _, b := range uses {
+		category := cmp.Or(string(b.Category), "*")
+		m.gauge(descBudgetKIDs, float64(b.KIDs), b.Caller, string(b.Action), category)
+		m.gauge(descBudgetHard, float64(b.HardKIDs), b.Caller, string(b.Action), category)
+	}
+}
+
+func (m sink) certs(st certs.Status) {
+	m.gauge(descCertEnd, float64(st.CertNotAfter.Unix()))
+	m.gauge(descReloadBad, number(st.ReloadError != nil))
 	for _, ca := range st.CAs {
-		gauge(descCAEnd, float64(ca.NotAfter.Unix()), ca.Name)
+		m.gauge(descCAEnd, float64(ca.NotAfter.Unix()), ca.Name)
 		if !ca.CRLNextUpdate.IsZero() {
-			gauge(descCRLNext, float64(ca.CRLNextUpdate.Unix()), ca.Name)
-			gauge(descCRLState, float64(ca.CRL), ca.Name)
+			m.gauge(descCRLNext, float64(ca.CRLNextUpdate.Unix()), ca.Name)
+			m.gauge(descCRLState, float64(ca.CRL), ca.Name)
 		}
 	}
 }

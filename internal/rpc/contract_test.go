@@ -716,22 +716,28 @@ func contractOverload(t *testing.T) *drill {
 	d.store.view.Store(&hangs)
 	const crowd = (1024 + 4096) / custodian.MaxKIDsPerCall // inside, and waiting
 	ctx, cancel := context.WithCancel(t.Context())
+	who := d.caller(everybody)
 	var calls sync.WaitGroup
 	for range crowd {
 		calls.Go(func() {
-			results, err := d.core.Retrieve(ctx, d.caller(everybody), custodian.RetrieveRequest{RequestID: "crowd", KIDs: slices.Repeat([]custodian.KID{custodian.KID(film)}, custodian.MaxKIDsPerCall)})
+			results, err := d.core.Retrieve(ctx, who, custodian.RetrieveRequest{RequestID: "crowd", KIDs: slices.Repeat([]custodian.KID{custodian.KID(film)}, custodian.MaxKIDsPerCall)})
 			for i := range results {
 				results[i].Key.Destroy()
 			}
-			if err != nil && !errors.Is(err, custodian.ErrDeadline) {
+			if err != nil && !errors.Is(err, custodian.ErrDeadline) { // they are sent away at the end
 				t.Errorf("one of the crowd: %v", err)
 			}
 		})
 	}
-	for d.core.Admission().CallsWaiting < 4096/custodian.MaxKIDsPerCall {
-		time.Sleep(time.Millisecond)
+	for end := time.Now().Add(10 * time.Second); d.core.Admission().CallsWaiting < 4096/custodian.MaxKIDsPerCall; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("the gate is not full: %+v", d.core.Admission())
+		}
 	}
 	d.refused("RATE", "", release(everybody, film))
+	if got := d.core.Admission().Shed; got != 2 {
+		t.Errorf("shed: got %d, want the two that were asked", got)
+	}
 	cancel()
 	close(open)
 	calls.Wait()
