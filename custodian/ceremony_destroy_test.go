@@ -80,7 +80,12 @@ func TestDestroyCeremony(t *testing.T) {
 	a.whole()
 	// The MEK can be rotated still, though the destroyed version is under it.
 	a.wantDone(a.begin(a.plan("mek-rotation", "mek_version: 1")))
+	a.refusePlan(a.plan("destroy", "key_versions: [movies/2]"), "only what is retired can be destroyed")
 	a.wantDone(a.begin(a.plan("retire", "rotations: [mek/2]")))
+	a.whole()
+	// What it has replaced is retired with the old MEK, and can be destroyed before
+	// that is, or in the same plan.
+	a.wantDone(a.begin(a.plan("destroy", "key_versions: [movies/2]\nmek_version: 1")))
 	a.whole()
 }
 

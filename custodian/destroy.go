@@ -26,6 +26,9 @@ func checkDestroy(ctx context.Context, c *Custodian, set *controlSet, p *Plan, r
 		id, _ := ParseKEKID(text) // checked by ParsePlan
 		k, ok := set.keks[id]
 		end, retired := set.goneSince(RotateKEK, id.Category, id.Version)
+		if !retired { // a rotation of a sealed MEK retires its KEKs with it
+			end, retired = set.goneSince(RotateMEK, "", k.Wrapped.MEKVersion)
+		}
 		switch {
 		case !ok:
 			return refusePlan(ErrPlan, "there is no key version %s", id)

@@ -234,6 +234,14 @@ func TestHotTitleWiped(t *testing.T) {
 		{"compromised key", func(w *world, kid custodian.KID) error {
 			return w.c.PutException(w.t.Context(), custodian.Exception{KID: kid, State: custodian.StateCompromised, Time: w.now(), Revision: 1})
 		}, custodian.ErrKeyCompromised},
+		{"frozen caller", func(w *world, _ custodian.KID) error {
+			_, err := w.c.FreezeCaller(w.t.Context(), officer, custodian.FreezeCallerRequest{Identity: provider.ID, Cause: "stolen"})
+			return err
+		}, custodian.ErrCallerFrozen},
+		{"revoked session", func(w *world, _ custodian.KID) error {
+			_, err := w.c.Revoke(w.t.Context(), operator, custodian.RevokeRequest{SessionID: "session-1", Until: w.now().Add(time.Hour), Cause: "shared"})
+			return err
+		}, nil},
 		{"rotation of the KEK", func(w *world, _ custodian.KID) error {
 			_, err := w.c.StartRotation(w.t.Context(), officer, custodian.RotationOrder{Kind: custodian.RotateKEK, Category: "movies"})
 			return err

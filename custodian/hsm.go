@@ -70,10 +70,25 @@ type Key interface {
 	// Open decrypts into dst, which must have room for len(sealed) bytes, and
 	// returns the length of the plaintext: one token operation.
 	Open(ctx context.Context, iv [12]byte, aad, sealed, dst []byte) (int, error)
+	// Reseal opens sealed keys and seals them under another key of this HSM,
+	// without showing what is in them: three token operations for each. n are
+	// changed, the first ones. ErrAuth is about the one after those; with
+	// another error none is changed.
+	Reseal(ctx context.Context, to Key, keys []Resealing) (n int, err error)
 	// CMAC is AES-CMAC (SP 800-38B).
 	CMAC(ctx context.Context, msg []byte) ([16]byte, error)
 	// Release gives the handle back, after the calls under way have ended.
 	Release()
+}
+
+// A Resealing is a sealed key that goes to another key: what Seal returned, and
+// afterwards what it is under the other one.
+type Resealing struct {
+	IV     [12]byte
+	AAD    []byte
+	Sealed []byte
+	// To is the associated data under the other key.
+	To []byte
 }
 
 // A TokenObject is an object that the token shows us.

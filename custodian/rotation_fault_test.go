@@ -33,9 +33,9 @@ const (
 
 var (
 	recorded    = []string{"store.View", "store.Update", "audit.WriteAt", "audit.Sync", "hsm.CMAC"}
-	kekMet      = slices.Concat(recorded, []string{"hsm.GenerateKey", "kms.Wrap", "kms.Unwrap", "hsm.LoadKey", "hsm.Open", "hsm.Seal", "store.ContentKey"})
-	sealedMet   = slices.Concat(kekMet, []string{"hsm.Random", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK"})
-	backMet     = slices.Concat(recorded, []string{"hsm.Open", "hsm.Seal", "store.ContentKey"})
+	kekMet      = slices.Concat(recorded, []string{"hsm.GenerateKey", "kms.Wrap", "kms.Unwrap", "hsm.LoadKey", "hsm.Open", "hsm.Reseal", "store.ContentKey"})
+	sealedMet   = slices.Concat(recorded, []string{"hsm.GenerateKey", "kms.Wrap", "kms.Unwrap", "hsm.LoadKey", "hsm.Open", "hsm.Seal", "store.ContentKey", "hsm.Random", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK"})
+	backMet     = slices.Concat(recorded, []string{"hsm.Open", "store.ContentKey"})
 	rotatable   = slices.Concat(recorded, []string{"hsm.RewrapKey", "kms.Wrap", "kms.Unwrap", "hsm.Open"})
 	rotatingMet = slices.Concat(rotatable, []string{"hsm.Random", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK"})
 
@@ -45,12 +45,12 @@ var (
 var rotationDeeds = []rotationDeed{
 	{"kek", custodian.ProfileSealed, kekOrder, forward, kekMet},
 	{"kek rolled back at once", custodian.ProfileSealed, kekOrder, atOnce, kekMet},
-	{"kek rolled back", custodian.ProfileSealed, kekOrder, back, backMet},
+	{"kek rolled back", custodian.ProfileSealed, kekOrder, back, slices.Concat(backMet, []string{"hsm.Reseal"})},
 	{"kek retired", custodian.ProfileSealed, kekOrder, retired, recorded},
 	{"kek compromised", custodian.ProfileSealed, compromised, forward, kekMet},
 	{"mek sealed", custodian.ProfileSealed, mekOrder, forward, sealedMet},
 	{"mek sealed rolled back at once", custodian.ProfileSealed, mekOrder, atOnce, sealedMet},
-	{"mek sealed rolled back", custodian.ProfileSealed, mekOrder, back, backMet},
+	{"mek sealed rolled back", custodian.ProfileSealed, mekOrder, back, slices.Concat(backMet, []string{"hsm.Seal"})},
 	{"mek sealed retired", custodian.ProfileSealed, mekOrder, retired, recorded},
 	{"mek rotatable", custodian.ProfileRotatable, mekOrder, forward, rotatingMet},
 	{"mek rotatable rolled back at once", custodian.ProfileRotatable, mekOrder, atOnce, rotatingMet},

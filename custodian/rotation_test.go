@@ -187,7 +187,7 @@ func TestRotationProgress(t *testing.T) {
 				t.Fatalf("stop %d: it is still at %+v", stop, inStatus())
 			}
 		}
-		held := w.breaker.block("hsm.Seal")
+		held := w.breaker.block("hsm.Reseal")
 		// A batch may still be on its way into the store.
 		for before := uint64(0); ; before = moved() {
 			if time.Sleep(20 * time.Millisecond); moved() == before {

@@ -5,17 +5,20 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/keycustody/custodian/internal/admission"
 	"github.com/keycustody/custodian/internal/audit"
 )
 
 const (
 	// moveBatch is how many content keys one store update moves.
-	moveBatch = 32
+	moveBatch = 64
+	// moveChunk is how many of them have the token, and a processor, to
+	// themselves at a time: a callback waits so long.
+	moveChunk = 6
 	// verifyBatch is how many are read at once to be verified.
 	verifyBatch = 512
 	// rotationPause is how long a rotation that failed is left alone at first,
@@ -252,7 +255,6 @@ func (c *Custodian) moveKEK(ctx context.Context, r Rotation, id KEKID) (unfit []
 		if err := c.at(r); err != nil {
 			return unfit, err
 		}
-		began, entries := time.Now(), c.audit.Size()
 		batch, faults, last, err := c.sealBatch(ctx, id, after)
 		unfit = append(unfit, faults...)
 		if serr := stored(); err != nil || serr != nil {
@@ -269,19 +271,6 @@ func (c *Custodian) moveKEK(ctx context.Context, r Rotation, id KEKID) (unfit []
 			}
 			done <- err
 		}(storing)
-		if c.audit.Size() > entries { // somebody else is served meanwhile
-			rest(ctx, time.Since(began)/2)
-		}
-	}
-}
-
-// rest leaves token, disk and processors to others for a while.
-func rest(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-	case <-t.C:
 	}
 }
 
@@ -327,21 +316,73 @@ func (c *Custodian) sealBatch(ctx context.Context, id KEKID, after KID) (b moved
 	if b.to, b.set, err = c.reserve(ctx, id.Category, uint64(len(old))); err != nil {
 		return b, unfit, last, err
 	}
-	for _, k := range old {
-		// One call of the token after the other lets nobody else on this
-		// processor for as long as the scheduler allows, which is 10 ms.
-		runtime.Gosched()
-		moved, err := c.sealAnew(ctx, b.set, k, func(is *ContentKey) { is.KEK = b.to })
-		if errors.Is(err, ErrRecordCorrupt) {
-			unfit = append(unfit, err)
-			continue
-		}
+	for part := range slices.Chunk(old, moveChunk) {
+		admission.StandBack()
+		moved, faults, err := c.reseal(ctx, b.set, id, b.to, part)
+		unfit = append(unfit, faults...)
 		if err != nil {
 			return b, unfit, last, err
 		}
-		b.keys = append(b.keys, moved)
+		b.keys = append(b.keys, moved...)
 	}
 	return b, unfit, last, nil
+}
+
+// reseal moves content keys from one KEK to another. Those whose fingerprints
+// are of a helper key that was replaced get new ones, for which they are opened;
+// the others leave the token only sealed.
+func (c *Custodian) reseal(ctx context.Context, set *controlSet, from, to KEKID, old []SealedKey) (moved []SealedKey, unfit []error, err error) {
+	h, err := set.latestHelper(HelperFingerprint)
+	if err != nil {
+		return nil, nil, err
+	}
+	var keys []SealedKey
+	var items []Resealing
+	for _, k := range old {
+		is := SealedKey{Key: k.Key}
+		is.Key.KEK, is.Key.Revision = to, k.Key.Revision+1
+		if k.Key.Fingerprint.Version != h.Version {
+			is, err = c.sealAnew(ctx, set, k, func(is *ContentKey) { is.KEK = to })
+			switch {
+			case errors.Is(err, ErrRecordCorrupt):
+				unfit = append(unfit, err)
+			case err != nil:
+				return nil, unfit, err
+			default:
+				moved = append(moved, is)
+			}
+			continue
+		}
+		if len(k.Sealed) != CEKSize+tagSize {
+			unfit = append(unfit, corrupt("content key "+k.Key.KID.String(), fmt.Errorf("sealed in %d bytes, not %d", len(k.Sealed), CEKSize+tagSize)))
+			continue
+		}
+		is.Body = EncodeContentKey(is.Key)
+		keys = append(keys, is)
+		items = append(items, Resealing{IV: k.IV, AAD: associatedData(set.head.StoreID, k.Body), Sealed: k.Sealed, To: associatedData(set.head.StoreID, is.Body)})
+	}
+	for len(items) > 0 {
+		n := 0
+		_, err := c.keys.withKEK(ctx, set, from, func(source Key) error {
+			_, err := c.keys.withKEK(ctx, set, to, func(target Key) (err error) {
+				n, err = source.Reseal(ctx, target, items)
+				return err
+			})
+			return err
+		})
+		if err != nil && !errors.Is(err, ErrAuth) {
+			return nil, unfit, fmt.Errorf("content key %s and %d more: kek %s: %w", keys[0].Key.KID, len(keys)-1, from, deadline(ctx, err))
+		}
+		for i := range n {
+			keys[i].IV, keys[i].Sealed = items[i].IV, items[i].Sealed
+		}
+		moved, keys, items = append(moved, keys[:n]...), keys[n:], items[n:]
+		if err != nil {
+			unfit = append(unfit, fmt.Errorf("content key %s: kek %s: %w", keys[0].Key.KID, from, corrupt("sealed key", err)))
+			keys, items = keys[1:], items[1:]
+		}
+	}
+	return moved, unfit, nil
 }
 
 // sealAnew opens a content key and seals it as what change makes of it. Its
@@ -376,7 +417,10 @@ func (c *Custodian) storeBatch(ctx context.Context, b movedBatch) (sequence uint
 		if cat.ActiveKEK != b.to.Version {
 			return fmt.Errorf("kek %s: %w", b.to, ErrChanged)
 		}
-		for _, k := range b.keys {
+		for i, k := range b.keys {
+			if i%moveChunk == 0 {
+				admission.StandBack()
+			}
 			if err := tx.ReplaceContentKey(k.Key.Revision-1, k); err != nil {
 				return err
 			}
@@ -407,6 +451,7 @@ func (c *Custodian) verifyKeys(ctx context.Context, r Rotation, categories []Cat
 	for _, name := range categories {
 		err := c.eachKey(ctx, name, func(page []SealedKey) error {
 			for _, k := range page {
+				admission.StandBack()
 				err := c.verifyKey(ctx, k)
 				if set := c.set.Load(); err == nil && stale(set, k.Key) {
 					err = fmt.Errorf("content key %s: it is still sealed under %s: %w", k.Key.KID, k.Key.KEK, ErrRecordCorrupt)

@@ -622,7 +622,7 @@ var (
 
 // The operations that a breaker knows.
 var (
-	hsmOps   = []string{"hsm.Random", "hsm.DestroyLeftovers", "hsm.DestroyMEK", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.RewrapKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.CMAC"}
+	hsmOps   = []string{"hsm.Random", "hsm.DestroyLeftovers", "hsm.DestroyMEK", "hsm.GenerateMEK", "hsm.NewMEKCanary", "hsm.CheckMEK", "hsm.GenerateKey", "hsm.LoadKey", "hsm.RewrapKey", "hsm.GenerateSigner", "hsm.Signer", "hsm.Objects", "hsm.Seal", "hsm.Open", "hsm.Reseal", "hsm.CMAC"}
 	kmsOps   = []string{"kms.Wrap", "kms.Unwrap"}
 	storeOps = []string{"store.View", "store.ContentKey", "store.Update"}
 	auditOps = []string{"audit.WriteAt", "audit.Sync"}
@@ -689,6 +689,10 @@ func (k brokenKey) Seal(ctx context.Context, aad, plaintext []byte) (iv [12]byte
 }
 func (k brokenKey) Open(ctx context.Context, iv [12]byte, aad, sealed, dst []byte) (n int, err error) {
 	err = k.b.do("hsm.Open", errHSM, func() error { n, err = k.Key.Open(ctx, iv, aad, sealed, dst); return err })
+	return n, err
+}
+func (k brokenKey) Reseal(ctx context.Context, to custodian.Key, keys []custodian.Resealing) (n int, err error) {
+	err = k.b.do("hsm.Reseal", errHSM, func() error { n, err = k.Key.Reseal(ctx, to.(brokenKey).Key, keys); return err })
 	return n, err
 }
 func (k brokenKey) CMAC(ctx context.Context, msg []byte) (mac [16]byte, err error) {

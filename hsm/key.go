@@ -349,13 +349,15 @@ func (k *Key) seal(ctx context.Context, aad, plaintext, dst []byte) (iv [IVSize]
 	return iv, ct, nil
 }
 
-// runSeal draws an IV, encrypts, decrypts the result and compares.
-func runSeal(w *worker) error {
-	lib, aad := w.t.lib, w.aad[:w.aadLen]
+func runSeal(w *worker) error { return w.seal(w.key, w.aad[:w.aadLen]) }
+
+// seal draws an IV, encrypts the input, decrypts the result and compares.
+func (w *worker) seal(key *Key, aad []byte) error {
+	lib := w.t.lib
 	if rv := lib.random(w.session, w.iv[:]); rv != ckrOK {
 		return newFault(callRandom, rv)
 	}
-	n, rv := lib.gcmSeal(w.session, w.key.handle, &w.iv, aad, w.in[:w.inLen], w.out)
+	n, rv := lib.gcmSeal(w.session, key.handle, &w.iv, aad, w.in[:w.inLen], w.out)
 	if rv != ckrOK {
 		return newFault(callEncrypt, rv)
 	}
@@ -364,7 +366,7 @@ func runSeal(w *worker) error {
 	}
 	w.n = n
 	defer clear(w.check)
-	m, rv := lib.gcmOpen(w.session, w.key.handle, &w.iv, aad, w.out[:n], w.check)
+	m, rv := lib.gcmOpen(w.session, key.handle, &w.iv, aad, w.out[:n], w.check)
 	if rv != ckrOK {
 		return fmt.Errorf("verify: %w", newFault(callDecrypt, rv))
 	}
@@ -416,6 +418,97 @@ func runOpen(w *worker) error {
 		return fmt.Errorf("plaintext has %d bytes, want %d: %w", n, w.inLen-TagSize, ErrDevice)
 	}
 	w.n = n
+	return nil
+}
+
+// A Resealing is a ciphertext that goes from one key to another: first as Seal
+// returned it, and when Reseal is done with it as it is under the other key.
+type Resealing struct {
+	IV     [IVSize]byte
+	AAD    []byte
+	Sealed []byte
+	// To is the associated data under the other key.
+	To []byte
+}
+
+// A resealing is what Reseal gives a worker: memory of its own, since its caller
+// may leave.
+type resealing struct {
+	to     *Key
+	items  []Resealing
+	done   int  // of items
+	opened bool // the item after those: what fails now is the other key's
+}
+
+// Reseal opens ciphertexts and seals what is in them under another key, which is
+// opened again and compared as by Seal. No plaintext leaves the locked memory
+// and the token. It is one job, so that the token is left to nobody else in
+// between: three operations for each item.
+//
+// n of the items are changed, the first ones. ErrAuth is about items[n], the
+// others are still to be done. With another error nothing is changed.
+func (k *Key) Reseal(ctx context.Context, to *Key, items []Resealing) (n int, err error) {
+	if k.use != UseGCM || to.use != UseGCM {
+		return 0, k.named("reseal", fmt.Errorf("keys are for %s and %s: %w", k.use, to.use, ErrPolicy))
+	}
+	n, err = k.reseal(ctx, to, items)
+	return n, k.named("reseal", err)
+}
+
+func (k *Key) reseal(ctx context.Context, to *Key, items []Resealing) (int, error) {
+	b := &resealing{to: to, items: make([]Resealing, len(items))}
+	for i, it := range items {
+		if len(it.Sealed) < TagSize || len(it.Sealed) > scratchText || len(it.AAD) > MaxAAD || len(it.To) > MaxAAD {
+			return 0, fmt.Errorf("item %d: ciphertext of %d, or associated data of %d or %d bytes, has no valid length: %w", i, len(it.Sealed), len(it.AAD), len(it.To), ErrPolicy)
+		}
+		b.items[i] = Resealing{IV: it.IV, AAD: slices.Clone(it.AAD), Sealed: slices.Clone(it.Sealed), To: slices.Clone(it.To)}
+	}
+	w, err := k.take(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if !to.ref() {
+		w.release()
+		return 0, fmt.Errorf("the other key was released: %w", ErrStale)
+	}
+	w.resealing = b
+	if to.epoch != k.epoch {
+		w.release()
+		return 0, fmt.Errorf("keys are of epochs %d and %d: %w", k.epoch, to.epoch, ErrStale)
+	}
+	err = w.run(ctx, runReseal)
+	switch {
+	case err == nil:
+		w.release()
+	case !errors.Is(err, ErrAuth):
+		return 0, err
+	case b.opened:
+		return 0, fmt.Errorf("the token does not open what it has sealed: %s: %w", err, ErrDevice)
+	}
+	return copy(items, b.items[:b.done]), err
+}
+
+// runReseal goes on where an earlier attempt, in a session that broke, ended.
+func runReseal(w *worker) error {
+	for b := w.resealing; b.done < len(b.items); b.done++ {
+		it := &b.items[b.done]
+		b.opened = false
+		w.inLen = len(it.Sealed) // what is wiped if this fails
+		n, rv := w.t.lib.gcmOpen(w.session, w.key.handle, &it.IV, it.AAD, it.Sealed, w.in)
+		if rv != ckrOK {
+			return newFault(callDecrypt, rv)
+		}
+		if n != len(it.Sealed)-TagSize {
+			return fmt.Errorf("plaintext has %d bytes, want %d: %w", n, len(it.Sealed)-TagSize, ErrDevice)
+		}
+		clear(w.in[n:w.inLen])
+		b.opened, w.inLen = true, n
+		if err := w.seal(b.to, it.To); err != nil {
+			return err
+		}
+		it.IV, it.AAD = w.iv, it.To
+		copy(it.Sealed, w.out[:w.n])
+	}
 	return nil
 }
 

@@ -59,6 +59,8 @@ type worker struct {
 	inLen   int
 	aadLen  int
 	message []byte // of CMAC, our own copy: in aad, or in ordinary memory where it is longer than any key
+
+	resealing *resealing
 }
 
 // A job is waiting for a lane, then running, then finished. Its caller can leave
@@ -145,8 +147,11 @@ func (w *worker) release() {
 	if w.key != nil {
 		w.key.unref()
 	}
+	if w.resealing != nil {
+		w.resealing.to.unref()
+	}
 	w.state.Store(stateFinished)
-	w.job, w.key, w.undo, w.message, w.err, w.limit = nil, nil, nil, nil, nil, 0
+	w.job, w.key, w.undo, w.message, w.resealing, w.err, w.limit = nil, nil, nil, nil, nil, nil, 0
 	w.inLen, w.aadLen, w.n, w.made = 0, 0, 0, 0
 	w.t.inFlight.Add(-1)
 	w.home <- w

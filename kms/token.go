@@ -290,6 +290,25 @@ func (k key) Open(ctx context.Context, iv [12]byte, aad, sealed, dst []byte) (in
 	return n, meaning(ctx, err)
 }
 
+func (k key) Reseal(ctx context.Context, to custodian.Key, keys []custodian.Resealing) (int, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, mapped{err, custodian.ErrDeadline}
+	}
+	other, ok := to.(key)
+	if !ok {
+		return 0, fmt.Errorf("%T is no key of this token: %w", to, hsm.ErrPolicy)
+	}
+	items := make([]hsm.Resealing, len(keys))
+	for i, r := range keys {
+		items[i] = hsm.Resealing(r)
+	}
+	n, err := k.k.Reseal(ctx, other.k, items)
+	for i, it := range items[:n] {
+		keys[i] = custodian.Resealing(it)
+	}
+	return n, meaning(ctx, err)
+}
+
 func (k key) CMAC(ctx context.Context, msg []byte) ([16]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return [16]byte{}, mapped{err, custodian.ErrDeadline}

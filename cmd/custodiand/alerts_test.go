@@ -47,9 +47,14 @@ func readAlerts(t *testing.T) (rules []alertRule) {
 	return rules
 }
 
-// TestAlerts: each alert has a severity and says what has happened, and no two
-// have one name. That there are the metrics that they ask for, TestKafka shows.
+// TestAlerts: each alert has a severity and says what has happened, the document
+// for operators says what to do about it, and no two have one name. That there are
+// the metrics that they ask for, TestKafka shows.
 func TestAlerts(t *testing.T) {
+	operations, err := os.ReadFile("../../docs/OPERATIONS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	names := map[string]bool{}
 	for _, r := range readAlerts(t) {
 		if names[r.Alert] || r.Alert == "" {
@@ -61,6 +66,9 @@ func TestAlerts(t *testing.T) {
 		}
 		if r.Annotations["summary"] == "" {
 			t.Errorf("%s: no summary", r.Alert)
+		}
+		if !bytes.Contains(operations, []byte("`"+r.Alert+"`")) {
+			t.Errorf("%s: docs/OPERATIONS.md does not say what to do about it", r.Alert)
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/subtle"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -512,6 +513,37 @@ func (k *key) Open(ctx context.Context, iv [12]byte, aad, sealed, dst []byte) (n
 		return 0, err
 	}
 	return n, nil
+}
+
+func (k *key) Reseal(ctx context.Context, to custodian.Key, keys []custodian.Resealing) (n int, err error) {
+	other, ok := to.(*key)
+	if !ok || other.h != k.h {
+		return 0, errors.New("Reseal: the other key is of another HSM")
+	}
+	done := slices.Clone(keys)
+	err = k.h.do(ctx, "Reseal", func() error {
+		if err := errors.Join(k.usable(custodian.UseSeal), other.usable(custodian.UseSeal)); err != nil {
+			return err
+		}
+		for ; n < len(done); n++ {
+			r := &done[n]
+			plain, err := open(k.bytes, r.AAD, append(r.IV[:], r.Sealed...))
+			if err != nil {
+				return err
+			}
+			blob, err := seal(other.bytes, r.To, plain)
+			clear(plain)
+			if err != nil {
+				return err
+			}
+			r.IV, r.AAD, r.Sealed = [12]byte(blob), r.To, blob[12:]
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, custodian.ErrAuth) {
+		return 0, err
+	}
+	return copy(keys, done[:n]), err
 }
 
 func (k *key) CMAC(ctx context.Context, msg []byte) (mac [16]byte, err error) {

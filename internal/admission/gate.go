@@ -22,18 +22,23 @@ const (
 	// within half of the deadline: a slow disk serves many at once as fast as one.
 	floor = 64
 	least = 4
-	// quantum is what a caller may send in when it is its turn.
-	quantum = 8
+	// maxQuantum is what a caller may send in when it is its turn, at most.
+	maxQuantum = 8
 )
 
 const (
-	// window is how long the rate is taken over.
+	// window is how long the rate is taken over, or until enough calls have left,
+	// but no longer than the deadline: one that is taken from few calls jumps.
 	window = 50 * time.Millisecond
+	enough = 5
 	// memory is for how long a rate is believed.
 	memory = 10 * time.Second
 	// patience is the share of a call's time that it may be expected to take. The
 	// rest is for what is not known: the way back, and a rate that falls.
 	patience = 0.6
+	// modestPatience is that share for the calls of a caller beside one that has
+	// twice as much inside and waiting, or more: it is not the one to make way.
+	modestPatience = 0.9
 )
 
 // A Gate lets calls in. It is safe for concurrent use.
@@ -58,17 +63,20 @@ type Gate struct {
 	mu      sync.Mutex
 	rate    float64 // keys a second that come out while calls wait; 0: not known
 	known   int64   // when that was seen last
-	waited  bool    // calls were waiting when the window began
+	begin   int64   // of the window
+	waited  bool    // calls were waiting then
 	callers map[string]*queue
 	turns   list.List // of *queue: who is next
 }
 
-// A queue has the calls of one caller that wait.
+// A queue has the calls of one caller that wait. It is there as long as it has
+// any, or any that has waited is inside.
 type queue struct {
 	caller  string
 	calls   list.List // of *waiter
-	keys    int64
-	deficit int64 // keys that it may still send in at this turn
+	keys    int64     // of calls
+	inside  int64     // keys of calls that have waited
+	deficit int64     // keys that it may still send in at this turn
 	turn    *list.Element
 }
 
@@ -84,6 +92,7 @@ type waiter struct {
 type Pass struct {
 	keys  int64
 	since int64
+	from  *queue // where it has waited; nil: it has not
 }
 
 // New makes a gate for calls that have deadline at most; the calls' contexts may
@@ -99,7 +108,7 @@ func New(deadline time.Duration, clock func() time.Time) *Gate {
 // returns ErrShed where the call cannot be expected to be answered in its time,
 // and the context's error where that ends first.
 func (g *Gate) Enter(ctx context.Context, caller string, keys int) (Pass, error) {
-	p := Pass{int64(keys), g.now()}
+	p := Pass{keys: int64(keys), since: g.now()}
 	if g.waiting.Load() == 0 && g.take(p.keys) {
 		return p, nil
 	}
@@ -119,11 +128,16 @@ func (g *Gate) Leave(p Pass, inTime bool) {
 	if now >= g.end.Load() {
 		g.look(now)
 	}
-	if g.waiting.Load() > 0 {
-		g.mu.Lock()
-		g.admit()
-		g.mu.Unlock()
+	if p.from == nil && g.waiting.Load() == 0 {
+		return
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if q := p.from; q != nil {
+		q.inside -= p.keys
+		g.forget(q)
+	}
+	g.admit()
 }
 
 func (g *Gate) now() int64 { return int64(g.clock().Sub(g.born)) }
@@ -160,7 +174,7 @@ func (g *Gate) wait(ctx context.Context, caller string, p Pass) (Pass, error) {
 	g.mu.Unlock()
 	select {
 	case err := <-w.answer:
-		p.since = g.now()
+		p.since, p.from = g.now(), q
 		return p, err
 	case <-ctx.Done():
 	}
@@ -171,7 +185,7 @@ func (g *Gate) wait(ctx context.Context, caller string, p Pass) (Pass, error) {
 	}
 	g.mu.Unlock()
 	if !waits && <-w.answer == nil { // it was let in at the last moment
-		g.Leave(Pass{p.keys, g.now()}, false)
+		g.Leave(Pass{p.keys, g.now(), q}, false)
 	}
 	return Pass{}, ctx.Err()
 }
@@ -180,7 +194,7 @@ func (g *Gate) wait(ctx context.Context, caller string, p Pass) (Pass, error) {
 // if it waits now.
 func (g *Gate) worthWaiting(q *queue, w *waiter) bool {
 	callers := int64(len(g.callers))
-	if q.turn == nil {
+	if g.callers[q.caller] == nil {
 		callers++
 	}
 	if q.keys+w.keys > maxWaiting/callers {
@@ -192,26 +206,33 @@ func (g *Gate) worthWaiting(q *queue, w *waiter) bool {
 	// The callers take turns: before this call come all of its caller's, and as
 	// many of every other.
 	ahead := g.inside.Load() + q.keys + w.keys
+	share := patience
+	mine := q.inside + q.keys + w.keys
 	for _, other := range g.callers {
-		if other != q {
-			ahead += min(other.keys, q.keys+w.keys)
+		if other == q {
+			continue
+		}
+		ahead += min(other.keys, q.keys+w.keys)
+		if other.inside+other.keys >= 2*mine {
+			share = modestPatience
 		}
 	}
-	return g.within(ahead, w)
+	return g.within(ahead, w, share)
 }
 
-// within says whether so many keys come out in the time that a call has left.
-func (g *Gate) within(keys int64, w *waiter) bool {
+// within says whether so many keys come out in a share of the time that a call
+// has left.
+func (g *Gate) within(keys int64, w *waiter, share float64) bool {
 	left := g.deadline
 	if !w.until.IsZero() {
 		left = min(left, w.until.Sub(g.clock()))
 	}
-	return float64(keys)/g.rate <= patience*left.Seconds()
+	return float64(keys)/g.rate <= share*left.Seconds()
 }
 
 func (g *Gate) push(q *queue, w *waiter) {
+	g.callers[q.caller] = q
 	if q.turn == nil {
-		g.callers[q.caller] = q
 		q.turn = g.turns.PushBack(q)
 	}
 	w.place = q.calls.PushBack(w)
@@ -227,6 +248,13 @@ func (g *Gate) pop(q *queue, w *waiter) {
 	if q.calls.Len() == 0 {
 		g.turns.Remove(q.turn)
 		q.turn, q.deficit = nil, 0
+		g.forget(q)
+	}
+}
+
+// forget lets go of a queue that nothing is left of.
+func (g *Gate) forget(q *queue) {
+	if q.turn == nil && q.inside == 0 {
 		delete(g.callers, q.caller)
 	}
 }
@@ -245,7 +273,7 @@ func (g *Gate) admit() {
 			continue
 		}
 		if q.deficit < w.keys {
-			q.deficit += quantum
+			q.deficit += g.quantum()
 			g.turns.MoveToBack(q.turn)
 			continue
 		}
@@ -253,9 +281,19 @@ func (g *Gate) admit() {
 			return
 		}
 		q.deficit -= w.keys
+		q.inside += w.keys
 		g.pop(q, w)
 		w.answer <- nil
 	}
+}
+
+// quantum is what a caller may send in at its turn: no more than comes out in a
+// tenth of the deadline, so that the next one's turn comes soon.
+func (g *Gate) quantum() int64 {
+	if g.rate == 0 {
+		return maxQuantum
+	}
+	return int64(min(max(g.rate*g.deadline.Seconds()/10, 1), maxQuantum))
 }
 
 // look ends a window: where more calls came than there was room for, the rate at
@@ -265,23 +303,28 @@ func (g *Gate) look(now int64) {
 	if now < end || !g.end.CompareAndSwap(end, now+int64(window)) {
 		return
 	}
-	done, left, stay := g.done.Swap(0), g.left.Swap(0), g.stay.Swap(0)
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	idle := now-end > int64(window) // nobody came or left for long
+	if g.left.Load() < enough && now-g.begin < int64(g.deadline) && !idle {
+		return
+	}
+	done, left, stay := g.done.Swap(0), g.left.Swap(0), g.stay.Swap(0)
+	took := time.Duration(now - g.begin)
+	g.begin = now
 	waits := g.waiting.Load() > 0
 	full := waits && g.waited
 	// Many are inside for long: there is more than can be done, before the limit is met.
 	crowded := g.inside.Load() >= floor && left > 0 && time.Duration(stay/left) > g.deadline/3
 	g.waited = waits
-	took := now - end + int64(window)
-	if took > int64(2*window) { // nobody came or left for long: it says nothing
+	if idle { // it says nothing
 		full, crowded = false, false
 	}
-	rate := float64(done) / time.Duration(took).Seconds()
+	rate := float64(done) / took.Seconds()
 	switch {
 	case full || crowded:
 		if g.rate > 0 {
-			rate = (g.rate + rate) / 2
+			rate = max((g.rate+3*rate)/4, (3*g.rate+rate)/4) // up sooner than down: it falls by chance, too
 		}
 		g.rate, g.known = max(rate, 1), now
 	case g.rate > 0 && rate > g.rate:

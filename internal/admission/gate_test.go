@@ -191,6 +191,74 @@ func TestFair(t *testing.T) {
 	})
 }
 
+// TestModest: a caller that asks for half of its share is answered beside one
+// that asks for ten times of what there is, however slow the device is.
+func TestModest(t *testing.T) {
+	for _, test := range []struct {
+		each time.Duration // of the device
+		keys int           // of each call of the greedy one
+	}{{500 * time.Microsecond, 1}, {2 * time.Millisecond, 1}, {2 * time.Millisecond, 8}, {5 * time.Millisecond, 1}, {10 * time.Millisecond, 1}, {10 * time.Millisecond, 4}, {20 * time.Millisecond, 1}, {25 * time.Millisecond, 1}} {
+		t.Run(fmt.Sprintf("%s x%d", test.each, test.keys), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := admission.New(deadline, time.Now)
+				d := newDevice(test.each)
+				const length = 5 * time.Second
+				mark := time.Now().Add(time.Second)
+				greedy, modest := tally{mark: mark}, tally{mark: mark}
+				var wg, floods sync.WaitGroup
+				floods.Go(func() {
+					flood(t.Context(), &wg, g, d, "greedy", test.keys, test.each*time.Duration(test.keys)/10, length, &greedy)
+				})
+				floods.Go(func() { flood(t.Context(), &wg, g, d, "modest", 1, 4*test.each+time.Microsecond, length, &modest) })
+				floods.Wait()
+				wg.Wait()
+				want := int((length - time.Second) / (4 * test.each))
+				t.Logf("modest: %d of %d answered, %d shed, %d late; greedy: %d of %d, %d late", modest.goodSince, want, modest.shed, modest.late, greedy.good, greedy.sent, greedy.late)
+				if modest.goodSince*100 < want*85 {
+					t.Errorf("the modest caller: %d of %d answered, %d shed, %d late", modest.goodSince, want, modest.shed, modest.late)
+				}
+				served := time.Duration(greedy.goodSince*test.keys+modest.goodSince) * test.each
+				if served < (length-time.Second)*8/10 {
+					t.Errorf("the device was of use for %s of %s", served, length-time.Second)
+				}
+			})
+		})
+	}
+}
+
+// TestEquals: of callers that all ask for too much, none has less than half of
+// its share, whose calls fall in with the device's; and what they have is in time.
+func TestEquals(t *testing.T) {
+	for _, each := range []time.Duration{2 * time.Millisecond, 10 * time.Millisecond} {
+		t.Run(each.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g, d := admission.New(deadline, time.Now), newDevice(each)
+				const length = 5 * time.Second
+				var callers [4]tally
+				var wg, floods sync.WaitGroup
+				for i := range callers {
+					callers[i].mark = time.Now().Add(time.Second)
+					floods.Go(func() {
+						flood(t.Context(), &wg, g, d, fmt.Sprint(i), 1, each/2+time.Duration(i)*each/100, length, &callers[i])
+					})
+				}
+				floods.Wait()
+				wg.Wait()
+				share, late := int((length-time.Second)/each)/len(callers), 0
+				for i := range callers {
+					late += callers[i].late
+					if got := callers[i].goodSince; got < share/2 {
+						t.Errorf("caller %d: %d answered, its share is %d", i, got, share)
+					}
+				}
+				if sent := 4 * callers[0].sent; late > sent/15 {
+					t.Errorf("%d of %d calls were begun and not answered in time", late, sent)
+				}
+			})
+		})
+	}
+}
+
 // TestQuiet: what can be done is not shed: not a load below the capacity, not a
 // burst out of nothing, and not the first calls when a slow device is fast again.
 func TestQuiet(t *testing.T) {

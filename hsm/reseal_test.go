@@ -1,0 +1,161 @@
+package hsm_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/keycustody/custodian/hsm"
+	"github.com/keycustody/custodian/softhsm"
+)
+
+// resealings are n sealed texts on their way to another key.
+func resealings(t testing.TB, k *hsm.Key, n int) []hsm.Resealing {
+	t.Helper()
+	items := make([]hsm.Resealing, n)
+	for i := range items {
+		r := &items[i]
+		r.AAD, r.To = fmt.Appendf(nil, "from %d", i), fmt.Appendf(nil, "to %d", i)
+		var err error
+		if r.IV, r.Sealed, err = k.Seal(t.Context(), r.AAD, fmt.Appendf(nil, "content key %04d", i), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return items
+}
+
+// wantSealed says how many of items, the first ones, lie under to, and that the
+// others still lie under from.
+func wantSealed(t testing.TB, items []hsm.Resealing, from, to *hsm.Key, moved int) {
+	t.Helper()
+	for i, r := range items {
+		k, aad := to, fmt.Appendf(nil, "to %d", i)
+		if i >= moved {
+			k, aad = from, fmt.Appendf(nil, "from %d", i)
+		}
+		dst := make([]byte, 64)
+		n, err := k.Open(t.Context(), r.IV, aad, r.Sealed, dst)
+		if want := fmt.Appendf(nil, "content key %04d", i); err != nil || !bytes.Equal(dst[:n], want) {
+			t.Errorf("item %d of %d, %d moved: does not open to what it was: %v", i, len(items), moved, err)
+		}
+	}
+}
+
+func TestReseal(t *testing.T) {
+	tok := open(t, softhsm.Test(t))
+	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	from, _ := newKey(t, mek, hsm.UseGCM)
+	to, _ := newKey(t, mek, hsm.UseGCM)
+	mac, _ := newKey(t, mek, hsm.UseCMAC)
+
+	items := resealings(t, from, 5)
+	if n, err := from.Reseal(t.Context(), to, items); n != 5 || err != nil {
+		t.Fatalf("got %d %v, want all five", n, err)
+	}
+	wantSealed(t, items, from, to, 5)
+	if n, err := from.Reseal(t.Context(), to, nil); n != 0 || err != nil {
+		t.Errorf("nothing: got %d %v", n, err)
+	}
+
+	// The third is damaged: those before it are done, and the caller goes on
+	// behind it.
+	items = resealings(t, from, 5)
+	items[2].Sealed[3] ^= 1
+	n, err := from.Reseal(t.Context(), to, items)
+	wantErr(t, "a damaged one", err, hsm.ErrAuth)
+	if n != 2 {
+		t.Errorf("before a damaged one: got %d, want 2", n)
+	}
+	items[2].Sealed[3] ^= 1
+	wantSealed(t, items, from, to, 2)
+
+	items = resealings(t, from, 1)
+	items[0].AAD = []byte("another record")
+	_, err = from.Reseal(t.Context(), to, items)
+	wantErr(t, "other associated data", err, hsm.ErrAuth)
+	_, err = to.Reseal(t.Context(), from, resealings(t, from, 1))
+	wantErr(t, "by another key", err, hsm.ErrAuth)
+
+	for what, bad := range map[string]hsm.Resealing{
+		"short":                {Sealed: make([]byte, hsm.TagSize-1)},
+		"long":                 {Sealed: make([]byte, hsm.MaxPlaintext+hsm.TagSize+1)},
+		"long associated data": {Sealed: make([]byte, 32), AAD: make([]byte, hsm.MaxAAD+1)},
+		"long new data":        {Sealed: make([]byte, 32), To: make([]byte, hsm.MaxAAD+1)},
+	} {
+		_, err = from.Reseal(t.Context(), to, []hsm.Resealing{bad})
+		wantErr(t, what, err, hsm.ErrPolicy)
+	}
+	_, err = mac.Reseal(t.Context(), to, nil)
+	wantErr(t, "from a CMAC key", err, hsm.ErrPolicy)
+	_, err = from.Reseal(t.Context(), mac, nil)
+	wantErr(t, "to a CMAC key", err, hsm.ErrPolicy)
+
+	items = resealings(t, from, 2)
+	gone, _ := newKey(t, mek, hsm.UseGCM)
+	gone.Release()
+	_, err = from.Reseal(t.Context(), gone, items)
+	wantErr(t, "to a released key", err, hsm.ErrStale)
+	_, err = gone.Reseal(t.Context(), to, items)
+	wantErr(t, "from a released key", err, hsm.ErrStale)
+	wantSealed(t, items, from, to, 0)
+}
+
+// Whatever call of the token fails, an item is either done or as it was.
+func TestResealFaults(t *testing.T) {
+	c, f := faulty(t)
+	tok := open(t, c)
+	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	from, _ := newKey(t, mek, hsm.UseGCM)
+	to, _ := newKey(t, mek, hsm.UseGCM)
+
+	for _, call := range []string{"C_DecryptInit", "C_Decrypt", "C_GenerateRandom", "C_EncryptInit", "C_Encrypt"} {
+		items := resealings(t, from, 3)
+		f.Fail(call, 0xB3, 1) // CKR_SESSION_HANDLE_INVALID: tried again in a new session
+		if n, err := from.Reseal(t.Context(), to, items); n != 3 || err != nil {
+			t.Errorf("%s: session broken once: got %d %v, want all three", call, n, err)
+		}
+		wantSealed(t, items, from, to, 3)
+
+		items = resealings(t, from, 3)
+		f.Fail(call, 0x68, 1) // CKR_KEY_FUNCTION_NOT_PERMITTED
+		n, err := from.Reseal(t.Context(), to, items)
+		wantErr(t, call+" not permitted", err, hsm.ErrPolicy)
+		wantSealed(t, items, from, to, n)
+	}
+
+	items := resealings(t, from, 2)
+	f.FailLater("C_Decrypt", 0x40, 1) // CKR_ENCRYPTED_DATA_INVALID, for what it has just sealed
+	_, err := from.Reseal(t.Context(), to, items)
+	wantErr(t, "does not open what it sealed", err, hsm.ErrDevice)
+	if errors.Is(err, hsm.ErrAuth) {
+		t.Errorf("does not open what it sealed: got %v, which blames the record", err)
+	}
+	f.Reset()
+	wantSealed(t, items, from, to, 0)
+	if got := tok.Info().InFlight; got != 0 {
+		t.Errorf("%d calls are in flight afterwards", got)
+	}
+}
+
+// A caller who leaves takes nothing along that the token still works on.
+func TestResealAbandoned(t *testing.T) {
+	c, f := faulty(t)
+	tok := open(t, c)
+	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	from, _ := newKey(t, mek, hsm.UseGCM)
+	to, _ := newKey(t, mek, hsm.UseGCM)
+	items := resealings(t, from, 2)
+	f.Hang("C_Encrypt")
+	ctx := within(t, 50*time.Millisecond)
+	n, err := from.Reseal(ctx, to, items)
+	wantErr(t, "hanging", err, context.DeadlineExceeded)
+	if n != 0 {
+		t.Errorf("got %d, want 0", n)
+	}
+	f.Resume("C_Encrypt")
+	eventually(t, "the call ends", func() bool { return tok.Info().InFlight == 0 })
+	wantSealed(t, items, from, to, 0)
+}
