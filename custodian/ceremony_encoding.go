@@ -10,6 +10,10 @@ const (
 	formAuthority = 11
 	formCeremony  = 12
 
+	// formConditions is the version of the form of an authority with conditions: it
+	// has them at the end. Others stay as they were.
+	formConditions = 2
+
 	authorityName = "authority"
 )
 
@@ -60,17 +64,30 @@ func encodeAuthority(a Authority) []byte {
 	e.grants(a.Grants)
 	e.bool(a.Sealed)
 	e.uint(a.Revision)
+	if a.Conditions != [32]byte{} {
+		e.b[1] = formConditions
+		e.raw(a.Conditions[:])
+	}
 	return e.b
 }
 
 func decodeAuthority(b []byte) (Authority, error) {
-	d := newDecoder(formAuthority, b)
+	version := byte(formVersion)
+	if len(b) > 1 && b[1] == formConditions {
+		version = formConditions
+	}
+	d := newDecoderOf(formAuthority, version, b)
 	a := Authority{Officers: d.officers()}
 	for n := d.uint(); n > 0 && d.err == nil; n-- {
 		a.Quorum = append(a.Quorum, QuorumRule{PlanKind(d.str()), d.uint32()})
 	}
 	a.Recovery, a.RecoveryQuorum = d.officers(), d.uint32()
 	a.Grants, a.Sealed, a.Revision = d.grants(), d.bool(), d.uint()
+	if version == formConditions {
+		if a.Conditions = d.array32(); a.Conditions == [32]byte{} {
+			d.fail() // then it has the other version
+		}
+	}
 	return a, d.done("authority record")
 }
 

@@ -72,12 +72,15 @@ func (s *controlSet) basis(p *Plan) [32]byte {
 		a = *s.authority
 		a.Revision = 0
 	}
-	grants, sealed := a.Grants, a.Sealed
-	a.Grants, a.Sealed = nil, false
+	grants, signed, sealed := a.Grants, a.Conditions, a.Sealed
+	a.Grants, a.Conditions, a.Sealed = nil, [32]byte{}, false
 	e.bytes(encodeAuthority(a))
 	switch p.Kind {
 	case KindPolicy:
 		e.grants(grants)
+		if signed != [32]byte{} { // else as it was before there were any
+			e.raw(signed[:])
+		}
 	case KindSeal, KindUnseal:
 		e.bool(sealed)
 	case KindUnfreeze, KindCallerCompromise:
@@ -186,7 +189,7 @@ func applyOfficers(_ *Custodian, old *controlSet, p *Plan, _ time.Time) (change,
 	return change{put: []ControlRecord{authorityRecord(a)}}, nil
 }
 
-func checkBundle(_ context.Context, _ *Custodian, set *controlSet, p *Plan, r *Rehearsal) error {
+func checkBundle(_ context.Context, c *Custodian, set *controlSet, p *Plan, r *Rehearsal) error {
 	if err := needOfficers(set); err != nil {
 		return err
 	}
@@ -200,9 +203,11 @@ func checkBundle(_ context.Context, _ *Custodian, set *controlSet, p *Plan, r *R
 	for _, g := range missing(is, was) {
 		r.Changes = append(r.Changes, "granted: "+g)
 	}
-	if len(r.Changes) == 0 {
-		return refusePlan(ErrPlan, "the grants are as the plan has them already")
+	line, same := c.rehearseConditions(set.authority, p)
+	if len(r.Changes) == 0 && same {
+		return refusePlan(ErrPlan, "grants and conditions are as the plan has them already")
 	}
+	r.Changes = append(r.Changes, line)
 	return nil
 }
 
@@ -240,7 +245,7 @@ func missing(a, b []string) (lines []string) {
 
 func applyBundle(_ *Custodian, old *controlSet, p *Plan, _ time.Time) (change, error) {
 	a := *old.authority
-	a.Grants = p.Grants
+	a.Grants, a.Conditions = p.Grants, p.conditionsAfter(a.Conditions)
 	a.Revision++
 	return change{put: []ControlRecord{authorityRecord(a)}}, nil
 }
@@ -387,7 +392,8 @@ type Snapshot struct {
 	KEKsByMEK  map[uint32]int     `json:"key_versions_by_mek"` // how many each MEK wraps
 	Officers   []Officer          `json:"officers"`
 	Quorum     uint32             `json:"quorum"`
-	Policy     string             `json:"policy"` // digest of the grants
+	Policy     string             `json:"policy"`               // digest of the grants
+	Conditions string             `json:"conditions,omitempty"` // that the officers have signed
 	Sealed     bool               `json:"sealed"`
 	Callers    []CallerEvidence   `json:"callers,omitempty"`
 	// Rekeyed and Withdrawn are the content items that the ceremony has raised the
@@ -509,6 +515,9 @@ func (c *Custodian) snapshot(ctx context.Context, set *controlSet, x Ceremony, p
 	if a := set.authority; a != nil {
 		_, s.Quorum = a.voters(p.Kind)
 		s.Officers, s.Sealed = a.Officers, a.Sealed
+		if a.Conditions != [32]byte{} {
+			s.Conditions = sayConditions(a.Conditions)
+		}
 	}
 	digest := c.policyOf(set).Digest()
 	s.Policy = hex.EncodeToString(digest[:])
@@ -577,7 +586,7 @@ func (p *Plan) OfflineChallenge() (Challenge, error) {
 // proves and writes down. The genesis is verified.
 func (g *Genesis) records(now time.Time, logKey []byte) []ControlRecord {
 	challenge, _ := g.Plan.OfflineChallenge()
-	a := Authority{Grants: g.Plan.Grants, Revision: 1}
+	a := Authority{Grants: g.Plan.Grants, Conditions: g.Plan.conditionsAfter([32]byte{}), Revision: 1}
 	a.adopt(g.Plan)
 	x := Ceremony{Plan: string(g.Plan.Canonical()), State: CeremonyExecuted, Nonce: challenge.Nonce, LogKey: sha256.Sum256(logKey), Proposer: "custodiand init",
 		ProposeTime: now, Needed: uint32(len(g.Plan.Officers)), Executor: "custodiand init", QuorumTime: now, ExecTime: now, Revision: 1}

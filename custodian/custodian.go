@@ -241,6 +241,9 @@ func (c *Custodian) Close() error {
 // Arena is where the Secrets of results lie.
 func (c *Custodian) Arena() *secret.Arena { return c.arena }
 
+// MayLoad says no to a policy that SetPolicy would refuse, as SetPolicy does.
+func (c *Custodian) MayLoad(ctx context.Context, p *Policy) error { return c.refusePolicy(ctx, p) }
+
 // SetPolicy replaces the policy. The digest of what was loaded goes to the
 // audit log first. Where there are officers, their bundle stays in force, and
 // another policy is ErrQuorum.

@@ -79,7 +79,7 @@ var forms = map[byte]form{
 		HoldUntil: sampleTime.Add(time.Hour), Total: 1000, Verified: 1001, Revision: 3}),
 	formAuthority: formOf("authority", decodeAuthority, encodeAuthority, Authority{Officers: sampleOfficers[:2], Quorum: []QuorumRule{{KindOfficers, 2}, {KindPolicy, 300}},
 		Recovery: sampleOfficers[2:], RecoveryQuorum: 2, Grants: []PlanGrant{{Identity: "spiffe://a/b", Role: "packager", Categories: []string{"*"}, Reissue: true, SPKI: "ab"}},
-		Sealed: true, Revision: 3}),
+		Conditions: [32]byte{4}, Sealed: true, Revision: 3}),
 	formFrozenCaller: formOf("frozen caller", decodeFrozenCaller, encodeFrozenCaller, FrozenCaller{Identity: "spiffe://a/b", By: "spiffe://a/anna", Cause: "stolen", Time: sampleTime, Revision: 1}),
 	formCategoryPolicy: formOf("category policy", decodeCategoryPolicy, encodeCategoryPolicy, CategoryPolicy{Category: "movies", RekeyUntil: sampleTime, Standing: true,
 		DailyCap: 300, MinInterval: time.Hour, Revision: 2}),
@@ -148,6 +148,9 @@ func TestEncodingRoundTrip(t *testing.T) {
 			if k, ok := v.(ContentKey); ok && !k.PackagedTime.IsZero() {
 				version = formPackaged
 			}
+			if a, ok := v.(Authority); ok && a.Conditions != [32]byte{} {
+				version = formConditions
+			}
 			if b[0] != first || b[1] != version {
 				t.Errorf("%s: begins with %x", f.name, b[:2])
 			}
@@ -201,6 +204,9 @@ func TestEncodingGolden(t *testing.T) {
 	unpackaged := forms[formContentKey].full.(ContentKey)
 	unpackaged.PackagedTime = time.Time{}
 	fmt.Fprintf(&got, "content key, not packaged: %x\n", EncodeContentKey(unpackaged))
+	unconditional := forms[formAuthority].full.(Authority)
+	unconditional.Conditions = [32]byte{}
+	fmt.Fprintf(&got, "authority, without conditions: %x\n", encodeAuthority(unconditional))
 	store := [16]byte{0xaa}
 	fmt.Fprintf(&got, "mac input: %x\n", macInput(store, ControlRecord{Kind: ControlKEK, Name: "movies/4", Body: []byte("body"), MACVersion: 300}))
 	fmt.Fprintf(&got, "associated data: %x\n", associatedData(store, []byte("body")))
@@ -278,4 +284,19 @@ func FuzzDecode(f *testing.F) {
 			t.Errorf("%s: %s decodes to %+v, whose encoding is %s", form.name, hex.EncodeToString(b), v, hex.EncodeToString(again))
 		}
 	})
+}
+
+// An authority as it was written before there were conditions is read, and one
+// whose conditions are zero has that form and no other.
+func TestAuthorityWithoutConditions(t *testing.T) {
+	a := forms[formAuthority].full.(Authority)
+	a.Conditions = [32]byte{}
+	b := encodeAuthority(a)
+	if got, err := decodeAuthority(b); err != nil || b[1] != formVersion || !reflect.DeepEqual(got, a) {
+		t.Errorf("version %d: got %+v and %v, want %+v", b[1], got, err, a)
+	}
+	b[1] = formConditions
+	if _, err := decodeAuthority(append(b, make([]byte, 32)...)); !errors.Is(err, ErrRecordCorrupt) {
+		t.Errorf("zero conditions: got %v, want ErrRecordCorrupt", err)
+	}
 }

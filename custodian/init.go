@@ -42,6 +42,9 @@ func Init(ctx context.Context, cfg Config, spec InitSpec) (err error) {
 		if err := g.verify(c.now()); err != nil {
 			return fmt.Errorf("genesis plan: %w: %w", err, ErrApproval)
 		}
+		if a := (&Authority{Conditions: g.Plan.conditionsAfter([32]byte{})}); !a.accepts(cfg.Policy) {
+			return refusePlan(ErrConditions, "the genesis plan has conditions %x, and the configuration %x (custodiand -check-config): it would never start", a.Conditions, cfg.Policy.Conditions())
+		}
 		spec.Profile = g.Plan.Genesis.MEKProfile
 	}
 	j, interrupted, err := c.journal(ctx, spec)

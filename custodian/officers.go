@@ -11,7 +11,6 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -137,14 +136,16 @@ func (p *Plan) checkOfficers() (faults []error) {
 }
 
 // An Authority is what the officers have decided: who they are, how many it
-// takes, who may do what, and whether anything is served. It is one control
-// record; a custody without it is ruled by its configuration.
+// takes, who may do what under which conditions, and whether anything is
+// served. It is one control record; a custody without it is ruled by its
+// configuration.
 type Authority struct {
 	Officers       []Officer
 	Quorum         []QuorumRule // by kind; the first is that of all others
 	Recovery       []Officer
 	RecoveryQuorum uint32
 	Grants         []PlanGrant
+	Conditions     [32]byte // beside the grants: Policy.Conditions; zero: the configuration's
 	Sealed         bool
 	Revision       uint64
 }
@@ -275,7 +276,7 @@ func (c *Custodian) policyOf(s *controlSet) *Policy {
 	}
 	p := *s.policy
 	if config != nil {
-		p.tokens, p.sealing, p.budgets = config.tokens, config.sealing, config.budgets
+		p.tokens, p.sealing, p.budgets, p.conditions = config.tokens, config.sealing, config.budgets, config.conditions
 		p.authority = &authority{permits: s.policy.authority.permits, rules: config.rules()}
 	}
 	c.joined.Store(&joinedPolicy{config, s.policy, &p})
@@ -290,14 +291,22 @@ type joinedPolicy struct{ config, bundle, both *Policy }
 // unless it is theirs, and writes the attempt down.
 func (c *Custodian) refusePolicy(ctx context.Context, p *Policy) error {
 	set := c.set.Load()
-	if set.authority == nil || p == nil || p.granted == set.policy.granted {
+	if set.authority == nil || p == nil {
 		return nil
 	}
 	d := p.Digest()
-	err := refusePlan(ErrQuorum, "the grants of the configuration (digest %x) are not the officers' bundle: %s; the bundle stays in force, and a policy ceremony changes it", d, difference(p, set.policy))
+	var err error
+	switch {
+	case !set.authority.accepts(p):
+		err = refusePlan(ErrConditions, "the rules, licence tokens, sealing and budgets of the configuration (conditions %x) are not what the officers have signed (%x): use the configuration that has it, custodiand -check-config prints what one has, or have a policy ceremony change it", p.Conditions(), set.authority.Conditions)
+	case p.granted == set.policy.granted:
+		return nil
+	default:
+		err = refusePlan(ErrQuorum, "the grants of the configuration (digest %x) are not the officers' bundle: %s; the bundle stays in force, and a policy ceremony changes it", d, difference(p, set.policy))
+	}
 	c.log.Error("policy refused", "err", err)
 	if _, aerr := c.record(ctx, audit.Entry{Action: "policy.load", Outcome: audit.Denied, Reason: string(ReasonOf(err)), Priority: true,
-		ControlRevision: set.head.Revision, Detail: "policy " + hex.EncodeToString(d[:])}); aerr != nil {
+		ControlRevision: set.head.Revision, Detail: fmt.Sprintf("policy %x conditions %x", d, p.Conditions())}); aerr != nil {
 		return aerr
 	}
 	return err
@@ -326,7 +335,7 @@ func (a *Authority) describe() string {
 	if a == nil {
 		return "configuration file (no officers' quorum)"
 	}
-	return fmt.Sprintf("%d officers, of whom a ceremony needs %d", len(a.Officers), a.Quorum[0].M)
+	return fmt.Sprintf("%d officers, of whom a ceremony needs %d (conditions: %s)", len(a.Officers), a.Quorum[0].M, sayConditions(a.Conditions))
 }
 
 // ceremonyWarnings are what everybody should see of the officers' part.
@@ -340,6 +349,9 @@ func (c *Custodian) ceremonyWarnings(set *controlSet, now time.Time) []string {
 	}
 	if p := c.policy.Load(); p != nil && p.granted != set.policy.granted {
 		w = append(w, "the grants of the configuration file are not the officers' bundle, and are refused")
+	}
+	if text := c.conditionsWarning(set.authority); text != "" {
+		w = append(w, text)
 	}
 	for _, id := range slices.Sorted(maps.Keys(set.ceremonies)) {
 		info, err := c.describeCeremony(set, set.ceremonies[id])

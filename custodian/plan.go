@@ -34,7 +34,7 @@ const (
 	KindGenesis  PlanKind = "genesis"  // officers, quorum, grants and MEK profile, once, by custodiand init
 	KindOfficers PlanKind = "officers" // officers, quorum or recovery keys change
 	KindRecovery PlanKind = "recovery" // the recovery keys replace the officers, after RecoveryDelay
-	KindPolicy   PlanKind = "policy"   // the grants are replaced
+	KindPolicy   PlanKind = "policy"   // the grants are replaced, and the conditions beside them
 	KindUnfreeze PlanKind = "unfreeze" // categories are opened again, or callers
 	KindSeal     PlanKind = "seal"     // nothing is served any more
 	KindUnseal   PlanKind = "unseal"   // service goes on
@@ -72,10 +72,13 @@ type Plan struct {
 	Genesis *GenesisPlan `yaml:"genesis,omitempty" json:"genesis,omitempty"`
 	// Officers, Quorum and Recovery are the officers as they will be, all of
 	// them: of genesis, officers and (without Recovery) recovery.
-	Officers   []Officer      `yaml:"officers,omitempty" json:"officers,omitempty"`
-	Quorum     *Quorum        `yaml:"quorum,omitempty" json:"quorum,omitempty"`
-	Recovery   *RecoveryPlan  `yaml:"recovery,omitempty" json:"recovery,omitempty"`
-	Grants     []PlanGrant    `yaml:"grants,omitempty" json:"grants,omitempty"` // of genesis and policy: all of them
+	Officers []Officer     `yaml:"officers,omitempty" json:"officers,omitempty"`
+	Quorum   *Quorum       `yaml:"quorum,omitempty" json:"quorum,omitempty"`
+	Recovery *RecoveryPlan `yaml:"recovery,omitempty" json:"recovery,omitempty"`
+	Grants   []PlanGrant   `yaml:"grants,omitempty" json:"grants,omitempty"` // of genesis and policy: all of them
+	// Conditions are what the officers sign beside the grants: Policy.Conditions in
+	// hexadecimal, or ConditionsOfConfiguration. Without it they stay as they are.
+	Conditions string         `yaml:"conditions,omitempty" json:"conditions,omitempty"`
 	Categories []CategoryName `yaml:"categories,omitempty" json:"categories,omitempty"`
 	Callers    []string       `yaml:"callers,omitempty" json:"callers,omitempty"`     // identities, as the grants have them
 	Providers  []string       `yaml:"providers,omitempty" json:"providers,omitempty"` // all that each category is to have
@@ -138,6 +141,7 @@ var sections = []struct {
 	{"quorum", func(p *Plan) bool { return p.Quorum != nil }},
 	{"recovery", func(p *Plan) bool { return p.Recovery != nil }},
 	{"grants", func(p *Plan) bool { return len(p.Grants) > 0 }},
+	{"conditions", func(p *Plan) bool { return p.Conditions != "" }},
 	{"categories", func(p *Plan) bool { return len(p.Categories) > 0 }},
 	{"callers", func(p *Plan) bool { return len(p.Callers) > 0 }},
 	{"providers", func(p *Plan) bool { return len(p.Providers) > 0 }},
@@ -158,10 +162,10 @@ var sections = []struct {
 // planSections are the sections that a kind must have; one with a question
 // mark it may have. It has no others.
 var planSections = map[PlanKind][]string{
-	KindGenesis:  {"genesis", "officers", "quorum", "recovery?", "grants"},
+	KindGenesis:  {"genesis", "officers", "quorum", "recovery?", "grants", "conditions?"},
 	KindOfficers: {"officers", "quorum", "recovery?"},
 	KindRecovery: {"officers", "quorum"},
-	KindPolicy:   {"grants"},
+	KindPolicy:   {"grants", "conditions?"},
 	KindUnfreeze: {"categories?", "callers?"},
 	KindSeal:     {},
 	KindUnseal:   {},
@@ -285,6 +289,9 @@ func (p *Plan) check() error {
 		if _, err := planPolicy(p.Grants, p.Officers); err != nil {
 			faults = append(faults, err)
 		}
+	}
+	if err := p.checkConditions(); err != nil {
+		faults = append(faults, err)
 	}
 	faults = slices.Concat(faults, p.checkRotationFields(), p.checkCategoryPolicy(), p.checkContent(), p.checkTransfer())
 	if p.Kind == KindUnfreeze && len(p.Categories)+len(p.Callers) == 0 {

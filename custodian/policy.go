@@ -133,13 +133,14 @@ type Grant struct {
 // A Policy is the grants, and what restricts them: rules, sealing, licence
 // tokens. The zero Policy permits nothing.
 type Policy struct {
-	authority *authority        // nil: nothing is permitted
-	officers  map[[32]byte]bool // public keys that are pinned for officers
-	digest    [32]byte
-	granted   [32]byte     // digest of the grants alone
-	sealing   *sealingRule // nil: nothing is sealed to callers
-	tokens    *Tokens      // nil: no licence token is asked for
-	budgets   *budgetRules // nil: nobody is bounded
+	authority  *authority        // nil: nothing is permitted
+	officers   map[[32]byte]bool // public keys that are pinned for officers
+	digest     [32]byte
+	granted    [32]byte             // digest of the grants alone
+	conditions [conditions][32]byte // digest of each part of the rest; zero: it has none
+	sealing    *sealingRule         // nil: nothing is sealed to callers
+	tokens     *Tokens              // nil: no licence token is asked for
+	budgets    *budgetRules         // nil: nobody is bounded
 }
 
 // A rule is a grant and what names it in a Decision.

@@ -1,7 +1,6 @@
 package custodian
 
 import (
-	"crypto/sha256"
 	_ "embed"
 	"errors"
 	"fmt"
@@ -53,10 +52,9 @@ func (p *Policy) WithRules(files []RulesFile) (*Policy, error) {
 	var faults []error
 	var rules []compiled
 	seen := map[types.PolicyID]string{}
-	sum := sha256.New()
-	fmt.Fprintf(sum, "%x rules\n", p.digest)
+	var text []string
 	for _, f := range files {
-		fmt.Fprintf(sum, "%d %s\n", len(f.Text), f.Text)
+		text = append(text, fmt.Sprintf("%d %s", len(f.Text), f.Text))
 		list, err := cedar.NewPolicyListFromBytes(f.Name, f.Text)
 		if err != nil {
 			faults = append(faults, fmt.Errorf("%s: %w", f.Name, err))
@@ -89,13 +87,12 @@ func (p *Policy) WithRules(files []RulesFile) (*Policy, error) {
 		return nil, errors.Join(faults...)
 	}
 	slices.SortFunc(rules, func(a, b compiled) int { return strings.Compare(string(a.id), string(b.id)) })
-	with := *p
+	with := p.with(conditionRules, text)
 	with.authority = &authority{rules: rules}
 	if p.authority != nil {
 		with.authority.permits = p.authority.permits
 	}
-	with.digest = [32]byte(sum.Sum(nil))
-	return &with, nil
+	return with, nil
 }
 
 // rules are those of the policy that forbid.

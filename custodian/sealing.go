@@ -1,7 +1,6 @@
 package custodian
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"slices"
@@ -78,11 +77,9 @@ func (p *Policy) WithSealing(s Sealing) (*Policy, error) {
 	if len(faults) > 0 {
 		return nil, errors.Join(faults...)
 	}
-	slices.Sort(text)
-	with := *p
+	with := p.with(conditionSealing, text)
 	with.sealing = rule
-	with.digest = sha256.Sum256([]byte(fmt.Sprintf("%x sealing\n%s", p.digest, strings.Join(text, "\n"))))
-	return &with, nil
+	return with, nil
 }
 
 // recipient is the key that a caller's keys are sealed to: the one with the ID,

@@ -3,7 +3,6 @@ package custodian
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -127,11 +126,9 @@ func (p *Policy) WithBudgets(list []Budget) (*Policy, error) {
 	if len(faults) > 0 {
 		return nil, errors.Join(faults...)
 	}
-	slices.Sort(text)
-	with := *p
+	with := p.with(conditionBudgets, text)
 	with.budgets = rules
-	with.digest = sha256.Sum256([]byte(fmt.Sprintf("%x budgets\n%s", p.digest, strings.Join(text, "\n"))))
-	return &with, nil
+	return with, nil
 }
 
 // uncovered names the grants that are worth nothing, since no budget covers them.

@@ -1,7 +1,6 @@
 package custodian
 
 import (
-	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/base64"
 	"errors"
@@ -44,6 +43,8 @@ const (
 type TokenIssuer struct {
 	Issuer string // the claim iss
 	Keys   *TokenKeys
+	// KeysFrom says where Keys come from, for Digest and Conditions.
+	KeysFrom string
 	// The categories that it may sign for.
 	AllCategories bool
 	Categories    []CategoryName
@@ -86,13 +87,11 @@ func (p *Policy) WithTokens(t Tokens) (*Policy, error) {
 	}
 	for _, i := range t.Issuers {
 		names := slices.Sorted(slices.Values(i.Categories))
-		text = append(text, fmt.Sprintf("issuer %q %v %q", i.Issuer, i.AllCategories, names))
+		text = append(text, fmt.Sprintf("issuer %q %v %q %q", i.Issuer, i.AllCategories, names, i.KeysFrom))
 	}
-	slices.Sort(text)
-	with := *p
+	with := p.with(conditionTokens, text)
 	with.tokens = &t
-	with.digest = sha256.Sum256([]byte(fmt.Sprintf("%x tokens\n%s", p.digest, strings.Join(text, "\n"))))
-	return &with, nil
+	return with, nil
 }
 
 func (t *Tokens) check() error {

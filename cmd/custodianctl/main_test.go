@@ -64,7 +64,8 @@ func TestMain(m *testing.M) {
 //	                         well; with ! it must be refused
 //	halt                     end it, which must go well
 //	exits N COMMAND...       run a command that must end with exit code N
-//	keep VAR FIELD           set VAR to the first FIELD in the JSON on stdout
+//	keep VAR FIELD           set VAR to the first FIELD on stdout, in JSON or at the
+//	                         beginning of a line
 //	samekey FILE FILE        both JSON files hold the same one content key
 //	flip FILE OFFSET         change one byte
 //	checkpoint FILE DIR N    write the first checkpoint of the log in DIR that
@@ -284,7 +285,7 @@ func keep(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) != 2 {
 		ts.Fatalf("usage: keep VAR FIELD")
 	}
-	field := regexp.MustCompile(`"` + regexp.QuoteMeta(args[1]) + `": *"?([^",}\n]+)`)
+	field := regexp.MustCompile(`(?m)(?:"` + regexp.QuoteMeta(args[1]) + `": *"?|^` + regexp.QuoteMeta(args[1]) + ` )([^",}\n]+)`)
 	m := field.FindStringSubmatch(ts.ReadFile("stdout"))
 	if m == nil {
 		ts.Fatalf("no field %s on stdout", args[1])

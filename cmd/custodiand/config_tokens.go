@@ -67,7 +67,10 @@ func (c *TokensConfig) apply(p *custodian.Policy, sets tokenKeySets) (*custodian
 		if keys == nil {
 			keys = custodian.NewTokenKeys()
 		}
-		issuer := custodian.TokenIssuer{Issuer: i.Issuer, Keys: keys}
+		issuer := custodian.TokenIssuer{Issuer: i.Issuer, Keys: keys, KeysFrom: "a file"} // officers sign it, and its path is that of one machine
+		if i.JWKSURL != "" {
+			issuer.KeysFrom = i.JWKSURL
+		}
 		for _, name := range i.Categories {
 			if name == "*" {
 				issuer.AllCategories = true

@@ -225,6 +225,8 @@ func (d *daemon) explainStart(err error, wait time.Duration) error {
 		d.server.SetUnavailable(custodian.ErrSealed)
 		d.log.Error("sealed by the PIN latch until this process is started again", "err", err)
 		return errSealed
+	case errors.Is(err, custodian.ErrConditions):
+		return usageError{fmt.Errorf("config %s: %w", d.path, err)}
 	case isIntegrity(err):
 		return err
 	default:

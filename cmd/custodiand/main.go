@@ -72,7 +72,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 	var err error
 	switch command {
 	case "":
-		err = serveCommand(ctx, args, stderr)
+		err = serveCommand(ctx, args, stdout, stderr)
 	case "init":
 		err = initCommand(ctx, args, stdout, stderr)
 	case "restore":
@@ -155,7 +155,7 @@ func loadFlagged(path string) (*Config, error) {
 	return c, nil
 }
 
-func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
+func serveCommand(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	fs, path := flags("custodiand", stderr)
 	checkOnly := fs.Bool("check-config", false, "check the configuration and end")
 	confirmTime := fs.Bool("confirm-time", false, "accept a clock far beyond the highest time seen")
@@ -172,7 +172,12 @@ func serveCommand(ctx context.Context, args []string, stderr io.Writer) error {
 		if _, err := certs.NewServer(c.serverCerts(log)); err != nil {
 			return usageError{fmt.Errorf("config %s: tls: %w", *path, err)}
 		}
+		p, err := c.policy(nil)
+		if err != nil {
+			return usageError{fmt.Errorf("config %s: %w", *path, err)}
+		}
 		fmt.Fprintf(stderr, "%s: good\n", *path)
+		fmt.Fprintf(stdout, "conditions %x\n", p.Conditions())
 		return nil
 	}
 	if *migrate {

@@ -59,6 +59,10 @@ func (d *daemon) reload(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("config %s: compare with the one in force: %w", d.path, err)
 	}
+	next, err := c.policy(nil) // that of a restart, which may be refused for what is not taken now
+	if err != nil {
+		return err
+	}
 	c.Tokens = d.config.Tokens // until the restart that the log asks for
 	policy, err := c.policy(d.tokenKeys)
 	if err != nil {
@@ -70,7 +74,12 @@ func (d *daemon) reload(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.adopted {
-		if err := d.custody.SetPolicy(ctx, policy); err != nil {
+		if err := d.custody.MayLoad(ctx, next); err != nil {
+			return err
+		}
+		if err := d.custody.SetPolicy(ctx, policy); errors.Is(err, custodian.ErrConditions) {
+			return fmt.Errorf("config %s has what the officers have signed, but tokens are taken at a start only: restart custodiand: %w", d.path, err)
+		} else if err != nil {
 			return err
 		}
 	}
