@@ -50,8 +50,9 @@ type HSM interface {
 	Objects(ctx context.Context) ([]TokenObject, error)
 	// DestroyLeftovers destroys what an interrupted init has left in the token:
 	// the objects with one of the IDs, and those without ID that have one of the
-	// labels or none. It is called only while nothing can have been used under
-	// these names. It returns how many objects there were.
+	// labels ("" is an object without one, as every loaded Key is). It is called
+	// only while nothing can have been used under these names. It returns how
+	// many objects there were.
 	DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (int, error)
 	// DestroyMEK destroys the token object of m, for good. One that is not there
 	// is destroyed already.

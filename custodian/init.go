@@ -145,7 +145,7 @@ func (c *Custodian) journal(ctx context.Context, spec InitSpec) (j InitJournal, 
 // so nothing was ever kept under these objects, and a module that is killed in
 // the middle leaves objects that are no whole keys.
 func (c *Custodian) clearLeftovers(ctx context.Context, j InitJournal) error {
-	n, err := c.hsm.DestroyLeftovers(ctx, []string{j.MEKLabel, j.SignLbl}, [][16]byte{j.MEKID, j.SignID})
+	n, err := c.hsm.DestroyLeftovers(ctx, []string{"", j.MEKLabel, j.SignLbl}, [][16]byte{j.MEKID, j.SignID})
 	if err == nil && n > 0 {
 		c.log.Warn("removed what an interrupted init had left in the token", "objects", n)
 	}

@@ -158,7 +158,7 @@ func TestRotationProgress(t *testing.T) {
 	w.cfg.RotationRate = 400 // slow enough to be stopped on the way
 	w.reopen()
 	w.category("movies")
-	w.fill("movies", "film", 200)
+	w.fill("movies", "film", 330)
 	if _, err := w.c.StartRotation(t.Context(), officer, kekOrder); err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +182,7 @@ func TestRotationProgress(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- w.c.AdvanceRotations(ctx) }()
-		for deadline := time.Now().Add(10 * time.Second); inStatus().Done < uint64(50*stop); time.Sleep(time.Millisecond) {
+		for deadline := time.Now().Add(10 * time.Second); inStatus().Done < uint64(80*stop); time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("stop %d: it is still at %+v", stop, inStatus())
 			}
@@ -195,8 +195,8 @@ func TestRotationProgress(t *testing.T) {
 			}
 		}
 		got, want := inStatus(), moved()
-		if off := max(got.Done, want) - min(got.Done, want); got.Total != 200 || off*100 > got.Total || got.Rate <= 0 {
-			t.Errorf("stop %d: status says %d of %d at %.1f/s, and %d of 200 have moved", stop, got.Done, got.Total, got.Rate, want)
+		if off := max(got.Done, want) - min(got.Done, want); got.Total != 330 || off*100 > got.Total || got.Rate <= 0 {
+			t.Errorf("stop %d: status says %d of %d at %.1f/s, and %d of 330 have moved", stop, got.Done, got.Total, got.Rate, want)
 		}
 		if left := time.Duration(float64(got.Total-got.Done) / got.Rate * float64(time.Second)); got.Remaining < left-left/100 || got.Remaining > left+left/100 {
 			t.Errorf("stop %d: %s remain, want %s", stop, got.Remaining, left)
@@ -209,7 +209,7 @@ func TestRotationProgress(t *testing.T) {
 		w.reopen()
 	}
 	w.advanceRotations()
-	if got := inStatus(); got.Step != custodian.StepHold || got.Done != 200 || got.Total != 200 {
+	if got := inStatus(); got.Step != custodian.StepHold || got.Done != 330 || got.Total != 330 {
 		t.Errorf("at the end: got %+v", got)
 	}
 	w.whole()

@@ -15,10 +15,10 @@ import (
 
 const (
 	// moveBatch is how many content keys one store update moves.
-	moveBatch = 64
+	moveBatch = 80
 	// moveChunk is how many of them have the token, and a processor, to
 	// themselves at a time: a callback waits so long.
-	moveChunk = 6
+	moveChunk = 5
 	// verifyBatch is how many are read at once to be verified.
 	verifyBatch = 512
 	// rotationPause is how long a rotation that failed is left alone at first,

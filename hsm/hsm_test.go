@@ -534,6 +534,25 @@ func TestResidentKeysStayInside(t *testing.T) {
 	}
 }
 
+// A rotation clears up under service: what is loaded stays.
+func TestLeftoversSpareLoadedKeys(t *testing.T) {
+	tok := open(t, softhsm.Test(t))
+	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	newMEK(t, tok, "mek-v2", hsm.Sealed)
+	k, _ := newKey(t, mek, hsm.UseGCM)
+	s := seal(t, k)
+	if n, err := tok.DestroyLeftovers(t.Context(), []string{"mek-v2"}, [][16]byte{randomID(t)}); n != 0 || err != nil {
+		t.Errorf("nothing is left over: got %d %v", n, err)
+	}
+	if err := s.open(t.Context()); err != nil {
+		t.Errorf("a loaded key: %v", err)
+	}
+	if n, err := tok.DestroyLeftovers(t.Context(), []string{""}, nil); n != 1 || err != nil {
+		t.Errorf("objects without a name: got %d %v, want the loaded key alone", n, err)
+	}
+	wantErr(t, "the key is gone", s.open(t.Context()), hsm.ErrStale)
+}
+
 func TestSigner(t *testing.T) {
 	c := softhsm.Test(t)
 	tok := open(t, c)

@@ -52,10 +52,11 @@ func (t *Token) Objects(ctx context.Context) ([]Object, error) {
 }
 
 // DestroyLeftovers destroys what a module leaves in the token when its process
-// is killed while it makes an object: the objects with one of the IDs, those
-// without ID that have one of the labels or none. It is for a caller who knows
-// that nothing was ever used under these names, and that has loaded no Key yet.
-// It returns how many objects there were.
+// is killed while it makes an object: the objects with one of the IDs, and those
+// without ID that have one of the labels. It is for a caller who knows that
+// nothing was ever used under these names. The label "" is an object that has
+// none: so is a loaded Key, so only who has loaded none yet gives it. It returns
+// how many objects there were.
 func (t *Token) DestroyLeftovers(ctx context.Context, labels []string, ids [][16]byte) (int, error) {
 	n := 0
 	err := t.do(ctx, t.control, func(w *worker) error {
@@ -73,7 +74,7 @@ func (t *Token) DestroyLeftovers(ctx context.Context, labels []string, ids [][16
 				return err
 			}
 			named := slices.ContainsFunc(ids, func(id [16]byte) bool { return bytes.Equal(o.ID, id[:]) })
-			unnamed := len(o.ID) == 0 && (o.Label == "" || slices.Contains(labels, o.Label))
+			unnamed := len(o.ID) == 0 && slices.Contains(labels, o.Label)
 			if !named && !unnamed {
 				continue
 			}

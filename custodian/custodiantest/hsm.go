@@ -386,7 +386,7 @@ func (h *HSM) DestroyLeftovers(ctx context.Context, labels []string, ids [][16]b
 	err = h.do(ctx, "DestroyLeftovers", func() error {
 		leftover := func(label string, id []byte) bool {
 			if len(id) == 0 {
-				return label == "" || slices.Contains(labels, label)
+				return slices.Contains(labels, label)
 			}
 			return slices.ContainsFunc(ids, func(want [16]byte) bool { return string(id) == string(want[:]) })
 		}

@@ -208,4 +208,11 @@ func TestLongRotation(t *testing.T) {
 	var figures bytes.Buffer
 	r.table.print(&figures)
 	t.Logf("\n%s", &figures)
+	if off := median(r.table.values["rewrap_progress_off"]); off > 0.01 {
+		t.Errorf("its progress was wrong by %.3f of all, want 0.01 at most", off)
+	}
+	// A list of the records would be some hundred MB.
+	if grown := median(r.table.values["rss_rewrap_second_vs_first_half"]); !(grown <= 1.25) {
+		t.Errorf("memory grew to %.2f times what it was in the first half", grown)
+	}
 }

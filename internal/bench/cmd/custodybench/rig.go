@@ -252,8 +252,10 @@ func (s *server) stop() error {
 }
 
 // anonymous is the server's anonymous memory in bytes (RssAnon, proc(5)).
-func (s *server) anonymous() (float64, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/status", s.pid))
+func (s *server) anonymous() (float64, error) { return anonymous(s.pid) }
+
+func anonymous(pid int) (float64, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return 0, err
 	}
@@ -264,7 +266,7 @@ func (s *server) anonymous() (float64, error) {
 			return float64(kib * 1024), nil
 		}
 	}
-	return 0, fmt.Errorf("process %d: no RssAnon", s.pid)
+	return 0, fmt.Errorf("process %d: no RssAnon", pid)
 }
 
 // watchMemory looks at the server's anonymous memory until its result is called,

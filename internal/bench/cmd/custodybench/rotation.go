@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -24,6 +26,25 @@ const roleRotate = "serve-rotation"
 type moment struct {
 	At   time.Time
 	Done uint64
+}
+
+// A course is how a rotation went.
+type course struct {
+	Moments []moment
+	// Off is by how much its progress was wrong at most, as a share of all: what
+	// it said is held against the records at each eighth of the way.
+	Off float64
+	// Memory is what the process has at each of these, in bytes.
+	Memory []float64
+}
+
+// grown is how much more memory there was in the second half than in the first.
+func (c course) grown() float64 {
+	half := len(c.Memory) / 2
+	if half == 0 {
+		return math.NaN()
+	}
+	return slices.Max(c.Memory[half:]) / slices.Max(c.Memory[:half])
 }
 
 // serveRotation is the callback's server, which rotates the category's KEK
@@ -69,7 +90,7 @@ func serveRotation(ctx context.Context, args []string) (err error) {
 	return g.Wait()
 }
 
-func momentsFile(dir string) string { return filepath.Join(dir, "rotation.json") }
+func courseFile(dir string) string { return filepath.Join(dir, "rotation.json") }
 
 // rotate does one rotation: it moves every content key of the category.
 func (c *custody) rotate(ctx context.Context, dir string) error {
@@ -77,41 +98,96 @@ func (c *custody) rotate(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	var moments []moment
-	for {
-		list, err := c.custodian.Rotations(ctx, officer)
+	var went course
+	for eighth := uint64(1); ctx.Err() == nil; pause(ctx, 20*time.Millisecond) {
+		s, err := c.progress(ctx, r)
 		if err != nil {
 			return err
 		}
-		for _, s := range list {
-			if s.Name != r.Name() {
-				continue
-			}
-			if s.LastError != "" {
-				return fmt.Errorf("rotation %s: %s", s.Name, s.LastError)
-			}
-			if s.Step == custodian.StepRewrap && s.Total > 0 {
-				moments = append(moments, moment{time.Now(), s.Done})
-			}
-			if s.Step == custodian.StepHold {
-				if _, err := c.custodian.RetireRotation(ctx, officer, "", s.Name); err != nil {
-					return err
-				}
-				b, err := json.Marshal(moments)
+		if s.Step == custodian.StepRewrap && s.Total > 0 {
+			went.Moments = append(went.Moments, moment{time.Now(), s.Done})
+			if s.Done*8 >= s.Total*eighth {
+				eighth = s.Done*8/s.Total + 1
+				off, err := c.progressOff(ctx, r, s)
 				if err != nil {
 					return err
 				}
-				if err := os.WriteFile(momentsFile(dir)+".new", b, 0o600); err != nil {
+				memory, err := anonymous(os.Getpid())
+				if err != nil {
 					return err
 				}
-				return os.Rename(momentsFile(dir)+".new", momentsFile(dir))
+				went.Off, went.Memory = max(went.Off, off), append(went.Memory, memory)
 			}
 		}
-		pause(ctx, 20*time.Millisecond)
-		if ctx.Err() != nil {
-			return nil
+		if s.Step == custodian.StepHold {
+			if _, err := c.custodian.RetireRotation(ctx, officer, "", s.Name); err != nil {
+				return err
+			}
+			return writeCourse(dir, went)
 		}
 	}
+	return nil
+}
+
+// progress is what the daemon says of a rotation.
+func (c *custody) progress(ctx context.Context, r custodian.Rotation) (custodian.RotationStatus, error) {
+	list, err := c.custodian.Rotations(ctx, officer)
+	if err != nil {
+		return custodian.RotationStatus{}, err
+	}
+	i := slices.IndexFunc(list, func(s custodian.RotationStatus) bool { return s.Name == r.Name() })
+	if i < 0 {
+		return custodian.RotationStatus{}, fmt.Errorf("rotation %s is not listed", r.Name())
+	}
+	if list[i].LastError != "" {
+		return list[i], fmt.Errorf("rotation %s: %s", r.Name(), list[i].LastError)
+	}
+	return list[i], nil
+}
+
+// progressOff counts the records that have not moved, and says by how much a
+// rotation's progress is wrong. It goes on meanwhile, so anything between what
+// it said before and what it says afterwards is right.
+func (c *custody) progressOff(ctx context.Context, r custodian.Rotation, before custodian.RotationStatus) (float64, error) {
+	left := uint64(0)
+	for _, version := range r.From {
+		var after custodian.KID
+		for {
+			var kids []custodian.KID
+			err := c.store.View(ctx, func(tx custodian.Tx) (err error) {
+				kids, err = tx.KeysUnderKEK(custodian.KEKID{Category: r.Category, Version: version}, after, 10_000)
+				return err
+			})
+			if err != nil {
+				return 0, err
+			}
+			if len(kids) == 0 {
+				break
+			}
+			left, after = left+uint64(len(kids)), kids[len(kids)-1]
+		}
+	}
+	now, err := c.progress(ctx, r)
+	if err != nil {
+		return 0, err
+	}
+	if now.Step != custodian.StepRewrap {
+		now.Done = now.Total
+	}
+	moved := before.Total - left
+	off := max(float64(before.Done)-float64(moved), float64(moved)-float64(now.Done), 0)
+	return off / float64(before.Total), nil
+}
+
+func writeCourse(dir string, went course) error {
+	b, err := json.Marshal(went)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(courseFile(dir)+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(courseFile(dir)+".new", courseFile(dir))
 }
 
 // rotation is how fast content keys move to a new KEK while callbacks go on,
@@ -140,7 +216,7 @@ func (r *rig) rotation(ctx context.Context) error {
 			return err
 		}
 		ended := time.Now()
-		moments, err := takeMoments(ctx, data)
+		went, err := takeCourse(ctx, data)
 		if err != nil {
 			return err
 		}
@@ -148,7 +224,7 @@ func (r *rig) rotation(ctx context.Context) error {
 		if err := call(ctx, &tokenOps, roleToken, "-dir", filepath.Join(r.dir, "token"), "-time", (r.scale.time / 2).String()); err != nil {
 			return err
 		}
-		rate, err := rateBetween(moments, began, ended)
+		rate, err := rateBetween(went.Moments, began, ended)
 		if err != nil {
 			return err
 		}
@@ -164,23 +240,26 @@ func (r *rig) rotation(ctx context.Context) error {
 			return err
 		}
 		r.table.add("rss_anon_mb_rewrap", bytes/1e6)
+		r.table.add("rss_rewrap_second_vs_first_half", went.grown())
+		r.table.add("rewrap_progress_off", went.Off)
 	}
 	return r.stopAll()
 }
 
-// takeMoments waits for the end of a rotation and takes its moments away.
-func takeMoments(ctx context.Context, dir string) (moments []moment, err error) {
+// takeCourse waits for the end of a rotation and takes away what is written of
+// it.
+func takeCourse(ctx context.Context, dir string) (went course, err error) {
 	for {
-		b, err := os.ReadFile(momentsFile(dir))
+		b, err := os.ReadFile(courseFile(dir))
 		if err == nil {
-			return moments, errors.Join(json.Unmarshal(b, &moments), os.Remove(momentsFile(dir)))
+			return went, errors.Join(json.Unmarshal(b, &went), os.Remove(courseFile(dir)))
 		}
 		if !errors.Is(err, os.ErrNotExist) {
-			return nil, err
+			return went, err
 		}
 		pause(ctx, 50*time.Millisecond)
 		if ctx.Err() != nil {
-			return nil, ctx.Err()
+			return went, ctx.Err()
 		}
 	}
 }

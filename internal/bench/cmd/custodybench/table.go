@@ -44,6 +44,7 @@ var bars = map[string]bar{
 
 	"rewrap_vs_token_rate":         {">=", 0.4},
 	"callback_p99_rewrap_vs_quiet": {"<=", 1.5},
+	"rewrap_progress_off":          {"<=", 0.01},
 
 	"policy_cpu_share":      {"<=", 0.10},
 	"token_verify_vs_ecdsa": {"<=", 1.3},
