@@ -112,6 +112,7 @@ type HSMStatus struct {
 	SessionsInUse   int        `json:"sessions_in_use"`
 	SessionsMax     int        `json:"sessions_max"`
 	Abandoned       int        `json:"abandoned_calls"`
+	Away            bool       `json:"-"` // there is no connection; it is tried again
 }
 
 // A Provider is one configured KMS: the outer wrap. Its errors are, wrapped,

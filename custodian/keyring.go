@@ -166,6 +166,12 @@ func (r *keyring) get(ctx context.Context, s *controlSet, id keyID) (*loadedKey,
 		defer t.Stop()
 		enough = t.C
 	}
+	var gone <-chan time.Time // the load waits for the token, but who waits for it is to hear why in time
+	if end, ok := ctx.Deadline(); ok && r.hsm.Status().Away {
+		t := time.NewTimer(time.Until(end) / 2)
+		defer t.Stop()
+		gone = t.C
+	}
 	select {
 	case res := <-done:
 		if res.Err == nil {
@@ -181,6 +187,8 @@ func (r *keyring) get(ctx context.Context, s *controlSet, id keyID) (*loadedKey,
 			return l, left, nil
 		}
 		return nil, 0, fmt.Errorf("%s: load: %w", id, ErrKMSUnavailable)
+	case <-gone:
+		return nil, 0, fmt.Errorf("%s: load: the token is away: %w", id, ErrHSMUnavailable)
 	case <-ctx.Done():
 		return nil, 0, fmt.Errorf("%s: load: %w", id, ErrDeadline)
 	}

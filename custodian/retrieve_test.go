@@ -296,6 +296,29 @@ func TestDeadline(t *testing.T) {
 	w.whole()
 }
 
+// While the token is away a load waits for it, and who waits for the load hears
+// in time that it is the token, and not only that it was late.
+func TestTokenAway(t *testing.T) {
+	w := newWorld(t)
+	w.category("movies")
+	kids := kidsOf(w.issue("movies", "film-1", "SD"))
+	w.reopen()
+	w.breaker.down("hsm.Status")
+	release := w.breaker.block("hsm.LoadKey")
+	defer release()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	results, err := w.c.Retrieve(ctx, provider, custodian.RetrieveRequest{KIDs: kids})
+	if err != nil || ctx.Err() != nil {
+		t.Fatalf("got %v, %v, want an answer before the deadline", err, ctx.Err())
+	}
+	wantErr(t, "the key", results[0].Err, custodian.ErrHSMUnavailable)
+	release()
+	w.breaker.disarm()
+	wantErr(t, "retrieve afterwards", w.release(provider, kids[0]), nil)
+	w.whole()
+}
+
 // More keys in clear than there is room for wait for nothing: the caller is
 // told to come again.
 func TestArenaFull(t *testing.T) {

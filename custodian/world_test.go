@@ -678,6 +678,15 @@ func (h brokenHSM) Objects(ctx context.Context) (o []custodian.TokenObject, err 
 	return o, err
 }
 
+// Status says that the token is away once "hsm.Status" is down.
+func (h brokenHSM) Status() custodian.HSMStatus {
+	h.b.mu.Lock()
+	defer h.b.mu.Unlock()
+	s := h.HSM.Status()
+	s.Away = h.b.away["hsm.Status"]
+	return s
+}
+
 type brokenKey struct {
 	custodian.Key
 	b *breaker

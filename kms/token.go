@@ -253,7 +253,7 @@ func (t *token) Status() custodian.HSMStatus {
 		Label: i.Label, Serial: i.Serial, Model: i.Model, Manufacturer: i.Manufacturer,
 		Profile: i.Profile, Epoch: uint64(i.Epoch),
 		DefaultMEK: custodian.MEKProfile(i.DefaultMEKProfile), EnforcesTrusted: i.EnforcesTrusted,
-		SessionsInUse: i.InFlight, SessionsMax: i.MaxSessions, Abandoned: i.Abandoned,
+		SessionsInUse: i.InFlight, SessionsMax: i.MaxSessions, Abandoned: i.Abandoned, Away: i.Outage != nil,
 	}
 }
 
