@@ -29,17 +29,14 @@ import (
 type rotationCase struct {
 	name    string
 	profile string
-	// first durable call that make test kills at, and how many are between;
-	// make crash kills at each. A change is three calls, so that each of them
-	// is met in many changes.
-	first, stride int
-	order         *v1.StartRotationRequest
+	lanes   int // that share the durable calls to kill at, side by side
+	order   *v1.StartRotationRequest
 }
 
 var rotationCases = []rotationCase{
-	{"kek", "sealed", 1, 1, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_KEK, Category: "movies"}},
-	{"mek sealed", "sealed", 1, 7, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_MEK}},
-	{"mek rotatable", "rotatable", 3, 7, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_MEK}},
+	{"kek", "sealed", 1, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_KEK, Category: "movies"}},
+	{"mek sealed", "sealed", 3, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_MEK}},
+	{"mek rotatable", "rotatable", 3, &v1.StartRotationRequest{Kind: v1.RotationKind_ROTATION_KIND_MEK}},
 }
 
 // custodyOf is newCustody with a MEK profile, a category and some keys.
@@ -156,58 +153,63 @@ func (c *custody) sound() {
 
 // TestCrashRotation kills the daemon before its first durable call after the
 // order of a rotation, before its second, and so on to the end: that is also
-// behind each of them. make crash kills at every call of them. Each time a start finishes the rotation, and every key
+// behind each of them. Each time a start finishes the rotation, and every key
 // that was ever answered is there, and is the same.
 func TestCrashRotation(t *testing.T) {
 	needStrace(t)
 	for _, rc := range rotationCases {
-		t.Run(rc.name, func(t *testing.T) {
-			t.Parallel() // it waits, and takes little of the CPUs
-			c, l := custodyOf(t, rc.profile, 5)
-			step, stride := rc.first, rc.stride
-			if *crashRuns > 20 {
-				step, stride = 1, 1
-			}
-			for ; ; step += stride {
-				id := "order-" + strconv.Itoa(step)
-				trace := c.killAtCall(step)
-				r, err := c.order(rc.order, id)
-				if err == nil {
-					err = c.held(r.Name)
-				}
-				if !trace.hit() {
-					if err != nil {
-						t.Fatalf("step %d: nobody was killed, and: %v\n%s", step, err, c.logText())
-					}
-					trace.end()
-					break
-				}
-				trace.end()
-				c.kill()
-				if err := c.start(); err != nil {
-					t.Fatalf("start after a kill before durable call %d: %v", step, err)
-				}
-				if r, err = c.order(rc.order, id); err != nil {
-					t.Fatalf("the order again after a kill before durable call %d: %v\n%s", step, err, c.logText())
-				}
-				if err := c.held(r.Name); err != nil {
-					t.Fatalf("after a kill before durable call %d: %v\n%s", step, err, c.logText())
-				}
-				c.issueItems(l, id, 1)
-				c.all(l)
-				c.retire(r.Name)
-				if t.Failed() {
-					t.Fatalf("that was after a kill before durable call %d", step)
-				}
-			}
-			c.all(l)
-			c.sound()
-			if step < 10 {
-				t.Errorf("a rotation has only %d durable calls; the kill does not reach it", step-1)
-			}
-			t.Logf("a rotation has %d durable calls at most", step-1)
-		})
+		for lane := range rc.lanes {
+			t.Run(fmt.Sprintf("%s, from %d by %d", rc.name, lane+1, rc.lanes), func(t *testing.T) {
+				t.Parallel() // it waits, and takes little of the CPUs
+				crashRotation(t, rc, lane+1)
+			})
+		}
 	}
+}
+
+// crashRotation kills at one of so many durable calls as there are lanes, from
+// first on.
+func crashRotation(t *testing.T, rc rotationCase, first int) {
+	c, l := custodyOf(t, rc.profile, 5)
+	step := first
+	for ; ; step += rc.lanes {
+		id := "order-" + strconv.Itoa(step)
+		trace := c.killAtCall(step)
+		r, err := c.order(rc.order, id)
+		if err == nil {
+			err = c.held(r.Name)
+		}
+		if !trace.hit() {
+			if err != nil {
+				t.Fatalf("step %d: nobody was killed, and: %v\n%s", step, err, c.logText())
+			}
+			trace.end()
+			break
+		}
+		trace.end()
+		c.kill()
+		if err := c.start(); err != nil {
+			t.Fatalf("start after a kill before durable call %d: %v", step, err)
+		}
+		if r, err = c.order(rc.order, id); err != nil {
+			t.Fatalf("the order again after a kill before durable call %d: %v\n%s", step, err, c.logText())
+		}
+		if err := c.held(r.Name); err != nil {
+			t.Fatalf("after a kill before durable call %d: %v\n%s", step, err, c.logText())
+		}
+		c.issueItems(l, id, 1)
+		c.all(l)
+		c.retire(r.Name)
+		if t.Failed() {
+			t.Fatalf("that was after a kill before durable call %d", step)
+		}
+	}
+	c.all(l)
+	c.sound()
+	if step < 10 {
+		t.Errorf("a rotation has only %d durable calls; the kill does not reach it", step-1)
+	}
+	t.Logf("a rotation has %d durable calls at most", step-1)
 }
 
 // A killer is strace on the daemon: it holds up each durable call for a moment
