@@ -46,6 +46,18 @@ func (a *assembly) wantDone(info custodian.CeremonyInfo) custodian.Evidence {
 	return e
 }
 
+// wantDoneAfter is wantDone of a ceremony whose execution may have failed, or
+// was cut off: the daemon goes on with it, or the officers execute it again.
+func (a *assembly) wantDoneAfter(info custodian.CeremonyInfo, err error) {
+	a.t.Helper()
+	got := a.finish(info.ID)
+	if got.State == custodian.CeremonyProposed && err != nil {
+		wantErr(a.t, "execute again", a.execute(info), nil)
+		got = a.finish(info.ID)
+	}
+	a.wantDone(got)
+}
+
 // populated is an assembly with a category that has keys.
 func populated(t *testing.T) *assembly { return populatedOf(t, custodian.ProfileSealed) }
 
@@ -237,12 +249,7 @@ func TestRotationCeremonyGoesOn(t *testing.T) {
 					t.Fatalf("an execution makes fewer than %d calls of %s", nth, op)
 				}
 				a.reopen()
-				got := a.finish(info.ID)
-				if got.State == custodian.CeremonyProposed && err != nil {
-					wantErr(t, "execute again", a.execute(info), nil)
-					got = a.finish(info.ID)
-				}
-				a.wantDone(got)
+				a.wantDoneAfter(info, err)
 				if n := len(a.keks("movies")); n != 2 {
 					t.Errorf("KEK versions: got %d, want 2", n)
 				}

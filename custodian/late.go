@@ -87,12 +87,11 @@ func (c *Custodian) tellLate(ctx context.Context, w *stopwatch, who Caller, req 
 				attrs = append(attrs, stageNames[s], took)
 			}
 		}
-		if log := c.audit.Writing(); log.Step != "" {
-			attrs = append(attrs, "audit_now", log.Step, "audit_now_for", short(log.For), "audit_last_sign", short(log.Sign), "audit_last_sync", short(log.Sync))
-		} else {
-			attrs = append(attrs, "audit_last_sign", short(log.Sign), "audit_last_sync", short(log.Sync))
+		log := c.audit.Writing()
+		if log.Step != "" {
+			attrs = append(attrs, "audit_now", log.Step, "audit_now_for", short(log.For))
 		}
-		c.log.Warn("a callback was late", append(attrs, "others", c.late.untold.Swap(0)-1)...)
+		c.log.Warn("a callback was late", append(attrs, "audit_last_sign", short(log.Sign), "audit_last_sync", short(log.Sync), "others", c.late.untold.Swap(0)-1)...)
 	})
 }
 

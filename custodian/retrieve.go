@@ -337,8 +337,8 @@ func GraceSeconds(left time.Duration) int64 { return int64((left + time.Second -
 // openCEK opens one CEK into the arena: one operation of the token. grace is
 // what is left where the KMS is away and the KEK serves on; else zero.
 func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (cek secret.Secret, grace time.Duration, err error) {
-	if len(k.Sealed) != CEKSize+tagSize {
-		return secret.Secret{}, 0, corrupt("content key "+k.Key.KID.String(), fmt.Errorf("sealed in %d bytes, not %d", len(k.Sealed), CEKSize+tagSize))
+	if err := k.checkSize(); err != nil {
+		return secret.Secret{}, 0, err
 	}
 	slot, err := c.slot(k)
 	if err != nil {
@@ -365,6 +365,14 @@ func (c *Custodian) openCEK(ctx context.Context, set *controlSet, k SealedKey) (
 		return secret.Secret{}, 0, fmt.Errorf("content key %s: kek %s: %w", k.Key.KID, k.Key.KEK, deadline(ctx, err))
 	}
 	return secret.New(c.arena, slot, CEKSize), grace, nil
+}
+
+// checkSize says that what is sealed cannot be a CEK, or nil.
+func (k SealedKey) checkSize() error {
+	if len(k.Sealed) != CEKSize+tagSize {
+		return corrupt("content key "+k.Key.KID.String(), fmt.Errorf("sealed in %d bytes, not %d", len(k.Sealed), CEKSize+tagSize))
+	}
+	return nil
 }
 
 // slot is room in the arena for a CEK.

@@ -353,8 +353,8 @@ func (c *Custodian) reseal(ctx context.Context, set *controlSet, from, to KEKID,
 			}
 			continue
 		}
-		if len(k.Sealed) != CEKSize+tagSize {
-			unfit = append(unfit, corrupt("content key "+k.Key.KID.String(), fmt.Errorf("sealed in %d bytes, not %d", len(k.Sealed), CEKSize+tagSize)))
+		if err := k.checkSize(); err != nil {
+			unfit = append(unfit, err)
 			continue
 		}
 		is.Body = EncodeContentKey(is.Key)

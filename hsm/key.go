@@ -493,6 +493,7 @@ func runReseal(w *worker) error {
 	for b := w.resealing; b.done < len(b.items); b.done++ {
 		it := &b.items[b.done]
 		b.opened = false
+		clear(w.in[:w.inLen])    // the item before may have been longer
 		w.inLen = len(it.Sealed) // what is wiped if this fails
 		n, rv := w.t.lib.gcmOpen(w.session, w.key.handle, &it.IV, it.AAD, it.Sealed, w.in)
 		if rv != ckrOK {

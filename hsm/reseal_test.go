@@ -20,11 +20,17 @@ func resealings(t testing.TB, k *hsm.Key, n int) []hsm.Resealing {
 		r := &items[i]
 		r.AAD, r.To = fmt.Appendf(nil, "from %d", i), fmt.Appendf(nil, "to %d", i)
 		var err error
-		if r.IV, r.Sealed, err = k.Seal(t.Context(), r.AAD, fmt.Appendf(nil, "content key %04d", i), nil); err != nil {
+		if r.IV, r.Sealed, err = k.Seal(t.Context(), r.AAD, text(n, i), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	return items
+}
+
+// text is what is sealed in the i'th of n items, no two of which in a row have
+// the same length.
+func text(n, i int) []byte {
+	return bytes.Repeat(fmt.Appendf(nil, "content key %04d", i), 1+(n-i)%3)
 }
 
 // wantSealed says how many of items, the first ones, lie under to, and that the
@@ -38,7 +44,7 @@ func wantSealed(t testing.TB, items []hsm.Resealing, from, to *hsm.Key, moved in
 		}
 		dst := make([]byte, 64)
 		n, err := k.Open(t.Context(), r.IV, aad, r.Sealed, dst)
-		if want := fmt.Appendf(nil, "content key %04d", i); err != nil || !bytes.Equal(dst[:n], want) {
+		if want := text(len(items), i); err != nil || !bytes.Equal(dst[:n], want) {
 			t.Errorf("item %d of %d, %d moved: does not open to what it was: %v", i, len(items), moved, err)
 		}
 	}

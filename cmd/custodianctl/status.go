@@ -78,22 +78,7 @@ func (a *app) printStatus(s *v1.Status) error {
 		add("", "%s not ours, never used", number(n, "object", "objects"))
 	}
 	for _, p := range s.GetProviders() {
-		add("kms", "%s (%s), %s", orDash(p.GetName()), orDash(p.GetKind()), layerOf(p))
-		add("", "holds %s, %d of them alone", number(p.GetKeyVersions(), "key version", "key versions"), p.GetSoleKeyVersions())
-		add("", "%s; %s, %d failed", contactOf(p), number(p.GetCalls(), "call", "calls"), p.GetFailures())
-		add("", "%s", graceOf(p))
-		if p.GetLoginRefused() != "" {
-			add("", "LOGIN IS REFUSED: %s", plain(p.GetLoginRefused()))
-		}
-		if p.GetNextRenewalTime() != nil {
-			add("", "login: renewed %s, ends %s", stamp(at(p.GetNextRenewalTime())), stamp(at(p.GetLoginEndTime())))
-		}
-		if p.GetIncidentTime() != nil {
-			add("", "INCIDENT declared %s", stamp(at(p.GetIncidentTime())))
-		}
-		if calls := callsOf(p); calls != "" {
-			add("", "calls: %s", calls)
-		}
+		addProvider(add, p)
 	}
 	for _, j := range s.GetRewraps() {
 		add("job", "outer wraps of %s to %s: %s keys", scopeOf(j.GetCategory()), names(j.GetProviders()), progress(j))
@@ -132,6 +117,26 @@ func (a *app) printStatus(s *v1.Status) error {
 		}
 	}
 	return a.printFields(fields)
+}
+
+// addProvider adds the lines of one KMS.
+func addProvider(add func(name, format string, args ...any), p *v1.ProviderStatus) {
+	add("kms", "%s (%s), %s", orDash(p.GetName()), orDash(p.GetKind()), layerOf(p))
+	add("", "holds %s, %d of them alone", number(p.GetKeyVersions(), "key version", "key versions"), p.GetSoleKeyVersions())
+	add("", "%s; %s, %d failed", contactOf(p), number(p.GetCalls(), "call", "calls"), p.GetFailures())
+	add("", "%s", graceOf(p))
+	if p.GetLoginRefused() != "" {
+		add("", "LOGIN IS REFUSED: %s", plain(p.GetLoginRefused()))
+	}
+	if p.GetNextRenewalTime() != nil {
+		add("", "login: renewed %s, ends %s", stamp(at(p.GetNextRenewalTime())), stamp(at(p.GetLoginEndTime())))
+	}
+	if p.GetIncidentTime() != nil {
+		add("", "INCIDENT declared %s", stamp(at(p.GetIncidentTime())))
+	}
+	if calls := callsOf(p); calls != "" {
+		add("", "calls: %s", calls)
+	}
 }
 
 // confirmedOf says what an anchor has.

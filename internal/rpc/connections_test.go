@@ -286,16 +286,7 @@ func TestRevokedOverHTTP(t *testing.T) {
 		if got := ask(); got == http.StatusUnauthorized {
 			t.Fatalf("%s: before: got %d", name, got)
 		}
-		c, err := k.config(who)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := k.ca.RevokeFile(c.CertFile); err != nil {
-			t.Fatal(err)
-		}
-		if err := k.certs.Reload(); err != nil {
-			t.Fatal(err)
-		}
+		k.revoke(t, who)
 		if got := ask(); got != http.StatusUnauthorized {
 			t.Errorf("%s: the next call: got %d, want 401", name, got)
 		}

@@ -33,16 +33,7 @@ func TestRefusedHandshakes(t *testing.T) {
 		return k.browser(t, who, nil).Transport.(*http.Transport).TLSClientConfig
 	}
 	revoked, nobody, foreign := config(stranger), config(auditor), config(auditor)
-	c, err := k.config(stranger)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := k.ca.RevokeFile(c.CertFile); err != nil {
-		t.Fatal(err)
-	}
-	if err := k.certs.Reload(); err != nil {
-		t.Fatal(err)
-	}
+	k.revoke(t, stranger)
 	nobody.Certificates = nil
 	otherCA, err := certs.OpenAuthority(t.TempDir(), trustDomain)
 	if err != nil {

@@ -272,6 +272,21 @@ func newKit(t testing.TB, o options) *kit {
 	return k
 }
 
+// revoke has a caller's certificate revoked from now on.
+func (k *kit) revoke(t testing.TB, who string) {
+	t.Helper()
+	c, err := k.config(who)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.ca.RevokeFile(c.CertFile); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.certs.Reload(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // config is that of a client named who.
 func (k *kit) config(who string) (client.Config, error) {
 	pair, err := k.ca.IssueClient(who, 24*time.Hour)

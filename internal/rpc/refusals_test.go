@@ -336,17 +336,8 @@ func TestRevokedWhileConnected(t *testing.T) {
 	if _, err := callback.GetContentKeys(t.Context(), get); err != nil {
 		t.Fatal(err)
 	}
-	c, err := k.config(provider)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := k.ca.RevokeFile(c.CertFile); err != nil {
-		t.Fatal(err)
-	}
-	if err := k.certs.Reload(); err != nil {
-		t.Fatal(err)
-	}
-	_, err = callback.GetContentKeys(t.Context(), get)
+	k.revoke(t, provider)
+	_, err := callback.GetContentKeys(t.Context(), get)
 	if got := wantRefused(t, err, "IDENTITY").Code; got != codes.Unauthenticated {
 		t.Errorf("code: got %v, want %v", got, codes.Unauthenticated)
 	}
