@@ -99,6 +99,16 @@ func TestCloudKMS(t *testing.T) {
 			}
 
 			// A start that a refused login keeps waiting says so, and goes on by itself.
+			// One that finds the incident open has said it before.
+			closed := func() bool {
+				log := c.logText()
+				return strings.Count(log, `msg="a KMS refuses our login"`) == strings.Count(log, `msg="the KMS accepts our login again"`)
+			}
+			for end := time.Now().Add(10 * time.Second); !closed(); time.Sleep(10 * time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatalf("the KMS accepts the login, and the incident is open:\n%s", c.logText())
+				}
+			}
 			kms.lockOut()
 			c.kill()
 			lines := c.launch()
