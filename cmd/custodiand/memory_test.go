@@ -21,7 +21,6 @@ import (
 
 	v1 "github.com/keycustody/custodian/api/custodian/v1"
 	"github.com/keycustody/custodian/custodian"
-	"github.com/keycustody/custodian/kms"
 )
 
 const memoryReleases = 1000
@@ -104,34 +103,13 @@ func (c *custody) plantCategory(name custodian.CategoryName) []byte {
 	}
 	blob := c.wrapUnderMEK(kek)
 
-	ctx := t.Context()
-	var p parts
-	log := c.config.logger(os.Stderr)
-	defer p.close(context.WithoutCancel(ctx))
-	if err := p.openStore(ctx, c.config, log); err != nil {
-		t.Fatal(err)
-	}
-	if err := p.openProviders(ctx, c.config); err != nil {
-		t.Fatal(err)
-	}
-	var err error
-	if p.token, err = openToken(ctx, c.config, log); err != nil {
-		t.Fatal(err)
-	}
-	policy, err := c.config.policy(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := p.config(c.config, policy, log)
-	cfg.HSM = planted{kms.Token(p.token), kek, blob}
-	d, err := custodian.Open(ctx, cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Close()
-	if _, err := d.CreateCategory(ctx, c.officer(), custodian.CreateCategoryRequest{Name: name}); err != nil {
-		t.Fatal(err)
-	}
+	c.withDomain(func(cfg *custodian.Config) {
+		cfg.HSM = planted{cfg.HSM, kek, blob}
+	}, func(d *custodian.Custodian) {
+		if _, err := d.CreateCategory(t.Context(), c.officer(), custodian.CreateCategoryRequest{Name: name}); err != nil {
+			t.Fatal(err)
+		}
+	})
 	return kek
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"io"
@@ -123,6 +124,33 @@ func (c *custody) metrics() string {
 func (c *custody) seed(versions int) map[custodian.KID][32]byte {
 	t := c.t
 	t.Helper()
+	keys := map[custodian.KID][32]byte{}
+	packager := custodian.Caller{ID: "spiffe://" + devTrustDomain + "/packager", Roles: []custodian.Role{custodian.RolePackager}}
+	c.withDomain(func(cfg *custodian.Config) {
+		cfg.GCMLimits = custodian.GCMLimits{Block: 1, Soft: 2, Hard: 1 << 20}
+		cfg.KEKLifetime = time.Hour
+	}, func(d *custodian.Custodian) {
+		if _, err := d.CreateCategory(t.Context(), c.officer(), custodian.CreateCategoryRequest{Name: "movies", Providers: []string{"outer"}}); err != nil {
+			t.Fatal(err)
+		}
+		for i := range versions {
+			issued, err := d.Issue(t.Context(), packager, custodian.IssueRequest{Category: "movies", ContentID: []byte("film-" + strconv.Itoa(i)),
+				Keys: []custodian.KeySpec{{TrackType: "SD", Scheme: custodian.SchemeCENC}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			issued[0].Key.Use(func(b []byte) { keys[issued[0].KID] = sha256.Sum256(b) })
+			issued[0].Key.Destroy()
+		}
+	})
+	return keys
+}
+
+// withDomain opens the custody in this process, with the daemon's parts, for as
+// long as f runs. It holds the module, and waits for whoever does.
+func (c *custody) withDomain(change func(*custodian.Config), f func(*custodian.Custodian)) {
+	t := c.t
+	t.Helper()
 	defer c.holdModule()()
 	log := slog.New(slog.DiscardHandler)
 	policy, err := c.config.policy(nil)
@@ -131,7 +159,7 @@ func (c *custody) seed(versions int) map[custodian.KID][32]byte {
 	}
 	var p parts
 	defer func() {
-		if err := p.close(t.Context()); err != nil {
+		if err := p.close(context.WithoutCancel(t.Context())); err != nil {
 			t.Error(err)
 		}
 	}()
@@ -145,28 +173,13 @@ func (c *custody) seed(versions int) map[custodian.KID][32]byte {
 		t.Fatal(err)
 	}
 	cfg := p.config(c.config, policy, log)
-	cfg.GCMLimits = custodian.GCMLimits{Block: 1, Soft: 2, Hard: 1 << 20}
-	cfg.KEKLifetime = time.Hour
+	change(&cfg)
 	d, err := custodian.Open(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	if _, err := d.CreateCategory(t.Context(), c.officer(), custodian.CreateCategoryRequest{Name: "movies", Providers: []string{"outer"}}); err != nil {
-		t.Fatal(err)
-	}
-	keys := map[custodian.KID][32]byte{}
-	packager := custodian.Caller{ID: "spiffe://" + devTrustDomain + "/packager", Roles: []custodian.Role{custodian.RolePackager}}
-	for i := range versions {
-		issued, err := d.Issue(t.Context(), packager, custodian.IssueRequest{Category: "movies", ContentID: []byte("film-" + strconv.Itoa(i)),
-			Keys: []custodian.KeySpec{{TrackType: "SD", Scheme: custodian.SchemeCENC}}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		issued[0].Key.Use(func(b []byte) { keys[issued[0].KID] = sha256.Sum256(b) })
-		issued[0].Key.Destroy()
-	}
-	return keys
+	f(d)
 }
 
 // officer is the officer of the development grants.
