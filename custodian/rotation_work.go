@@ -19,8 +19,10 @@ const (
 	// moveChunk is how many of them have the token, and a processor, to
 	// themselves at a time: a callback waits so long.
 	moveChunk = 5
-	// verifyBatch is how many are read at once to be verified.
-	verifyBatch = 512
+	// readPage and countPage are how many are read, and counted, before
+	// whoever waits for a processor has it: some 200 µs.
+	readPage  = 64
+	countPage = 512
 	// rotationPause is how long a rotation that failed is left alone at first,
 	// and maxRotationPause in the end.
 	rotationPause    = time.Second
@@ -219,17 +221,17 @@ func (c *Custodian) moveKeys(ctx context.Context, r Rotation, sources func(*cont
 }
 
 func (c *Custodian) countUnder(ctx context.Context, ids []KEKID) (n uint64, err error) {
-	const page = 10_000
 	for _, id := range ids {
 		var after KID
 		for more := true; more; {
+			admission.StandBack()
 			var kids []KID
-			if err := c.store.View(ctx, func(tx Tx) error { kids, err = tx.KeysUnderKEK(id, after, page); return err }); err != nil {
+			if err := c.store.View(ctx, func(tx Tx) error { kids, err = tx.KeysUnderKEK(id, after, countPage); return err }); err != nil {
 				return 0, err
 			}
 			n += uint64(len(kids))
-			if more = len(kids) == page; more {
-				after = kids[page-1]
+			if more = len(kids) == countPage; more {
+				after = kids[countPage-1]
 			}
 		}
 	}
@@ -503,10 +505,11 @@ func (c *Custodian) verifyKey(ctx context.Context, k SealedKey) error {
 func (c *Custodian) eachKey(ctx context.Context, name CategoryName, f func([]SealedKey) error) error {
 	var after *NaturalKey
 	for {
+		admission.StandBack()
 		var page []SealedKey
 		err := c.store.View(ctx, func(tx Tx) error {
 			page = page[:0]
-			return tx.ContentKeys(name, nil, after, verifyBatch, func(k SealedKey) error {
+			return tx.ContentKeys(name, nil, after, readPage, func(k SealedKey) error {
 				page = append(page, k)
 				return nil
 			})
