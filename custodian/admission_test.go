@@ -43,7 +43,7 @@ func TestShed(t *testing.T) {
 		start := time.Now()
 		_, err := w.c.Retrieve(t.Context(), provider, many)
 		wantErr(t, "one too many", err, custodian.ErrRate)
-		if took := time.Since(start); took > 100*time.Millisecond {
+		if took := time.Since(start); took > 2*time.Second { // nothing moves: who waits, waits for ever
 			t.Errorf("it was refused after %s, not at once", took)
 		}
 	}
