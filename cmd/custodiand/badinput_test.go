@@ -423,6 +423,7 @@ func TestDiskFull(t *testing.T) {
 // releases: from then on nothing is released, until there is room.
 func TestAuditDiskFull(t *testing.T) {
 	c := provision(t)
+	c.patient()
 	c.smallDisk("64m")
 	c.mustRun("init", "-config", c.dev.configFile())
 	c.mustStart()
