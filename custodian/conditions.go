@@ -117,6 +117,16 @@ func (c *Custodian) rehearseConditions(a *Authority, p *Plan) (line string, same
 	return line + fmt.Sprintf("; the running configuration has others, %x, which stay in force until one with those of the plan is loaded: no other starts any more", d), false
 }
 
+// conditionsOf are the digest in force, and the one that the officers have signed:
+// "" where they leave the conditions to the configuration.
+func (c *Custodian) conditionsOf(a *Authority) (inForce, signed string) {
+	if a != nil && a.Conditions != [32]byte{} {
+		signed = sayConditions(a.Conditions)
+	}
+	d := c.policy.Load().Conditions()
+	return hex.EncodeToString(d[:]), signed
+}
+
 // conditionsWarning says to everybody who decides the conditions, where it is
 // not the officers; "" where all is well.
 func (c *Custodian) conditionsWarning(a *Authority) string {

@@ -159,12 +159,24 @@ func kekDestroyed(id KEKID, e audit.Entry) audit.Entry {
 
 // destroyKEK erases a KEK version from the store and from the token.
 func (c *Custodian) destroyKEK(ctx context.Context, id KEKID, e audit.Entry) error {
-	err := c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+	return c.erase(ctx, e, func(old *controlSet) []ControlRecord {
 		k := old.keks[id]
 		if k.State == StateDestroyed {
+			return nil
+		}
+		return []ControlRecord{kekRecord(k.destroyed())}
+	})
+}
+
+// erase puts records without keys in the place of those that have them, and
+// drops what of these keys is loaded. records has none where that is done already.
+func (c *Custodian) erase(ctx context.Context, e audit.Entry, records func(old *controlSet) []ControlRecord) error {
+	err := c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+		put := records(old)
+		if len(put) == 0 {
 			return change{}, errNoChange
 		}
-		return change{put: []ControlRecord{kekRecord(k.destroyed())}, entry: e}, nil
+		return change{put: put, entry: e}, nil
 	})
 	if err == nil {
 		c.keys.forget(c.set.Load())
@@ -178,14 +190,22 @@ func (k KEK) destroyed() KEK {
 	return k
 }
 
+// destroyed are the names of what was destroyed after a control revision: the
+// first words of the details.
+func (l *Logged) destroyed(action string, after uint64) (names []string) {
+	for _, ch := range l.Changes {
+		if ch.Revision > after && ch.Action == action {
+			name, _, _ := strings.Cut(ch.Detail, " ")
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
 // destroyAgain destroys the KEK versions that were destroyed after the backup: a
 // restore does not bring them back. What lies under them is lost.
 func (c *Custodian) destroyAgain(ctx context.Context, l Logged, backup uint64, rep *RestoreReport) error {
-	for _, ch := range l.Changes {
-		if ch.Revision <= backup || ch.Action != actionDestroy {
-			continue
-		}
-		name, _, _ := strings.Cut(ch.Detail, " ")
+	for _, name := range l.destroyed(actionDestroy, backup) {
 		id, err := ParseKEKID(name)
 		if err != nil {
 			return corrupt("audit entry of a destroyed key version", err)

@@ -155,10 +155,10 @@ func (c *Custodian) destroyMEK(ctx context.Context, version uint32, e audit.Entr
 
 // eraseMEK erases a MEK's canary, and every key that it wraps, from the store.
 func (c *Custodian) eraseMEK(ctx context.Context, version uint32, e audit.Entry) error {
-	err := c.change(ctx, func(old *controlSet, _ time.Time) (change, error) {
+	return c.erase(ctx, e, func(old *controlSet) []ControlRecord {
 		m := old.meks[version]
 		if m.State == StateDestroyed {
-			return change{}, errNoChange
+			return nil
 		}
 		m.State, m.Canary, m.Revision = StateDestroyed, nil, m.Revision+1
 		put := []ControlRecord{mekRecord(m)}
@@ -170,21 +170,13 @@ func (c *Custodian) eraseMEK(ctx context.Context, version uint32, e audit.Entry)
 			h.State, h.Wrapped.Outer, h.Wrapped.Canary, h.Revision = StateDestroyed, nil, nil, h.Revision+1
 			put = append(put, helperRecord(h))
 		}
-		return change{put: put, entry: e}, nil
+		return put
 	})
-	if err == nil {
-		c.keys.forget(c.set.Load())
-	}
-	return err
 }
 
 // destroyedMEKs are the MEKs that were destroyed after a control revision.
 func (l *Logged) destroyedMEKs(after uint64) (versions []uint32, err error) {
-	for _, ch := range l.Changes {
-		if ch.Revision <= after || ch.Action != actionDestroyMEK {
-			continue
-		}
-		text, _, _ := strings.Cut(ch.Detail, " ")
+	for _, text := range l.destroyed(actionDestroyMEK, after) {
 		v, err := strconv.ParseUint(text, 10, 32)
 		if err != nil {
 			return nil, corrupt("audit entry of a destroyed mek", err)

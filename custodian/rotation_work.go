@@ -15,10 +15,10 @@ import (
 
 const (
 	// moveBatch is how many content keys one store update moves.
-	moveBatch = 80
+	moveBatch = 64
 	// moveChunk is how many of them have the token, and a processor, to
 	// themselves at a time: a callback waits so long.
-	moveChunk = 5
+	moveChunk = 4
 	// readPage and countPage are how many are read, and counted, before
 	// whoever waits for a processor has it: some 200 µs.
 	readPage  = 64

@@ -36,6 +36,9 @@ type Status struct {
 	Authority       string           `json:"authority"` // who may change policy
 	Rewraps         []RewrapStatus   `json:"rewraps"`   // jobs that have not ended
 	Rotations       []RotationStatus `json:"rotations"` // that have something left to do, or are held
+
+	Conditions       string `json:"conditions"`        // the digest of those in force
+	SignedConditions string `json:"signed_conditions"` // that of the officers'; "": the configuration decides
 }
 
 // A MEKStatus describes one MEK version.
@@ -93,6 +96,7 @@ func (c *Custodian) Snapshot(ctx context.Context) (Status, error) {
 		Audit: AuditStatus{Entries: c.audit.Size(), Root: fmt.Sprintf("%x", root), Blocked: log.Blocked, Full: log.Full,
 			Segments: log.Segments, Pruned: log.Pruned, Bytes: log.Bytes, Limit: log.Limit, Watermark: log.Watermark},
 		Authority: set.authority.describe(), Rewraps: c.rewrapStatuses(set)}
+	s.Conditions, s.SignedConditions = c.conditionsOf(set.authority)
 	for _, m := range set.meks {
 		st := MEKStatus{m.Version, m.Label, m.Profile, m.State, m.CreateTime, m.EndTime, int(m.EndTime.Sub(now).Hours() / 24), nil}
 		if before, due := m.mekWarning(now); due && m.State == StateActive {

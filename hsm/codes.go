@@ -17,6 +17,8 @@ const (
 	ckrValueInvalid     = 0x13
 	ckrMechanismInvalid = 0x70
 	ckrTemplateMismatch = 0xD1
+
+	ckrObjectHandleInvalid = 0x82
 )
 
 // Mechanisms. ckmAESKeyWrapKWP is of PKCS#11 3.0 and unknown to older headers.

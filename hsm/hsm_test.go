@@ -554,6 +554,22 @@ func TestLeftoversSpareLoadedKeys(t *testing.T) {
 	wantErr(t, "the key is gone", s.open(t.Context()), hsm.ErrStale)
 }
 
+// What another call has destroyed since the search is no fault: a released key is
+// destroyed at any time.
+func TestLeftoversThatAreGone(t *testing.T) {
+	c, f := faulty(t)
+	tok := open(t, c)
+	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	for _, call := range []string{"C_GetAttributeValue", "C_DestroyObject"} {
+		newKey(t, mek, hsm.UseGCM)
+		f.Fail(call, 0x82, 1) // CKR_OBJECT_HANDLE_INVALID
+		if _, err := tok.DestroyLeftovers(t.Context(), []string{""}, nil); err != nil {
+			t.Errorf("%s of an object that is gone: %v", call, err)
+		}
+		f.Reset()
+	}
+}
+
 func TestSigner(t *testing.T) {
 	c := softhsm.Test(t)
 	tok := open(t, c)

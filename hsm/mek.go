@@ -267,7 +267,7 @@ func (m *MEK) resolve(ctx context.Context) (found, error) {
 }
 
 // errMoved means that a job came to another epoch than its handle.
-var errMoved = &fault{callFind, 0x82, classHandle}
+var errMoved = &fault{callFind, ckrObjectHandleInvalid, classHandle}
 
 // with runs an operation on the MEK's handle, and once more if the handle or
 // the connection turns out to be gone. A MEK that was there and is not found

@@ -70,6 +70,9 @@ func (t *Token) DestroyLeftovers(ctx context.Context, labels []string, ids [][16
 				continue // the one session object there is while no Key is loaded
 			}
 			o, err := w.object(h)
+			if hasCode(err, ckrObjectHandleInvalid) {
+				continue // a Key that was released: it is gone since the search
+			}
 			if err != nil && !hasCode(err, ckrValueInvalid) { // that of an object without any attribute
 				return err
 			}
@@ -78,10 +81,12 @@ func (t *Token) DestroyLeftovers(ctx context.Context, labels []string, ids [][16
 			if !named && !unnamed {
 				continue
 			}
-			if err := w.t.lib.p.DestroyObject(w.session, pkcs11.ObjectHandle(h)); err != nil {
-				return faultOf(callDestroy, err)
+			switch err := faultOf(callDestroy, w.t.lib.p.DestroyObject(w.session, pkcs11.ObjectHandle(h))); {
+			case err == nil:
+				n++
+			case !hasCode(err, ckrObjectHandleInvalid): // then it is gone, too
+				return err
 			}
-			n++
 		}
 		return w.probe()
 	})

@@ -35,7 +35,7 @@ evidence that verifies anywhere. docs/CEREMONY.md has a script for each kind.`,
   custodianctl ceremony evidence 0123456789abcdef --out evidence.json
   custodianctl ceremony verify evidence.json --trust officers.pem`,
 	}, a.ceremonyProposeCmd(), a.ceremonyListCmd(), a.ceremonyShowCmd(), a.ceremonyApproveCmd(), a.ceremonyCancelCmd(), a.ceremonyExecuteCmd(),
-		a.ceremonyWatchCmd(), a.ceremonyEvidenceCmd(), a.ceremonyVerifyCmd(), a.blastRadiusCmd(), a.ceremonyDigestCmd(), a.ceremonySignCmd(), a.ceremonyKeyCmd(), a.ceremonyKeygenCmd())
+		a.ceremonyWatchCmd(), a.ceremonyEvidenceCmd(), a.ceremonyVerifyCmd(), a.blastRadiusCmd(), a.conditionsCmd(), a.ceremonyDigestCmd(), a.ceremonySignCmd(), a.ceremonyKeyCmd(), a.ceremonyKeygenCmd())
 }
 
 // readPlan reads an officer's own copy of a plan.
@@ -484,6 +484,38 @@ func (a *app) ceremonyDigestCmd() *cobra.Command {
 			}{string(p.Kind), digest[:], p.Canonical()})
 		}
 		return a.printf("%x  %s plan, expires %s\n", digest, p.Kind, p.Expires)
+	})
+}
+
+func (a *app) conditionsCmd() *cobra.Command {
+	return leaf(&cobra.Command{
+		Use:   "conditions",
+		Short: "Show which conditions are in force, and which the officers have signed (officer, operator, auditor)",
+		Long: `Show the digest of the conditions that are in force, and of those that the officers
+have signed: what decides beside the grants, which are rules, licence tokens, sealing
+and budgets. The digest of a configuration file is what custodiand -check-config
+prints; a plan names it under conditions.`,
+	}, cobra.NoArgs, func(ctx context.Context, _ []string) error {
+		s, err := ask(ctx, a, func(ctx context.Context, cl *client.Client) (*v1.Status, error) { return cl.Status(ctx) })
+		if err != nil {
+			return fmt.Errorf("get conditions: %w", err)
+		}
+		inForce, signed := s.GetConditions(), s.GetSignedConditions()
+		if a.json {
+			return a.printJSON(struct {
+				InForce string `json:"in_force"`
+				Signed  string `json:"signed"`
+			}{inForce, signed})
+		}
+		var fields [][2]string
+		if signed != "" && signed != inForce {
+			fields = append(fields, [2]string{"WARNING", "what is in force is not what the officers have signed: load the configuration that has it"})
+		}
+		said := plain(signed)
+		if signed == "" {
+			said = "none: the configuration file decides"
+		}
+		return a.printFields(append(fields, [2]string{"in force", orDash(inForce)}, [2]string{"signed", said}))
 	})
 }
 

@@ -416,13 +416,14 @@ func TestDiskFull(t *testing.T) {
 	if code := c.stop(); code != 0 {
 		t.Errorf("stop: exit %d", code)
 	}
-	c.checkAtRest(&ledger{released: map[custodian.KID]bool{custodian.KID(s.kid): true}})
+	c.checkAtRest(&ledger{released: map[custodian.KID]bool{custodian.KID(s.kid): true}}, "custodian-mek-v1")
 }
 
 // TestAuditDiskFull uses up even the room that the audit log keeps back for
 // releases: from then on nothing is released, until there is room.
 func TestAuditDiskFull(t *testing.T) {
 	c := provision(t)
+	c.patient()
 	c.smallDisk("64m")
 	c.mustRun("init", "-config", c.dev.configFile())
 	c.mustStart()

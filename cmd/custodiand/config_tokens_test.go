@@ -111,9 +111,9 @@ func TestTokenSources(t *testing.T) {
 // await waits for what must come soon.
 func await(t *testing.T, what string, come func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !come(); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); !come(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%s did not come in 10 s", what)
+			t.Fatalf("%s did not come in 30 s", what)
 		}
 	}
 }

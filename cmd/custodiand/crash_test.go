@@ -160,7 +160,7 @@ func TestCrash(t *testing.T) {
 	if code := c.stop(); code != 0 {
 		t.Errorf("clean stop: exit %d, want 0\n%s", code, c.logText())
 	}
-	c.checkAtRest(l)
+	c.checkAtRest(l, "custodian-mek-v1")
 	t.Logf("%d kills, %d keys answered, %d released", *crashRuns, len(l.byItem), len(l.released))
 }
 
@@ -175,8 +175,8 @@ func randomBelow(t *testing.T, d time.Duration) time.Duration {
 
 // checkAtRest verifies what lies on disk and in the token: the audit log and
 // that every released KID is in it, the store's own consistency, and that the
-// token holds our three objects and nothing else.
-func (c *custody) checkAtRest(l *ledger) {
+// token holds these MEKs, the pair that signs the log, and nothing else.
+func (c *custody) checkAtRest(l *ledger, meks ...string) {
 	t := c.t
 	t.Helper()
 	if _, err := audit.Verify(t.Context(), c.config.auditDir(), audit.VerifyOptions{}); err != nil {
@@ -216,7 +216,7 @@ func (c *custody) checkAtRest(l *ledger) {
 	if err := s.Check(t.Context()); err != nil {
 		t.Errorf("store: %v", err)
 	}
-	want := []string{"custodian-mek-audit-v1", "custodian-mek-audit-v1", "custodian-mek-v1"}
+	want := append([]string{"custodian-mek-audit-v1", "custodian-mek-audit-v1"}, meks...)
 	if got := c.tokenLabels(); strings.Join(got, " ") != strings.Join(want, " ") {
 		t.Errorf("objects in the token: got %q, want %q", got, want)
 	}
@@ -347,7 +347,7 @@ func crashInit(t *testing.T, step int) bool {
 	if code := c.stop(); code != 0 {
 		t.Errorf("stop after a kill before step %d: exit %d", step, code)
 	}
-	if c.checkAtRest(&ledger{}); t.Failed() {
+	if c.checkAtRest(&ledger{}, "custodian-mek-v1"); t.Failed() {
 		t.Fatalf("that was after a kill before step %d", step)
 	}
 	return true
@@ -392,7 +392,7 @@ func TestCrashCreateCategory(t *testing.T) {
 	if code := c.stop(); code != 0 {
 		t.Errorf("stop: exit %d", code)
 	}
-	c.checkAtRest(&ledger{})
+	c.checkAtRest(&ledger{}, "custodian-mek-v1")
 }
 
 // wantInterrupted checks that the log has an attempt that a kill cut off, and

@@ -151,15 +151,13 @@ func TestKafka(t *testing.T) {
 	for i := range 12 {
 		ids = append(ids, fmt.Sprintf("m%d", i), fmt.Sprintf("m%d", i/2)) // each, and some again
 	}
-	b.send("media.drm.batch", announced, ids...)
-	b.send("media.drm.packaged", `{"category":"movies","content_id":"film-0"}`, "p1") // behind all of them
+	b.send("media.drm.batch", announced, ids[:12]...)
 	await(t, "the first of many events", func() bool { return c.versions() > 4 })
 	c.kill()
-	c.mustStart()
-	if n := c.versions(); n >= 2+12 {
-		t.Errorf("it was killed with %d versions, when all was done", n)
-	}
 	b.bury()
+	b.send("media.drm.batch", announced, ids[12:]...)
+	b.send("media.drm.packaged", `{"category":"movies","content_id":"film-0"}`, "p1") // behind all of them
+	c.mustStart()
 	packaged := func() bool {
 		a := l.byItem["film-0"]
 		auditor := c.dial(custodian.RoleAuditor)

@@ -58,7 +58,8 @@ type custody struct {
 	admin  string
 	env    []string // added to the daemon's environment
 
-	cmd *exec.Cmd
+	cmd    *exec.Cmd
+	logged <-chan struct{} // closed when all that cmd said is in the log
 	// mu guards the log.
 	mu  sync.Mutex
 	log bytes.Buffer
@@ -147,9 +148,10 @@ func (c *custody) launch(prefix ...string) <-chan string {
 	if err := cmd.Start(); err != nil {
 		c.t.Fatal(err)
 	}
-	c.cmd = cmd
-	lines := make(chan string, 10000)
+	lines, logged := make(chan string, 10000), make(chan struct{})
+	c.cmd, c.logged = cmd, logged
 	go func() {
+		defer close(logged)
 		defer close(lines)
 		for s := bufio.NewScanner(pipe); s.Scan(); {
 			c.mu.Lock()
@@ -176,9 +178,7 @@ func (c *custody) awaitServing(lines <-chan string) error {
 		select {
 		case line, ok := <-lines:
 			if !ok {
-				err := c.cmd.Wait()
-				c.cmd = nil
-				return fmt.Errorf("the daemon ended before it served: %w\n%s", err, c.logText())
+				return fmt.Errorf("the daemon ended before it served: %w\n%s", c.wait(), c.logText())
 			}
 			if m := servingLine.FindStringSubmatch(line); m != nil {
 				c.listen, c.admin = m[1], m[2]
@@ -201,17 +201,24 @@ func (c *custody) mustStart() {
 func (c *custody) kill() {
 	if c.cmd != nil {
 		c.cmd.Process.Kill()
-		c.cmd.Wait()
-		c.cmd = nil
+		c.wait()
 	}
+}
+
+// wait returns how the daemon ended, when it has ended and its log is whole:
+// Wait closes the pipe, read or not.
+func (c *custody) wait() error {
+	<-c.logged
+	err := c.cmd.Wait()
+	c.cmd = nil
+	return err
 }
 
 // stop is SIGTERM; it returns the exit code.
 func (c *custody) stop() int {
 	c.t.Helper()
 	c.cmd.Process.Signal(syscall.SIGTERM)
-	err := c.cmd.Wait()
-	c.cmd = nil
+	err := c.wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return exit.ExitCode()

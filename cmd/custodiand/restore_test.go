@@ -117,7 +117,7 @@ func TestBackupAndRestore(t *testing.T) {
 	if code := s.stop(); code != 0 {
 		t.Errorf("stop: exit %d", code)
 	}
-	s.checkAtRest(&ledger{released: map[custodian.KID]bool{custodian.KID(s.kid): true}})
+	s.checkAtRest(&ledger{released: map[custodian.KID]bool{custodian.KID(s.kid): true}}, "custodian-mek-v1")
 }
 
 // TestRestoreRefusesABadBackup: a cut or changed backup, or another identity,

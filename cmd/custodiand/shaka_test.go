@@ -570,9 +570,9 @@ func TestShakaTokenAway(t *testing.T) {
 	clip := s.clip()
 	s.mustPack(append(s.encrypts("before", custodian.SchemeCENC), clip)...)
 	f.Fail("C_GenerateRandom", ckrDeviceError, 1<<30)
+	began := time.Now()
 	back := time.AfterFunc(5*time.Second, f.Reset)
 	defer back.Stop()
-	began := time.Now()
 	out, code := s.pack(append(s.encrypts("meanwhile", custodian.SchemeCENC), clip)...)
 	if code != 0 {
 		t.Fatalf("exit %d:\n%s\n%s", code, out, s.logText())

@@ -19,9 +19,9 @@ func TestSPEKETokenAway(t *testing.T) {
 	spekeKeys(t, transport, port, 2) // while all is well
 	const away = 2 * time.Second
 	f.Fail("C_GenerateRandom", ckrDeviceError, 1<<30)
+	began := time.Now()
 	back := time.AfterFunc(away, f.Reset)
 	defer back.Stop()
-	began := time.Now()
 	keys := spekeKeys(t, transport, port, 5)
 	if took := time.Since(began); took < away {
 		t.Errorf("it took %s: the token was not away", took)
@@ -41,9 +41,9 @@ func TestLongSPEKETokenAway(t *testing.T) {
 	transport, port := serveEncoders(t, c)
 	defer transport.CloseIdleConnections()
 	f.Fail("C_GenerateRandom", ckrDeviceError, 1<<30)
+	began := time.Now()
 	back := time.AfterFunc(2*time.Minute, f.Reset)
 	defer back.Stop()
-	began := time.Now()
 	refusals := 0
 	for time.Since(began) < 2*time.Minute {
 		asked := time.Now()

@@ -45,7 +45,7 @@ func servingState(unavailable error) v1.ServingState {
 
 func encodeStatus(s custodian.Status) *v1.Status {
 	out := &v1.Status{
-		Time: timestamp(s.Time), StartTime: timestamp(s.Started), Warnings: s.Warnings, Authority: s.Authority,
+		Time: timestamp(s.Time), StartTime: timestamp(s.Started), Warnings: s.Warnings, Authority: s.Authority, Conditions: s.Conditions, SignedConditions: s.SignedConditions,
 		StoreId: s.StoreID, ControlRevision: s.ControlRevision, Categories: int32(s.Categories),
 		KeksLoaded: int32(s.KEKsLoaded), KekLoads: s.KEKLoads, CeksInClear: int32(s.CEKsInClear), UnknownKidIncidents: s.Incidents,
 		Hsm:   encodeHSM(s.HSM),

@@ -128,6 +128,12 @@ type Status struct {
 	// KIDs that a caller who may know asked for and that do not exist, since the
 	// daemon started. Each one is an incident.
 	UnknownKidIncidents uint64 `protobuf:"varint,19,opt,name=unknown_kid_incidents,json=unknownKidIncidents,proto3" json:"unknown_kid_incidents,omitempty"`
+	// The digest of the conditions in force: of what the configuration has beside
+	// grants that decides. 64 hexadecimal digits. Empty before init.
+	Conditions string `protobuf:"bytes,20,opt,name=conditions,proto3" json:"conditions,omitempty"`
+	// The digest of the conditions that the officers have signed. Empty: they leave
+	// them to the configuration, or there are no officers.
+	SignedConditions string `protobuf:"bytes,21,opt,name=signed_conditions,json=signedConditions,proto3" json:"signed_conditions,omitempty"`
 	// Jobs that move outer wraps and have not ended.
 	Rewraps []*Rewrap `protobuf:"bytes,30,rep,name=rewraps,proto3" json:"rewraps,omitempty"`
 	// Rotations that have something left to do, or are held.
@@ -297,6 +303,20 @@ func (x *Status) GetUnknownKidIncidents() uint64 {
 		return x.UnknownKidIncidents
 	}
 	return 0
+}
+
+func (x *Status) GetConditions() string {
+	if x != nil {
+		return x.Conditions
+	}
+	return ""
+}
+
+func (x *Status) GetSignedConditions() string {
+	if x != nil {
+		return x.SignedConditions
+	}
+	return ""
 }
 
 func (x *Status) GetRewraps() []*Rewrap {
@@ -1298,7 +1318,7 @@ var File_custodian_v1_status_proto protoreflect.FileDescriptor
 
 const file_custodian_v1_status_proto_rawDesc = "" +
 	"\n" +
-	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a#custodian/v1/rotation_service.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x95\a\n" +
+	"\x19custodian/v1/status.proto\x12\fcustodian.v1\x1a\x1ccustodian/v1/key_state.proto\x1a#custodian/v1/rotation_service.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe2\a\n" +
 	"\x06Status\x120\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1a.custodian.v1.ServingStateR\x05state\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
@@ -1323,7 +1343,11 @@ const file_custodian_v1_status_proto_rawDesc = "" +
 	"keksLoaded\x12\x1b\n" +
 	"\tkek_loads\x18\x11 \x01(\x04R\bkekLoads\x12\"\n" +
 	"\rceks_in_clear\x18\x12 \x01(\x05R\vceksInClear\x122\n" +
-	"\x15unknown_kid_incidents\x18\x13 \x01(\x04R\x13unknownKidIncidents\x12.\n" +
+	"\x15unknown_kid_incidents\x18\x13 \x01(\x04R\x13unknownKidIncidents\x12\x1e\n" +
+	"\n" +
+	"conditions\x18\x14 \x01(\tR\n" +
+	"conditions\x12+\n" +
+	"\x11signed_conditions\x18\x15 \x01(\tR\x10signedConditions\x12.\n" +
 	"\arewraps\x18\x1e \x03(\v2\x14.custodian.v1.RewrapR\arewraps\x124\n" +
 	"\trotations\x18\x1f \x03(\v2\x16.custodian.v1.RotationR\trotations\"\x87\x02\n" +
 	"\x06Rewrap\x12\x1a\n" +
