@@ -193,7 +193,9 @@ func (c *Custodian) ceremonyEntry(who Caller, d Decision, a Action, requestID, i
 	if errors.Is(err, ErrApproval) || errors.Is(err, ErrQuorum) || errors.Is(err, ErrCeremonyState) || errors.Is(err, ErrPlan) {
 		e.Outcome = audit.Denied
 	}
-	e.Priority = true // an attempt on a ceremony is never counted away
+	// An officer's attempt on a ceremony is never counted away. What anybody can
+	// send as often as they like is.
+	e.Priority = d.Allow && !errors.Is(err, ErrInvalid)
 	e.Detail = about(id) + ": " + detail
 	if err != nil {
 		e.Detail = about(id) + ": refused: " + err.Error()

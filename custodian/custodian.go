@@ -298,8 +298,12 @@ func (c *Custodian) entry(set *controlSet, who Caller, d Decision, a Action, req
 // decision, from what was read since.
 var byState = []error{ErrDenied, ErrKeyState, ErrKeyCompromised, ErrCategoryFrozen, ErrKeyDestroyed}
 
-// judged adds the outcome that follows from a decision and from err.
+// judged adds the outcome that follows from a decision and from err. What is
+// malformed and was found so only after the decision needs no Refuse.
 func judged(e audit.Entry, d Decision, err error) audit.Entry {
+	if invalid, ok := errors.AsType[*InvalidError](err); ok {
+		invalid.judged = true
+	}
 	switch {
 	case err == nil:
 		e.Outcome = audit.Allowed

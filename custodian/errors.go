@@ -81,12 +81,14 @@ func ReasonOf(err error) Reason {
 type InvalidError struct {
 	Field string // path in the request, "keys[3].kid"
 	Err   error
+
+	judged bool // an audit entry of this package says that the call ended with it
 }
 
 func (e *InvalidError) Error() string   { return e.Field + ": " + e.Err.Error() }
 func (e *InvalidError) Unwrap() []error { return []error{ErrInvalid, e.Err} }
 
-func invalid(field string, err error) error { return &InvalidError{field, err} }
+func invalid(field string, err error) error { return &InvalidError{Field: field, Err: err} }
 
 // Errors of a Provider. Everything a KMS can answer falls into one of them.
 var (

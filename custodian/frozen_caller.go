@@ -149,7 +149,7 @@ func (c *Custodian) setCaller(ctx context.Context, who Caller, req FreezeCallerR
 		d.Allow, d.Err = false, ErrDenied // a caller's keys are of every category
 	}
 	e := c.entry(c.set.Load(), who, d, ActionFreezeCaller, req.RequestID, ref{}, nil)
-	e.Action, e.Detail, e.Priority = action, req.Identity+" "+req.Cause, true
+	e.Action, e.Detail, e.Priority = action, req.Identity+" "+req.Cause, d.Allow
 	var frozen FrozenCaller
 	err := c.administer(ctx, d, e, d.Err, func(e audit.Entry) (err error) {
 		frozen, err = f(e)

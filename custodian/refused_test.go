@@ -3,6 +3,7 @@ package custodian_test
 import (
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"unicode/utf8"
 
@@ -37,4 +38,59 @@ func TestRefuse(t *testing.T) {
 	}
 	w.breaker.down("audit.Sync")
 	wantErr(t, "refuse without a log", w.c.Refuse(t.Context(), packager, r, custodian.ErrDenied), custodian.ErrAuditBlocked)
+}
+
+// TestRefusedTooOften: of what is malformed, or not granted, the log has as many
+// entries a second as of other denials, and counts the rest: also of what about
+// ceremonies and frozen callers is never counted away where an officer does it.
+func TestRefusedTooOften(t *testing.T) {
+	w := newWorld(t)
+	ctx := t.Context()
+	malformed := &custodian.InvalidError{Field: "message", Err: errors.New("no message")}
+	const calls, limit = 130, 100
+	for _, test := range []struct {
+		name string
+		who  custodian.Caller
+		call func() error
+		want error
+	}{
+		{"malformed", narrow, func() error {
+			return w.c.Refuse(ctx, narrow, custodian.Refusal{Action: custodian.ActionRevoke, Door: "gRPC"}, malformed)
+		}, custodian.ErrInvalid},
+		{"a plan of no officer", provider, func() error {
+			_, _, err := w.c.ProposeCeremony(ctx, provider, []byte("kind: rekey"), "", false)
+			return err
+		}, custodian.ErrDenied},
+		{"a plan that is none", officer, func() error {
+			_, _, err := w.c.ProposeCeremony(ctx, officer, []byte("kind: none"), "", false)
+			return err
+		}, custodian.ErrInvalid},
+		{"a freeze by no officer", packager, func() error {
+			_, err := w.c.FreezeCaller(ctx, packager, custodian.FreezeCallerRequest{Identity: provider.ID, Cause: "no"})
+			return err
+		}, custodian.ErrDenied},
+	} {
+		var wg sync.WaitGroup
+		for range calls {
+			wg.Go(func() {
+				if err := test.call(); !errors.Is(err, test.want) {
+					t.Errorf("%s: got %v, want %v", test.name, err, test.want)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	w.close() // which writes what is counted
+	written, told := map[string]int{}, map[string]int{}
+	for _, e := range w.entries(0) {
+		if e.Outcome != audit.Allowed && e.Caller != "" {
+			written[e.Caller]++
+			told[e.Caller] += int(max(1, e.Count))
+		}
+	}
+	for _, who := range []custodian.Caller{narrow, provider, officer, packager} {
+		if n := written[who.ID]; n > limit+10 || told[who.ID] != calls {
+			t.Errorf("%s: %d entries tell of %d calls; want %d calls, in about %d entries", who.ID, n, told[who.ID], calls, limit)
+		}
+	}
 }

@@ -57,18 +57,18 @@ func TestCrashDestroyMEK(t *testing.T) {
 		officer := c.dial(custodian.RoleOfficer)
 		x, err := officer.ExecuteCeremony(t.Context(), &v1.ExecuteCeremonyRequest{Id: id})
 		officer.Close()
-		hit := trace.hit()
 		trace.end()
+		hit := trace.hit()
 		if !hit && (err != nil || x.GetState() != v1.CeremonyState_CEREMONY_STATE_DONE) {
 			t.Fatalf("step %d: nobody was killed, and: %v, %v\n%s", step, x, err, c.logText())
 		}
 		if hit {
 			c.kill()
-			seen[c.destroyed()]++
+			seen[c.cutOff()]++
 			if err := c.start(); err != nil {
 				t.Fatalf("start after a kill before durable call %d: %v", step, err)
 			}
-			c.destroy(id)
+			c.finish(id)
 		}
 		c.wantVersions("movies/1 DESTROYED", "movies/2 DEACTIVATED", "movies/3 ACTIVE")
 		c.all(l)
@@ -91,9 +91,9 @@ func TestCrashDestroyMEK(t *testing.T) {
 	}
 }
 
-// destroyed says where the destruction of MEK 1 was cut off. That the object has
+// cutOff says where the destruction of MEK 1 was cut off. That the object has
 // left the token before the log has it is a fault.
-func (c *custody) destroyed() string {
+func (c *custody) cutOff() string {
 	c.t.Helper()
 	where := "gone"
 	if slices.Contains(c.tokenLabels(), "custodian-mek-v1") {
@@ -115,9 +115,9 @@ func (c *custody) destroyed() string {
 	return where
 }
 
-// destroy waits until a ceremony is done, and executes it where the kill came
+// finish waits until a ceremony is done, and executes it where the kill came
 // before it was recorded.
-func (c *custody) destroy(id string) {
+func (c *custody) finish(id string) {
 	t := c.t
 	t.Helper()
 	officer := c.dial(custodian.RoleOfficer)

@@ -179,14 +179,13 @@ func crashRotation(t *testing.T, rc rotationCase, first int) {
 		if err == nil {
 			err = c.held(r.Name)
 		}
+		trace.end()
 		if !trace.hit() {
 			if err != nil {
 				t.Fatalf("step %d: nobody was killed, and: %v\n%s", step, err, c.logText())
 			}
-			trace.end()
 			break
 		}
-		trace.end()
 		c.kill()
 		if err := c.start(); err != nil {
 			t.Fatalf("start after a kill before durable call %d: %v", step, err)

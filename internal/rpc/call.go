@@ -58,7 +58,7 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 	if err == nil {
 		err = handler(srv, &callStream{ss, ctx})
 	}
-	return s.end(ctx, c, err)
+	return s.end(ctx, c, s.noteMalformed(ctx, c, err))
 }
 
 // A callStream carries the context of its call.
@@ -69,36 +69,97 @@ type callStream struct {
 
 func (s *callStream) Context() context.Context { return s.ctx }
 
-// malformed ends a call whose message does not decode.
-func (s *Server) malformed(ctx context.Context, fullMethod string) error {
+// RecvMsg receives the request.
+func (s *callStream) RecvMsg(message any) error { return receive(s.ServerStream.RecvMsg, message) }
+
+// receive has gRPC receive a message, and says why where that is the caller's
+// fault. One that does not decode, where gRPC itself would answer INTERNAL, comes
+// in an envelope, which the codec never refuses. Of one that is too large the
+// caller has heard already: gRPC answers before it tells us.
+func receive(next func(any) error, message any) error {
+	e := envelope{message: message}
+	err := next(&e)
+	switch {
+	case status.Code(err) == codes.ResourceExhausted:
+		return &custodian.InvalidError{Field: "message", Err: errTooLarge}
+	case err == nil && e.err != nil:
+		return &custodian.InvalidError{Field: "message", Err: errMalformed}
+	}
+	return err
+}
+
+var (
+	errMalformed = errors.New("not a protocol buffer message of this method")
+	errTooLarge  = fmt.Errorf("larger than %d bytes", MaxRequestSize)
+)
+
+// unreceived ends a call without a request.
+func (s *Server) unreceived(ctx context.Context, fullMethod string, why error) error {
 	ctx, c, done, err := s.begin(ctx, fullMethod, nil)
 	defer done()
 	if err == nil {
-		err = &custodian.InvalidError{Field: "message", Err: errMalformed}
+		err = why
 	}
 	return s.end(ctx, c, s.noteMalformed(ctx, c, err))
 }
 
-// asksForKeys are the calls whose malformed requests are written down: what they
-// would have come to.
-var asksForKeys = map[string]custodian.Action{
-	"KeyRetrievalService/GetContentKeys":  custodian.ActionRelease,
-	"KeyIssuanceService/IssueContentKeys": custodian.ActionIssue,
+// actions are what the calls of each method come to, for those that are
+// malformed and so come to nothing.
+var actions = map[string]custodian.Action{
+	"KeyRetrievalService/GetContentKeys":   custodian.ActionRelease,
+	"KeyRetrievalService/ListKeyPeriods":   custodian.ActionRelease,
+	"KeyIssuanceService/IssueContentKeys":  custodian.ActionIssue,
+	"KeyTransferService/ImportContentKeys": custodian.ActionImport,
+	"KeyTransferService/ExportContentKeys": custodian.ActionExport,
+	"CustodyService/CreateCategory":        custodian.ActionCreateCategory,
+	"CustodyService/SetCategoryMode":       custodian.ActionSetMode,
+	"CustodyService/ListCategories":        custodian.ActionReadCategories,
+	"CustodyService/ListKeyVersions":       custodian.ActionReadCategories,
+	"CustodyService/ListContentKeys":       custodian.ActionReadKeys,
+	"CustodyService/DescribeContentKey":    custodian.ActionReadKeys,
+	"CustodyService/FreezeCaller":          custodian.ActionFreezeCaller,
+	"CustodyService/LiftCaller":            custodian.ActionFreezeCaller,
+	"CustodyService/ListFrozenCallers":     custodian.ActionReadStatus,
+	"CustodyService/SetProviders":          custodian.ActionSetProviders,
+	"CustodyService/Reencrypt":             custodian.ActionReencrypt,
+	"CustodyService/ListRewraps":           custodian.ActionReadStatus,
+	"CustodyService/GetStatus":             custodian.ActionReadStatus,
+	"CustodyService/Backup":                custodian.ActionBackup,
+	"CeremonyService/ProposeCeremony":      custodian.ActionPropose,
+	"CeremonyService/GetCeremony":          custodian.ActionReadCeremonies,
+	"CeremonyService/ListCeremonies":       custodian.ActionReadCeremonies,
+	"CeremonyService/ApproveCeremony":      custodian.ActionApprove,
+	"CeremonyService/CancelCeremony":       custodian.ActionCancel,
+	"CeremonyService/ExecuteCeremony":      custodian.ActionExecute,
+	"CeremonyService/GetEvidence":          custodian.ActionReadCeremonies,
+	"CeremonyService/GetBlastRadius":       custodian.ActionBlastRadius,
+	"AuditService/GetCheckpoint":           custodian.ActionReadAudit,
+	"AuditService/GetInclusionProof":       custodian.ActionReadAudit,
+	"AuditService/GetConsistencyProof":     custodian.ActionReadAudit,
+	"AuditService/ListEntries":             custodian.ActionReadAudit,
+	"AuditService/FollowEntries":           custodian.ActionReadAudit,
+	"RevocationService/Revoke":             custodian.ActionRevoke,
+	"RevocationService/LiftRevocation":     custodian.ActionLiftRevocation,
+	"RevocationService/ListRevocations":    custodian.ActionReadRevocations,
+	"RotationService/StartRotation":        custodian.ActionRotate,
+	"RotationService/ListRotations":        custodian.ActionReadRotations,
+	"RotationService/RollBackRotation":     custodian.ActionRotate,
+	"RotationService/RetireRotation":       custodian.ActionRotate,
+	"RotationService/ReportEvent":          custodian.ActionReportEvent,
 }
 
-// noteMalformed has the domain write down that a request for keys was malformed,
-// as it writes down every other refusal of one, and returns what the caller is to
-// hear: err, or that it cannot be written down.
+// noteMalformed has the domain write down that a request was malformed, unless it
+// did so when it found out, and returns what the caller is to hear: err, or that
+// it cannot be written down.
 func (s *Server) noteMalformed(ctx context.Context, c *call, err error) error {
-	action, ok := asksForKeys[c.method]
-	if err == nil || !ok || reasonOf(err) != reasonOf(custodian.ErrInvalid) {
+	if err == nil || reasonOf(err) != reasonOf(custodian.ErrInvalid) {
 		return err
 	}
 	custody, away := s.custody()
 	if away != nil { // and so is the audit log
 		return err
 	}
-	return custody.Refuse(ctx, c.caller, custodian.Refusal{RequestID: c.requestID, Action: action, Door: c.method}, err)
+	return custody.Refuse(ctx, c.caller, custodian.Refusal{RequestID: c.requestID, Action: actions[c.method], Door: c.method}, err)
 }
 
 // begin names the caller and the call, and bounds its time. The call is there

@@ -234,3 +234,42 @@ func TestRepeats(t *testing.T) {
 		}
 	})
 }
+
+// A stuckLog is a log whose disk is stuck: each line waits until it may go on.
+type stuckLog struct{ at, goOn chan struct{} }
+
+func (l stuckLog) Write(p []byte) (int, error) {
+	l.at <- struct{}{}
+	<-l.goOn
+	return len(p), nil
+}
+
+// TestRepeatsOfStuckLog: while the log blocks, at the first line of a kind or at
+// the end of a period, what is said again does not wait for it.
+func TestRepeatsOfStuckLog(t *testing.T) {
+	stuck := stuckLog{make(chan struct{}), make(chan struct{})}
+	say, run := rpc.RepeatsForTest(slog.New(slog.NewTextHandler(stuck, nil)))
+	again := func(when string) {
+		t.Helper()
+		said := make(chan struct{})
+		go func() { say("a", "again"); close(said) }()
+		select {
+		case <-said:
+		case <-time.After(3 * time.Second):
+			t.Fatalf("%s: a line that is only counted waits for the log", when)
+		}
+	}
+	go say("a", "first")
+	<-stuck.at
+	again("at the first line")
+	stuck.goOn <- struct{}{}
+
+	ctx, stop := context.WithCancel(t.Context())
+	stop() // which ends the period
+	ended := make(chan struct{})
+	go func() { run(ctx); close(ended) }()
+	<-stuck.at
+	again("at the end of a period")
+	stuck.goOn <- struct{}{}
+	<-ended
+}

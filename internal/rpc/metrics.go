@@ -66,7 +66,7 @@ func (m *metrics) begin() {
 	for _, reason := range Reasons() {
 		m.results.WithLabelValues(string(reason))
 	}
-	for method := range asksForKeys {
+	for method := range actions {
 		m.calls.WithLabelValues(method, string(reasonOf(custodian.ErrRecordCorrupt)))
 	}
 	for _, listener := range []string{listenerGRPC, listenerTwin, listenerPackagers} {

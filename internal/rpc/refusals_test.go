@@ -22,6 +22,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -134,6 +136,25 @@ func TestBadInput(t *testing.T) {
 		{"a list of an unknown category", list(&v1.ListContentKeysRequest{Category: "series"}), codes.NotFound, "CATEGORY_NOT_FOUND", ""},
 		{"metadata of an unknown KID", func(ctx context.Context) error { _, err := audits.DescribeContentKey(ctx, kid(7)); return err }, codes.NotFound, "KEY_NOT_FOUND", ""},
 		{"metadata of a KID of 15 bytes", func(ctx context.Context) error { _, err := audits.DescribeContentKey(ctx, kid(7)[:15]); return err }, codes.InvalidArgument, "INVALID", "kid"},
+		{"a ceremony that cannot be", func(ctx context.Context) error {
+			_, err := boss.ExecuteCeremony(ctx, &v1.ExecuteCeremonyRequest{Id: "x"})
+			return err
+		}, codes.InvalidArgument, "INVALID", "id"},
+		{"a rotation that there is not", func(ctx context.Context) error {
+			_, err := boss.RetireRotation(ctx, &v1.RetireRotationRequest{Name: "kek/movies/9"})
+			return err
+		}, codes.InvalidArgument, "INVALID", "name"},
+		{"a revocation of nothing", func(ctx context.Context) error {
+			_, err := boss.Revoke(ctx, &v1.RevokeRequest{Cause: "drill"})
+			return err
+		}, codes.InvalidArgument, "INVALID", "session_id"},
+		{"an entry that the log does not have", func(ctx context.Context) error {
+			_, err := audits.GetInclusionProof(ctx, &v1.GetInclusionProofRequest{Index: 1 << 40})
+			return err
+		}, codes.InvalidArgument, "INVALID", "index"},
+		{"a backup for nobody", func(ctx context.Context) error {
+			return k.dial(t, operator).Backup(ctx, &v1.BackupRequest{}, io.Discard)
+		}, codes.InvalidArgument, "INVALID", "recipient"},
 		{"the wrong role", func(ctx context.Context) error {
 			_, err := pack.GetContentKeys(ctx, &v1.GetContentKeysRequest{Kids: [][]byte{existing.GetKid()}})
 			return err
@@ -142,7 +163,12 @@ func TestBadInput(t *testing.T) {
 	before := k.contentKeys(t)
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
+			from := len(k.entries(t))
 			e := wantRefused(t, test.call(t.Context()), test.reason)
+			written := slices.DeleteFunc(k.entries(t)[from:], func(e audit.Entry) bool { return e.Reason != "INVALID" })
+			if test.reason == "INVALID" && len(written) != 1 {
+				t.Errorf("audit log: got %+v, want one entry with INVALID", written)
+			}
 			if e.Code != test.code {
 				t.Errorf("code: got %v, want %v", e.Code, test.code)
 			}
@@ -199,34 +225,58 @@ func (rawCodec) Unmarshal(b mem.BufferSlice, v any) error {
 // raw calls GetContentKeys with bytes of the test's own.
 func (k *kit) raw(t *testing.T, who string, request []byte) error {
 	t.Helper()
-	c, err := k.config(who)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tlsClient, err := certs.NewClient(certs.ClientOptions{CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile, ServerName: c.ServerName})
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn, err := grpc.NewClient(k.addr, grpc.WithTransportCredentials(credentials.NewTLS(tlsClient.TLSConfig())))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	var reply []byte
-	return conn.Invoke(t.Context(), v1.KeyRetrievalService_GetContentKeys_FullMethodName, &request, &reply, grpc.ForceCodecV2(rawCodec{}))
+	return rawCall(t, k.conn(t, who), v1.KeyRetrievalService_GetContentKeys_FullMethodName, request)
 }
 
+func rawCall(t *testing.T, conn *grpc.ClientConn, fullMethod string, request []byte) error {
+	var reply []byte
+	return conn.Invoke(t.Context(), fullMethod, &request, &reply, grpc.ForceCodecV2(rawCodec{}))
+}
+
+// TestMalformedMessages sends to every method of the contract what is no message,
+// and a message that is too large: each is refused, counted, and one denial in the
+// audit log with the caller and what the call would have come to.
 func TestMalformedMessages(t *testing.T) {
-	k := newKit(t, options{})
-	if got, want := status.Code(k.raw(t, provider, make([]byte, 10<<20))), codes.ResourceExhausted; got != want {
-		t.Errorf("10 MB: got %v, want %v", got, want)
+	k := newKit(t, options{audit: func(o *audit.Options) { o.DenialsPerSecond = 1000 }})
+	conn, from := k.conn(t, stranger), len(k.entries(t))
+	var methods []string
+	protoregistry.GlobalFiles.RangeFilesByPackage("custodian.v1", func(f protoreflect.FileDescriptor) bool {
+		for i := range f.Services().Len() {
+			service := f.Services().Get(i)
+			for j := range service.Methods().Len() {
+				methods = append(methods, string(service.Name())+"/"+string(service.Methods().Get(j).Name()))
+			}
+		}
+		return true
+	})
+	if len(methods) < 40 {
+		t.Errorf("%d methods: these are not all", len(methods))
 	}
-	st := status.Convert(k.raw(t, provider, []byte{0xff, 0xff, 0xff}))
-	if got, want := st.Code(), codes.InvalidArgument; got != want {
-		t.Errorf("not a message: got %v, want %v", got, want)
+	for _, method := range methods {
+		st := status.Convert(rawCall(t, conn, "/custodian.v1."+method, []byte{0xff, 0xff, 0xff}))
+		if info, _ := details(t, st); st.Code() != codes.InvalidArgument || info.GetReason() != "INVALID" {
+			t.Errorf("%s: not a message: got %v with reason %q, want %v with INVALID", method, st, info.GetReason(), codes.InvalidArgument)
+		}
+		err := rawCall(t, conn, "/custodian.v1."+method, make([]byte, rpc.MaxRequestSize+1))
+		if got, want := status.Code(err), codes.ResourceExhausted; got != want {
+			t.Errorf("%s: a message of more than 1 MiB: got %v, want %v", method, err, want)
+		}
 	}
-	if info, _ := details(t, st); info.GetReason() != "INVALID" {
-		t.Errorf("not a message: got reason %q, want INVALID", info.GetReason())
+	if err := k.stop(); err != nil { // of what is too large the caller hears before it is written down
+		t.Error(err)
+	}
+	written := map[string]int{}
+	for _, e := range k.entries(t)[from:] {
+		method, why, _ := strings.Cut(e.Detail, ": message: ")
+		if e.Outcome != audit.Denied || e.Reason != "INVALID" || e.Caller != identity(stranger) || e.Action == "" || why == "" {
+			t.Errorf("the audit log has %+v", e)
+		}
+		written[method]++
+	}
+	for _, method := range methods {
+		if n, counted := written[method], k.counter(t, "custodian_calls_total", method, "INVALID"); n != 2 || counted != 2 {
+			t.Errorf("%s: %d entries in the audit log and %v calls counted, want 2 of each", method, n, counted)
+		}
 	}
 }
 

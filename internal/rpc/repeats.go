@@ -18,7 +18,9 @@ const (
 // said: whoever finds the port can be refused as often as they like, and in an
 // outage every call fails for the same reason. The first line of a kind is
 // written at once. Those that follow are counted: at the end of each period one
-// line has the newest of them, and how many it stands for.
+// line has the newest of them, and how many it stands for. Lines are written
+// without the lock, so that a log that blocks holds up nobody whose line is only
+// counted.
 type repeats struct {
 	mu    sync.Mutex // guards the map and what is in it
 	kinds map[string]*repeat
@@ -42,6 +44,13 @@ func newRepeats() *repeats { return &repeats{kinds: map[string]*repeat{}} }
 
 // say writes l, or counts it.
 func (r *repeats) say(kind string, l line) {
+	if r.first(kind, l) {
+		l.write(l.message, l.attrs...)
+	}
+}
+
+// first tells whether l is the first line of its kind. Otherwise it counts it.
+func (r *repeats) first(kind string, l line) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.kinds[kind] == nil && len(r.kinds) >= maxRepeats {
@@ -50,10 +59,10 @@ func (r *repeats) say(kind string, l line) {
 	if again := r.kinds[kind]; again != nil {
 		again.count++
 		again.newest = l
-		return
+		return false
 	}
 	r.kinds[kind] = &repeat{}
-	l.write(l.message, l.attrs...)
+	return true
 }
 
 // run ends a period after the other, until ctx ends.
@@ -71,9 +80,17 @@ func (r *repeats) run(ctx context.Context) {
 	}
 }
 
-// endPeriod writes what was counted. A kind that was quiet for the whole period
-// is forgotten: its next line is the first one again.
+// endPeriod writes what was counted.
 func (r *repeats) endPeriod() {
+	for _, again := range r.take() {
+		l := again.newest
+		l.write(l.message, append(l.attrs, slog.Int("count", again.count))...)
+	}
+}
+
+// take returns what was counted, and counts anew. A kind that was quiet for the
+// whole period is forgotten: its next line is the first one again.
+func (r *repeats) take() (counted []repeat) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for kind, again := range r.kinds {
@@ -81,8 +98,8 @@ func (r *repeats) endPeriod() {
 			delete(r.kinds, kind)
 			continue
 		}
-		l := again.newest
-		l.write(l.message, append(l.attrs, slog.Int("count", again.count))...)
+		counted = append(counted, *again)
 		*again = repeat{}
 	}
+	return counted
 }

@@ -70,7 +70,7 @@ type Custody interface {
 // Sizes and limits of the transport.
 const (
 	// MaxRequestSize in bytes; a larger message is refused with
-	// RESOURCE_EXHAUSTED by the transport. The largest request, 600 keys, takes
+	// RESOURCE_EXHAUSTED by the transport, and written down. The largest request, 600 keys, takes
 	// some 80 KiB.
 	MaxRequestSize = 1 << 20
 	// maxResponseSize in bytes, of 600 keys with the longest names and receipts.
@@ -227,31 +227,24 @@ func NewServer(c Config) (*Server, error) {
 	return s, nil
 }
 
-// register adds a service. A message that does not decode is the caller's
-// fault, where gRPC itself would answer INTERNAL: so it is received in an
-// envelope, which the codec never refuses.
+// register adds a service whose requests are received by receive.
 func (s *Server) register(desc *grpc.ServiceDesc, impl any) {
 	checked := *desc
 	checked.Methods = make([]grpc.MethodDesc, len(desc.Methods))
 	for i, m := range desc.Methods {
 		checked.Methods[i] = grpc.MethodDesc{MethodName: m.MethodName,
-			Handler: func(srv any, ctx context.Context, receive func(any) error, in grpc.UnaryServerInterceptor) (any, error) {
+			Handler: func(srv any, ctx context.Context, next func(any) error, in grpc.UnaryServerInterceptor) (any, error) {
 				return m.Handler(srv, ctx, func(message any) error {
-					e := envelope{message: message}
-					if err := receive(&e); err != nil {
-						return err
+					err := receive(next, message)
+					if _, ours := errors.AsType[*custodian.InvalidError](err); ours {
+						return s.unreceived(ctx, "/"+desc.ServiceName+"/"+m.MethodName, err)
 					}
-					if e.err != nil {
-						return s.malformed(ctx, "/"+desc.ServiceName+"/"+m.MethodName)
-					}
-					return nil
+					return err
 				}, in)
 			}}
 	}
 	s.grpc.RegisterService(&checked, impl)
 }
-
-var errMalformed = errors.New("not a protocol buffer message of this method")
 
 // SetCustody begins service.
 func (s *Server) SetCustody(c Custody) {
