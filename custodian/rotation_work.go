@@ -15,7 +15,7 @@ import (
 
 const (
 	// moveBatch is how many content keys one store update moves.
-	moveBatch = 64
+	moveBatch = 80
 	// moveChunk is how many of them have the token, and a processor, to
 	// themselves at a time: a callback waits so long.
 	moveChunk = 4

@@ -349,14 +349,16 @@ func (k *Key) seal(ctx context.Context, aad, plaintext, dst []byte) (iv [IVSize]
 	return iv, ct, nil
 }
 
-func runSeal(w *worker) error { return w.seal(w.key, w.aad[:w.aadLen]) }
-
-// seal draws an IV, encrypts the input, decrypts the result and compares.
-func (w *worker) seal(key *Key, aad []byte) error {
-	lib := w.t.lib
-	if rv := lib.random(w.session, w.iv[:]); rv != ckrOK {
+func runSeal(w *worker) error {
+	if rv := w.t.lib.random(w.session, w.iv[:]); rv != ckrOK {
 		return newFault(callRandom, rv)
 	}
+	return w.seal(w.key, w.aad[:w.aadLen])
+}
+
+// seal encrypts the input under w.iv, decrypts the result and compares.
+func (w *worker) seal(key *Key, aad []byte) error {
+	lib := w.t.lib
 	n, rv := lib.gcmSeal(w.session, key.handle, &w.iv, aad, w.in[:w.inLen], w.out)
 	if rv != ckrOK {
 		return newFault(callEncrypt, rv)
@@ -490,7 +492,12 @@ func (k *Key) reseal(ctx context.Context, to *Key, items []Resealing) (int, erro
 
 // runReseal goes on where an earlier attempt, in a session that broke, ended.
 func runReseal(w *worker) error {
-	for b := w.resealing; b.done < len(b.items); b.done++ {
+	b := w.resealing
+	ivs := make([]byte, IVSize*(len(b.items)-b.done)) // drawn at once: a call of the module each would be 4 %
+	if rv := w.t.lib.random(w.session, ivs); rv != ckrOK {
+		return newFault(callRandom, rv)
+	}
+	for ; b.done < len(b.items); b.done++ {
 		it := &b.items[b.done]
 		b.opened = false
 		clear(w.in[:w.inLen])    // the item before may have been longer
@@ -504,6 +511,7 @@ func runReseal(w *worker) error {
 		}
 		clear(w.in[n:w.inLen])
 		b.opened, w.inLen = true, n
+		w.iv, ivs = [IVSize]byte(ivs), ivs[IVSize:]
 		if err := w.seal(b.to, it.To); err != nil {
 			return err
 		}
