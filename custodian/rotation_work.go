@@ -18,7 +18,7 @@ const (
 	moveBatch = 80
 	// moveChunk is how many of them have the token, and a processor, to
 	// themselves at a time: a callback waits so long.
-	moveChunk = 4
+	moveChunk = 5
 	// readPage and countPage are how many are read, and counted, before
 	// whoever waits for a processor has it: some 200 µs.
 	readPage  = 64
