@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/keycustody/custodian/custodian"
+	"github.com/keycustody/custodian/internal/admission"
 	"github.com/keycustody/custodian/internal/rpc"
 )
 
@@ -145,32 +146,30 @@ func (c *custody) progress(ctx context.Context, r custodian.Rotation) (custodian
 	return list[i], nil
 }
 
-// progressOff counts the records that have not moved, as they are at one
-// moment, and says by how much a rotation's progress is wrong. Right is anything
-// between what it said before that moment and what it says after it.
+// progressOff counts the records that have not moved, and says by how much a
+// rotation's progress is wrong. It goes on meanwhile, so anything between what
+// it said before and what it says afterwards is right.
 func (c *custody) progressOff(ctx context.Context, r custodian.Rotation, before custodian.RotationStatus) (float64, error) {
-	var now custodian.RotationStatus
 	left := uint64(0)
-	err := c.store.View(ctx, func(tx custodian.Tx) (err error) {
-		if now, err = c.progress(ctx, r); err != nil {
-			return err
-		}
-		for _, version := range r.From {
-			var after custodian.KID
-			for {
-				kids, err := tx.KeysUnderKEK(custodian.KEKID{Category: r.Category, Version: version}, after, 512)
-				if err != nil {
-					return err
-				}
-				if len(kids) == 0 {
-					break
-				}
-				left, after = left+uint64(len(kids)), kids[len(kids)-1]
-				pause(ctx, time.Millisecond) // callbacks, which are measured, are to notice little of it
+	for _, version := range r.From {
+		var after custodian.KID
+		for {
+			admission.StandBack() // what is measured meanwhile is not this
+			var kids []custodian.KID
+			err := c.store.View(ctx, func(tx custodian.Tx) (err error) {
+				kids, err = tx.KeysUnderKEK(custodian.KEKID{Category: r.Category, Version: version}, after, 512)
+				return err
+			})
+			if err != nil {
+				return 0, err
 			}
+			if len(kids) == 0 {
+				break
+			}
+			left, after = left+uint64(len(kids)), kids[len(kids)-1]
 		}
-		return ctx.Err()
-	})
+	}
+	now, err := c.progress(ctx, r)
 	if err != nil {
 		return 0, err
 	}
