@@ -70,8 +70,8 @@ type Custody interface {
 // Sizes and limits of the transport.
 const (
 	// MaxRequestSize in bytes; a larger message is refused with
-	// RESOURCE_EXHAUSTED by the transport, and written down. The largest request, 600 keys, takes
-	// some 80 KiB.
+	// RESOURCE_EXHAUSTED by the transport, and written down. The largest
+	// request, 600 keys, takes some 80 KiB.
 	MaxRequestSize = 1 << 20
 	// maxResponseSize in bytes, of 600 keys with the longest names and receipts.
 	maxResponseSize = 4 << 20
