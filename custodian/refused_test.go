@@ -5,6 +5,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"github.com/keycustody/custodian/custodian"
@@ -48,6 +49,7 @@ func TestRefusedTooOften(t *testing.T) {
 	ctx := t.Context()
 	malformed := &custodian.InvalidError{Field: "message", Err: errors.New("no message")}
 	const calls, limit = 130, 100
+	may := map[string]int{} // entries for each caller: a machine that stands still begins another second
 	for _, test := range []struct {
 		name string
 		who  custodian.Caller
@@ -71,6 +73,7 @@ func TestRefusedTooOften(t *testing.T) {
 		}, custodian.ErrDenied},
 	} {
 		var wg sync.WaitGroup
+		began := time.Now()
 		for range calls {
 			wg.Go(func() {
 				if err := test.call(); !errors.Is(err, test.want) {
@@ -79,6 +82,7 @@ func TestRefusedTooOften(t *testing.T) {
 			})
 		}
 		wg.Wait()
+		may[test.who.ID] = limit * (1 + int(time.Since(began)/time.Second))
 	}
 	w.close() // which writes what is counted
 	written, told := map[string]int{}, map[string]int{}
@@ -89,8 +93,8 @@ func TestRefusedTooOften(t *testing.T) {
 		}
 	}
 	for _, who := range []custodian.Caller{narrow, provider, officer, packager} {
-		if n := written[who.ID]; n > limit+10 || told[who.ID] != calls {
-			t.Errorf("%s: %d entries tell of %d calls; want %d calls, in about %d entries", who.ID, n, told[who.ID], calls, limit)
+		if n := written[who.ID]; n > may[who.ID]+10 || told[who.ID] != calls {
+			t.Errorf("%s: %d entries tell of %d calls; want %d calls, in about %d entries", who.ID, n, told[who.ID], calls, may[who.ID])
 		}
 	}
 }
