@@ -55,7 +55,7 @@ var house = []rule{
 	{pkg: "internal/checkpoint"},
 	{pkg: "internal/sealing"},
 	{pkg: "internal/audit", ours: []string{"internal/checkpoint"}},
-	{pkg: "hsm", ours: []string{"internal/secret"}},
+	{pkg: "hsm", ours: []string{"internal/admission", "internal/secret"}},
 	{pkg: "custodian", ours: []string{"internal/admission", "internal/audit", "internal/checkpoint", "internal/sealing", "internal/secret"}, never: sdks},
 	{pkg: "custodian/custodiantest", ours: []string{"custodian"}},
 	{pkg: "store", ours: []string{"custodian"}},

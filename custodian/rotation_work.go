@@ -16,9 +16,9 @@ import (
 const (
 	// moveBatch is how many content keys one store update moves.
 	moveBatch = 80
-	// moveChunk is how many of them have the token, and a processor, to
-	// themselves at a time: a callback waits so long.
-	moveChunk = 5
+	// putChunk is how many of them are put into it before whoever waits for a
+	// processor has it.
+	putChunk = 5
 	// readPage and countPage are how many are read, and counted, before
 	// whoever waits for a processor has it: some 200 µs.
 	readPage  = 64
@@ -318,16 +318,10 @@ func (c *Custodian) sealBatch(ctx context.Context, id KEKID, after KID) (b moved
 	if b.to, b.set, err = c.reserve(ctx, id.Category, uint64(len(old))); err != nil {
 		return b, unfit, last, err
 	}
-	for part := range slices.Chunk(old, moveChunk) {
-		admission.StandBack()
-		moved, faults, err := c.reseal(ctx, b.set, id, b.to, part)
-		unfit = append(unfit, faults...)
-		if err != nil {
-			return b, unfit, last, err
-		}
-		b.keys = append(b.keys, moved...)
-	}
-	return b, unfit, last, nil
+	admission.StandBack()
+	moved, faults, err := c.reseal(ctx, b.set, id, b.to, old)
+	b.keys = moved
+	return b, append(unfit, faults...), last, err
 }
 
 // reseal moves content keys from one KEK to another. Those whose fingerprints
@@ -344,6 +338,7 @@ func (c *Custodian) reseal(ctx context.Context, set *controlSet, from, to KEKID,
 		is := SealedKey{Key: k.Key}
 		is.Key.KEK, is.Key.Revision = to, k.Key.Revision+1
 		if k.Key.Fingerprint.Version != h.Version {
+			admission.StandBack()
 			is, err = c.sealAnew(ctx, set, k, func(is *ContentKey) { is.KEK = to })
 			switch {
 			case errors.Is(err, ErrRecordCorrupt):
@@ -420,7 +415,7 @@ func (c *Custodian) storeBatch(ctx context.Context, b movedBatch) (sequence uint
 			return fmt.Errorf("kek %s: %w", b.to, ErrChanged)
 		}
 		for i, k := range b.keys {
-			if i%moveChunk == 0 {
+			if i%putChunk == 0 {
 				admission.StandBack()
 			}
 			if err := tx.ReplaceContentKey(k.Key.Revision-1, k); err != nil {

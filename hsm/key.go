@@ -433,6 +433,10 @@ type Resealing struct {
 	To []byte
 }
 
+// stepItems is how many items of a job have the token, and a processor, to
+// themselves at a time: a callback waits so long.
+const stepItems = 5
+
 // A resealing is what Reseal gives a worker: memory of its own, since its caller
 // may leave.
 type resealing struct {
@@ -444,8 +448,8 @@ type resealing struct {
 
 // Reseal opens ciphertexts and seals what is in them under another key, which is
 // opened again and compared as by Seal. No plaintext leaves the locked memory
-// and the token. It is one job, so that the token is left to nobody else in
-// between: three operations for each item.
+// and the token. It is one job of three operations for each item, which lets
+// others who wait go first after every few items.
 //
 // n of the items are changed, the first ones. ErrAuth is about items[n], the
 // others are still to be done. With another error nothing is changed.
@@ -500,7 +504,10 @@ func runReseal(w *worker) error {
 	for ; b.done < len(b.items); b.done++ {
 		it := &b.items[b.done]
 		b.opened = false
-		clear(w.in[:w.inLen])    // the item before may have been longer
+		clear(w.in[:w.inLen]) // the item before may have been longer
+		if b.done%stepItems == 0 && b.done > 0 && !w.stepAside() {
+			return nil // to nobody
+		}
 		w.inLen = len(it.Sealed) // what is wiped if this fails
 		n, rv := w.t.lib.gcmOpen(w.session, w.key.handle, &it.IV, it.AAD, it.Sealed, w.in)
 		if rv != ckrOK {

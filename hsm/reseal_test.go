@@ -5,7 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/keycustody/custodian/hsm"
 	"github.com/keycustody/custodian/softhsm"
@@ -164,4 +167,82 @@ func TestResealAbandoned(t *testing.T) {
 	f.Resume("C_Encrypt")
 	eventually(t, "the call ends", func() bool { return tok.Info().InFlight == 0 })
 	wantSealed(t, items, from, to, 0)
+}
+
+// Others do not wait for all of a long job: they go between two of its items.
+func TestResealStepsAside(t *testing.T) {
+	c, f := faulty(t)
+	tok := open(t, c)
+	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	from, _ := newKey(t, mek, hsm.UseGCM)
+	to, _ := newKey(t, mek, hsm.UseGCM)
+	items := resealings(t, from, 40)
+	other := resealings(t, from, 1)[0]
+	f.Delay("C_Encrypt", 20*time.Millisecond)
+	ended := make(chan error, 1)
+	encrypted := f.Calls("C_Encrypt")
+	go func() {
+		_, err := from.Reseal(t.Context(), to, items)
+		ended <- err
+	}()
+	eventually(t, "the job has begun", func() bool { return f.Calls("C_Encrypt") > encrypted })
+	dst := make([]byte, 64)
+	if _, err := from.Open(t.Context(), other.IV, other.AAD, other.Sealed, dst); err != nil {
+		t.Errorf("a call beside it: %v", err)
+	}
+	if done := f.Calls("C_Encrypt") - encrypted; done > 20 {
+		t.Errorf("a call beside it waited for %d of %d items", done, len(items))
+	}
+	if err := <-ended; err != nil {
+		t.Errorf("the job: %v", err)
+	}
+	wantSealed(t, items, from, to, len(items))
+}
+
+// A caller who leaves while the job has stepped aside, or at any other moment,
+// leaves nothing behind: no lane is lost, and none is there twice.
+func TestResealWithdrawn(t *testing.T) {
+	tok := open(t, softhsm.Test(t))
+	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	from, _ := newKey(t, mek, hsm.UseGCM)
+	to, _ := newKey(t, mek, hsm.UseGCM)
+	items := resealings(t, from, 50)
+	stop := make(chan struct{})
+	var beside sync.WaitGroup
+	for range 3 {
+		beside.Go(func() {
+			dst := make([]byte, 64)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, err := from.Open(t.Context(), items[0].IV, items[0].AAD, items[0].Sealed, dst); err != nil {
+					t.Errorf("beside it: %v", err)
+					return
+				}
+			}
+		})
+	}
+	left := 0
+	for i := range 300 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*20*time.Microsecond)
+		if _, err := from.Reseal(ctx, to, slices.Clone(items)); err != nil {
+			wantErr(t, "left", err, context.DeadlineExceeded)
+			left++
+			eventually(t, "its call ends", func() bool { return tok.Info().Abandoned == 0 })
+		}
+		cancel()
+	}
+	close(stop)
+	beside.Wait()
+	if left == 0 {
+		t.Error("nobody left: the test shows nothing")
+	}
+	eventually(t, "all calls end", func() bool { i := tok.Info(); return i.InFlight == 0 && i.Abandoned == 0 })
+	if n, err := from.Reseal(t.Context(), to, items); n != len(items) || err != nil {
+		t.Fatalf("afterwards: got %d %v, want all", n, err)
+	}
+	wantSealed(t, items, from, to, len(items))
 }

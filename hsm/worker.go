@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/keycustody/custodian/internal/admission"
 )
 
 // Limits of one operation in bytes.
@@ -63,7 +65,8 @@ type worker struct {
 	resealing *resealing
 }
 
-// A job is waiting for a lane, then running, then finished. Its caller can leave
+// A job is waiting for a lane, then running, then finished; a long one may step
+// aside, and waits again. Its caller can leave
 // before: a job that waits is withdrawn and never runs, one that runs is
 // abandoned and ends alone.
 const (
@@ -110,7 +113,9 @@ func (w *worker) loop() {
 		if w.undo != nil {
 			w.undo()
 		}
-		w.t.abandoned.Add(-1)
+		if w.state.Load() == stateAbandoned { // not withdrawn when it had stepped aside
+			w.t.abandoned.Add(-1)
+		}
 		w.release()
 	}
 }
@@ -137,6 +142,18 @@ func (w *worker) leave() {
 	if w.home == w.t.pool {
 		w.t.lanes <- struct{}{}
 	}
+}
+
+// stepAside lets those who wait for the lane, or for a processor, have it in the
+// middle of a long job. It tells whether the caller is still there; if not, the
+// job has to end.
+func (w *worker) stepAside() bool {
+	if !w.state.CompareAndSwap(stateRunning, stateWaiting) {
+		return false // abandoned, and the lane given back
+	}
+	w.leave()
+	admission.StandBack()
+	return w.enter()
 }
 
 // release ends a call: it wipes what the job left and sends the worker home.
@@ -252,8 +269,7 @@ func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 	if timeout != nil {
 		w.timer.Stop()
 	}
-	if why != nil {
-		t := w.t
+	for t := w.t; why != nil; { // again where the job steps aside, or is back, at this moment
 		if w.state.CompareAndSwap(stateWaiting, stateWithdrawn) {
 			return t.busy(ctx.Err())
 		}
@@ -267,8 +283,11 @@ func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 			}
 			return why
 		}
-		t.abandoned.Add(-1) // it has just finished
-		<-w.done
+		t.abandoned.Add(-1)
+		if w.state.Load() == stateFinished { // just now
+			<-w.done
+			why = nil
+		}
 	}
 	if err := w.err; err != nil {
 		w.release()
