@@ -15,10 +15,10 @@ import (
 
 const (
 	// moveBatch is how many content keys one store update moves.
-	moveBatch = 80
+	moveBatch = 160
 	// putChunk is how many of them are put into it before whoever waits for a
 	// processor has it.
-	putChunk = 5
+	putChunk = 10
 	// readPage and countPage are how many are read, and counted, before
 	// whoever waits for a processor has it: some 200 µs.
 	readPage  = 64

@@ -193,9 +193,9 @@ func TestProcessTime(t *testing.T) {
 // TestLongRotation moves a million content keys to a new KEK under callbacks.
 func TestLongRotation(t *testing.T) {
 	if os.Getenv("CUSTODIAN_LONG") != "1" {
-		t.Skip("a million content keys, some ten minutes: set CUSTODIAN_LONG=1, or make long")
+		t.Skip("a million content keys, a quarter of an hour: set CUSTODIAN_LONG=1, or make long")
 	}
-	r, err := newRig(scale{warm: time.Second, time: 30 * time.Second, rounds: 1, rotated: 1_000_000, connections: 4}, t.TempDir(), "")
+	r, err := newRig(scale{warm: time.Second, time: 15 * time.Second, rounds: 5, rotated: 1_000_000, connections: 4}, t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
