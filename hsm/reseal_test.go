@@ -246,3 +246,44 @@ func TestResealWithdrawn(t *testing.T) {
 	}
 	wantSealed(t, items, from, to, len(items))
 }
+
+// CallTimeout bounds what a job does until it steps aside, not all of it: a slow
+// token needs longer for many items. A call that hangs in the middle of it ends
+// it.
+func TestResealTakesItsTime(t *testing.T) {
+	c, f := faulty(t)
+	c.CallTimeout = 400 * time.Millisecond
+	tok := open(t, c)
+	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	from, _ := newKey(t, mek, hsm.UseGCM)
+	to, _ := newKey(t, mek, hsm.UseGCM)
+	items := resealings(t, from, 60)
+	f.Delay("C_Encrypt", 10*time.Millisecond)
+	began := time.Now()
+	if n, err := from.Reseal(t.Context(), to, items); n != len(items) || err != nil {
+		t.Fatalf("got %d %v, want all", n, err)
+	}
+	if took := time.Since(began); took < c.CallTimeout {
+		t.Fatalf("it took %s, less than CallTimeout: the test shows nothing", took)
+	}
+	wantSealed(t, items, from, to, len(items))
+	f.Reset()
+	items = resealings(t, from, 60)
+	encrypted := f.Calls("C_Encrypt")
+	f.Delay("C_Encrypt", 10*time.Millisecond)
+	ended := make(chan error, 1)
+	go func() {
+		_, err := from.Reseal(t.Context(), to, items)
+		ended <- err
+	}()
+	eventually(t, "it is in its middle", func() bool { return f.Calls("C_Encrypt") > encrypted+30 })
+	f.Hang("C_Encrypt")
+	select {
+	case err := <-ended:
+		wantErr(t, "hangs", err, hsm.ErrDevice)
+	case <-time.After(30 * time.Second):
+		t.Error("hangs: the caller waits for ever")
+	}
+	f.Reset()
+	wantSealed(t, items, from, to, 0)
+}

@@ -259,12 +259,19 @@ func (w *worker) run(ctx context.Context, job func(*worker) error) error {
 	w.start <- struct{}{}
 	timeout := w.arm(ctx)
 	var why error
-	select {
-	case <-w.done:
-	case <-ctx.Done():
-		why = fmt.Errorf("call abandoned: %w", ctx.Err())
-	case <-timeout:
-		why = fmt.Errorf("no answer within %s: %w", w.patience(), ErrDevice)
+	for finished := false; !finished && why == nil; {
+		select {
+		case <-w.done:
+			finished = true
+		case <-ctx.Done():
+			why = fmt.Errorf("call abandoned: %w", ctx.Err())
+		case <-timeout:
+			if left := w.left(); w.resealing != nil && left > 0 {
+				w.timer.Reset(left) // it has stepped aside since
+				continue
+			}
+			why = fmt.Errorf("no answer within %s: %w", w.patience(), ErrDevice)
+		}
 	}
 	if timeout != nil {
 		w.timer.Stop()
@@ -304,6 +311,12 @@ func (w *worker) arm(ctx context.Context) <-chan time.Time {
 	}
 	w.timer.Reset(limit)
 	return w.timer.C
+}
+
+// left is how long the job may take from now on, or, if it is long, until it
+// steps aside.
+func (w *worker) left() time.Duration {
+	return time.Until(w.t.born.Add(time.Duration(w.due.Load())))
 }
 
 func (w *worker) patience() time.Duration { return max(w.limit, w.t.c.CallTimeout) }
