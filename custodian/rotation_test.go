@@ -155,10 +155,10 @@ func TestRotateKEK(t *testing.T) {
 // still, through a restart, and at the end.
 func TestRotationProgress(t *testing.T) {
 	w := newWorld(t)
-	w.cfg.RotationRate = 400 // slow enough to be stopped on the way
+	w.cfg.RotationRate = 800 // slow enough to be stopped on the way
 	w.reopen()
 	w.category("movies")
-	w.fill("movies", "film", 330)
+	w.fill("movies", "film", 660)
 	if _, err := w.c.StartRotation(t.Context(), officer, kekOrder); err != nil {
 		t.Fatal(err)
 	}
@@ -182,20 +182,20 @@ func TestRotationProgress(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- w.c.AdvanceRotations(ctx) }()
-		for deadline := time.Now().Add(10 * time.Second); inStatus().Done < uint64(80*stop); time.Sleep(time.Millisecond) {
+		for deadline := time.Now().Add(10 * time.Second); inStatus().Done < uint64(160*stop); time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("stop %d: it is still at %+v", stop, inStatus())
 			}
 		}
 		held := w.breaker.block("hsm.Reseal")
 		got, want := inStatus(), moved()
-		agree := func() bool { return (max(got.Done, want)-min(got.Done, want))*100 <= 330 }
+		agree := func() bool { return (max(got.Done, want)-min(got.Done, want))*100 <= 660 }
 		// A batch may still be on its way into the store.
 		for deadline := time.Now().Add(10 * time.Second); !agree() && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 			got, want = inStatus(), moved()
 		}
-		if got.Total != 330 || !agree() || got.Rate <= 0 {
-			t.Errorf("stop %d: status says %d of %d at %.1f/s, and %d of 330 have moved", stop, got.Done, got.Total, got.Rate, want)
+		if got.Total != 660 || !agree() || got.Rate <= 0 {
+			t.Errorf("stop %d: status says %d of %d at %.1f/s, and %d of 660 have moved", stop, got.Done, got.Total, got.Rate, want)
 		}
 		if left := time.Duration(float64(got.Total-got.Done) / got.Rate * float64(time.Second)); got.Remaining < left-left/100 || got.Remaining > left+left/100 {
 			t.Errorf("stop %d: %s remain, want %s", stop, got.Remaining, left)
@@ -208,7 +208,7 @@ func TestRotationProgress(t *testing.T) {
 		w.reopen()
 	}
 	w.advanceRotations()
-	if got := inStatus(); got.Step != custodian.StepHold || got.Done != 330 || got.Total != 330 {
+	if got := inStatus(); got.Step != custodian.StepHold || got.Done != 660 || got.Total != 660 {
 		t.Errorf("at the end: got %+v", got)
 	}
 	w.whole()
