@@ -46,7 +46,7 @@ func TestAllSections(t *testing.T) {
 	if _, err := softhsm.FindModule(); err != nil {
 		t.Skip(err)
 	}
-	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 400 * time.Millisecond, rounds: 1, keys: 100, million: 1300, rotated: 6000, connections: 2, lifetime: time.Second, overload: []int{1, 10}}, t.TempDir(), "")
+	r, err := newRig(scale{warm: 200 * time.Millisecond, time: 600 * time.Millisecond, rounds: 1, keys: 100, million: 1300, rotated: 6000, connections: 2, lifetime: time.Second, overload: []int{1, 10}}, t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
