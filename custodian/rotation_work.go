@@ -18,7 +18,7 @@ const (
 	moveBatch = 160
 	// putChunk is how many of them are put into it before whoever waits for a
 	// processor has it.
-	putChunk = 10
+	putChunk = 8
 	// readPage and countPage are how many are read, and counted, before
 	// whoever waits for a processor has it: some 200 µs.
 	readPage  = 64

@@ -435,7 +435,7 @@ type Resealing struct {
 
 // stepItems is how many items of a job have the token, and a processor, to
 // themselves at a time: a callback waits so long.
-const stepItems = 5
+const stepItems = 4
 
 // A resealing is what Reseal gives a worker: memory of its own, since its caller
 // may leave.
