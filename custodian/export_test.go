@@ -10,6 +10,9 @@ import (
 	"github.com/keycustody/custodian/internal/secret"
 )
 
+// MoveBatch is how many content keys a rotation moves in one store update.
+const MoveBatch = moveBatch
+
 // An Alteration is a record's body with one field changed.
 type Alteration struct {
 	Field string

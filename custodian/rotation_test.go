@@ -154,11 +154,12 @@ func TestRotateKEK(t *testing.T) {
 // What the status says of a rotation is what the store has: whenever it stands
 // still, through a restart, and at the end.
 func TestRotationProgress(t *testing.T) {
+	const total = 4*custodian.MoveBatch + 20
 	w := newWorld(t)
-	w.cfg.RotationRate = 800 // slow enough to be stopped on the way
+	w.cfg.RotationRate = 5 * custodian.MoveBatch // slow enough to be stopped on the way
 	w.reopen()
 	w.category("movies")
-	w.fill("movies", "film", 660)
+	w.fill("movies", "film", total)
 	if _, err := w.c.StartRotation(t.Context(), officer, kekOrder); err != nil {
 		t.Fatal(err)
 	}
@@ -182,20 +183,20 @@ func TestRotationProgress(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- w.c.AdvanceRotations(ctx) }()
-		for deadline := time.Now().Add(10 * time.Second); inStatus().Done < uint64(160*stop); time.Sleep(time.Millisecond) {
+		for deadline := time.Now().Add(10 * time.Second); inStatus().Done < uint64(custodian.MoveBatch*stop); time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("stop %d: it is still at %+v", stop, inStatus())
 			}
 		}
 		held := w.breaker.block("hsm.Reseal")
 		got, want := inStatus(), moved()
-		agree := func() bool { return (max(got.Done, want)-min(got.Done, want))*100 <= 660 }
+		agree := func() bool { return (max(got.Done, want)-min(got.Done, want))*100 <= total }
 		// A batch may still be on its way into the store.
 		for deadline := time.Now().Add(10 * time.Second); !agree() && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 			got, want = inStatus(), moved()
 		}
-		if got.Total != 660 || !agree() || got.Rate <= 0 {
-			t.Errorf("stop %d: status says %d of %d at %.1f/s, and %d of 660 have moved", stop, got.Done, got.Total, got.Rate, want)
+		if got.Total != total || !agree() || got.Rate <= 0 {
+			t.Errorf("stop %d: status says %d of %d at %.1f/s, and %d of %d have moved", stop, got.Done, got.Total, got.Rate, want, total)
 		}
 		if left := time.Duration(float64(got.Total-got.Done) / got.Rate * float64(time.Second)); got.Remaining < left-left/100 || got.Remaining > left+left/100 {
 			t.Errorf("stop %d: %s remain, want %s", stop, got.Remaining, left)
@@ -208,7 +209,7 @@ func TestRotationProgress(t *testing.T) {
 		w.reopen()
 	}
 	w.advanceRotations()
-	if got := inStatus(); got.Step != custodian.StepHold || got.Done != 660 || got.Total != 660 {
+	if got := inStatus(); got.Step != custodian.StepHold || got.Done != total || got.Total != total {
 		t.Errorf("at the end: got %+v", got)
 	}
 	w.whole()

@@ -36,7 +36,7 @@ type Config struct {
 	// Profile names the vendor profile; "" finds it by the manufacturer.
 	Profile string
 	// CallTimeout bounds every wait for the token (5 s if zero), on top of the
-	// caller's context.
+	// caller's context; of Key.Reseal, each of its parts.
 	CallTimeout time.Duration
 	// DrainTimeout bounds the wait for calls in flight before the module is
 	// finalised (30 s if zero).

@@ -14,6 +14,14 @@ import (
 	"github.com/keycustody/custodian/softhsm"
 )
 
+// twoKeys are one to reseal from and one to reseal to.
+func twoKeys(t testing.TB, mek *hsm.MEK) (from, to *hsm.Key) {
+	t.Helper()
+	from, _ = newKey(t, mek, hsm.UseGCM)
+	to, _ = newKey(t, mek, hsm.UseGCM)
+	return from, to
+}
+
 // resealings are n sealed texts on their way to another key.
 func resealings(t testing.TB, k *hsm.Key, n int) []hsm.Resealing {
 	t.Helper()
@@ -55,8 +63,7 @@ func wantSealed(t testing.TB, items []hsm.Resealing, from, to *hsm.Key, moved in
 func TestReseal(t *testing.T) {
 	tok := open(t, softhsm.Test(t))
 	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
-	from, _ := newKey(t, mek, hsm.UseGCM)
-	to, _ := newKey(t, mek, hsm.UseGCM)
+	from, to := twoKeys(t, mek)
 	mac, _ := newKey(t, mek, hsm.UseCMAC)
 
 	items := resealings(t, from, 5)
@@ -116,8 +123,7 @@ func TestResealFaults(t *testing.T) {
 	c, f := faulty(t)
 	tok := open(t, c)
 	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
-	from, _ := newKey(t, mek, hsm.UseGCM)
-	to, _ := newKey(t, mek, hsm.UseGCM)
+	from, to := twoKeys(t, mek)
 
 	for _, call := range []string{"C_DecryptInit", "C_Decrypt", "C_GenerateRandom", "C_EncryptInit", "C_Encrypt"} {
 		items := resealings(t, from, 3)
@@ -153,8 +159,7 @@ func TestResealAbandoned(t *testing.T) {
 	c, f := faulty(t)
 	tok := open(t, c)
 	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
-	from, _ := newKey(t, mek, hsm.UseGCM)
-	to, _ := newKey(t, mek, hsm.UseGCM)
+	from, to := twoKeys(t, mek)
 	items := resealings(t, from, 2)
 	f.Hang("C_Encrypt")
 	abandon(t, f, "C_Encrypt", func(ctx context.Context) error {
@@ -174,8 +179,7 @@ func TestResealStepsAside(t *testing.T) {
 	c, f := faulty(t)
 	tok := open(t, c)
 	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
-	from, _ := newKey(t, mek, hsm.UseGCM)
-	to, _ := newKey(t, mek, hsm.UseGCM)
+	from, to := twoKeys(t, mek)
 	items := resealings(t, from, 40)
 	other := resealings(t, from, 1)[0]
 	f.Delay("C_Encrypt", 20*time.Millisecond)
@@ -204,8 +208,7 @@ func TestResealStepsAside(t *testing.T) {
 func TestResealWithdrawn(t *testing.T) {
 	tok := open(t, softhsm.Test(t))
 	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
-	from, _ := newKey(t, mek, hsm.UseGCM)
-	to, _ := newKey(t, mek, hsm.UseGCM)
+	from, to := twoKeys(t, mek)
 	items := resealings(t, from, 50)
 	stop := make(chan struct{})
 	var beside sync.WaitGroup
@@ -247,6 +250,49 @@ func TestResealWithdrawn(t *testing.T) {
 	wantSealed(t, items, from, to, len(items))
 }
 
+// A caller who leaves while another call has the lane is told at once, and has
+// not left a call behind that the token works on.
+func TestResealWithdrawnAside(t *testing.T) {
+	c, f := faulty(t)
+	tok := open(t, c)
+	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
+	from, to := twoKeys(t, mek)
+	mac, _ := newKey(t, mek, hsm.UseCMAC)
+	items := resealings(t, from, 40)
+	f.Delay("C_Encrypt", 10*time.Millisecond)
+	f.Hang("C_SignInit")
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	resealed, signed := make(chan error, 1), make(chan error, 1)
+	encrypted := f.Calls("C_Encrypt")
+	go func() {
+		_, err := from.Reseal(ctx, to, items)
+		resealed <- err
+	}()
+	eventually(t, "the job has begun", func() bool { return f.Calls("C_Encrypt") > encrypted })
+	go func() {
+		_, err := mac.CMAC(t.Context(), []byte("message"))
+		signed <- err
+	}()
+	eventually(t, "the other call has the lane", func() bool { return f.Hanging("C_SignInit") == 1 })
+	leave()
+	err := <-resealed
+	wantErr(t, "left", err, hsm.ErrBusy)
+	wantErr(t, "left", err, context.Canceled)
+	if got := tok.Info().Abandoned; got != 0 {
+		t.Errorf("%d calls are abandoned, want none: it was not running", got)
+	}
+	f.Resume("C_SignInit")
+	if err := <-signed; err != nil {
+		t.Errorf("the other call: %v", err)
+	}
+	eventually(t, "all calls end", func() bool { return tok.Info().InFlight == 0 })
+	wantSealed(t, items, from, to, 0)
+	if n, err := from.Reseal(t.Context(), to, items); n != len(items) || err != nil {
+		t.Fatalf("afterwards: got %d %v, want all", n, err)
+	}
+}
+
 // CallTimeout bounds what a job does until it steps aside, not all of it: a slow
 // token needs longer for many items. A call that hangs in the middle of it ends
 // it.
@@ -255,8 +301,7 @@ func TestResealTakesItsTime(t *testing.T) {
 	c.CallTimeout = 400 * time.Millisecond
 	tok := open(t, c)
 	mek := newMEK(t, tok, "mek-v1", hsm.Sealed)
-	from, _ := newKey(t, mek, hsm.UseGCM)
-	to, _ := newKey(t, mek, hsm.UseGCM)
+	from, to := twoKeys(t, mek)
 	items := resealings(t, from, 60)
 	f.Delay("C_Encrypt", 10*time.Millisecond)
 	began := time.Now()

@@ -65,10 +65,10 @@ type worker struct {
 	resealing *resealing
 }
 
-// A job is waiting for a lane, then running, then finished; a long one may step
-// aside, and waits again. Its caller can leave
-// before: a job that waits is withdrawn and never runs, one that runs is
-// abandoned and ends alone.
+// A job is waiting for a lane, then running, then finished; a long one steps
+// aside now and then, and waits again. Its caller can leave before: a job that
+// waits is withdrawn and does nothing more, one that runs is abandoned and ends
+// alone.
 const (
 	stateWaiting = iota
 	stateRunning
